@@ -1,0 +1,181 @@
+"""`sleeperbench run`: run a suite, write the tables, render the site."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sleeperbench.errors import BadInput
+
+if TYPE_CHECKING:
+    from sleeperbench.engine.plan import Plan
+    from sleeperbench.engine.registry import Registry
+
+
+def add_parser(sub: Any) -> None:
+    """Declare the command."""
+    p = sub.add_parser(
+        "run",
+        help="run a suite, write the tables, render the site",
+        description="Runs what is missing of a suite and writes RUN/measurements.parquet, RUN/cells.parquet and "
+        "RUN/site/index.html. Everything finished is kept: the same command again computes nothing, after an "
+        "interruption it goes on, and with more seeds or methods it computes only those.",
+        epilog="Examples: `sleeperbench run quick --out runs/quick` · `sleeperbench run cpu --attack badnets "
+        "--defense ft --seeds 0` · `sleeperbench run quick --set attack.badnets.size=4 --dry-run`",
+    )
+    p.add_argument("suite", metavar="SUITE|FILE.toml", help="a shipped suite (see `list suites`) or a file of yours")
+    p.add_argument("--out", type=Path, help="run folder (default: runs/<suite>)")
+    p.add_argument("--store", type=Path, help="cache of all steps (default: `store` beside --out)")
+    p.add_argument("--data-root", type=Path, help="where data sets lie (default: $SLEEPERBENCH_DATA)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, or cuda:0,1 (default: auto)")
+    p.add_argument("--jobs", type=int, help="tasks at a time (default: cores / threads, or one per GPU)")
+    for name, what in (
+        ("attack", "attacks; `none` always stays"),
+        ("defense", "defenses; `none` always stays"),
+        ("evaluator", "evaluators"),
+        ("dataset", "data sets"),
+        ("arch", "architectures"),
+    ):
+        p.add_argument(
+            f"--{name}", action="append", default=[], metavar="ID", help=f"restrict the {what}; a new id is added"
+        )
+    p.add_argument("--rate", action="append", default=[], type=float, metavar="R", help="poison rate, repeatable")
+    p.add_argument("--seeds", default="", metavar="0,1,2", help="seeds in place of the suite's")
+    p.add_argument("--set", action="append", default=[], metavar="KIND.ID.KEY=VALUE", help="change a parameter")
+    p.add_argument("--only", default="", metavar="GLOB", help="only cells whose name matches")
+    p.add_argument("--only-stage", default="", choices=["attack", "defense", "evaluate"], help="stop after a stage")
+    p.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    p.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
+    p.add_argument("--rerun", default="", metavar="failed|all|GLOB", help="compute these again")
+    p.add_argument("--fail-fast", action="store_true", help="stop at the first failure")
+    p.add_argument("--timeout", type=float, metavar="S", help="seconds per task in place of the suite's")
+    p.add_argument("--keep-unimplanted", action="store_true", help="defend also attacks that did not implant")
+    p.add_argument("--no-site", action="store_true", help="tables only")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Plan and run."""
+    from sleeperbench.engine.registry import Registry
+    from sleeperbench.engine.run import Options, execute
+
+    registry = Registry.discover()
+    plan, text = make_plan(args, registry)
+    name = plan.suite.name
+    out = args.out or Path("runs") / name
+    store = args.store or out.parent / "store"
+    if "SLEEPERBENCH_STORE" in os.environ and args.store is None:
+        store = Path(os.environ["SLEEPERBENCH_STORE"])
+    if args.dry_run:
+        return _dry_run(args, plan, registry, store, out)
+    options = Options(
+        out=out,
+        store=store,
+        devices=devices(args.device, args.jobs, plan.suite.budget["threads"]),
+        rerun=args.rerun,
+        only_stage=args.only_stage,
+        fail_fast=args.fail_fast,
+        keep_unimplanted=args.keep_unimplanted,
+        quiet=args.quiet,
+        site=not args.no_site,
+    )
+    return execute(plan, registry, options, text)
+
+
+def make_plan(args: argparse.Namespace, registry: Registry) -> tuple[Plan, str]:
+    """The plan of a command line, and the suite's TOML."""
+    from sleeperbench.engine import plan as planning
+    from sleeperbench.engine.suite import Changes, build
+
+    try:
+        seeds = [int(s) for s in args.seeds.split(",") if s]
+    except ValueError as e:
+        raise BadInput(f"--seeds {args.seeds}: give whole numbers, such as --seeds 0,1,2") from e
+    changes = Changes(
+        attacks=args.attack,
+        defenses=args.defense,
+        evaluators=args.evaluator,
+        datasets=args.dataset,
+        archs=args.arch,
+        rates=args.rate,
+        seeds=seeds,
+        settings=args.set,
+        timeout=args.timeout,
+    )
+    suite, text = build(args.suite, registry, changes)
+    if args.data_root is not None:
+        os.environ["SLEEPERBENCH_DATA"] = str(args.data_root)  # workers read it too
+    datasets = {name: describe_dataset(name) for name in suite.datasets}
+    plan = planning.Planner(suite, registry, datasets).build()
+    if args.only:
+        planning.restrict(plan, args.only)
+    return plan, text
+
+
+def describe_dataset(name: str) -> Any:
+    """Prepare a data set and say what the planner must know of it."""
+    from sleeperbench.data.cache import prepare
+    from sleeperbench.data.find import find_source
+    from sleeperbench.engine.plan import Dataset
+
+    source = find_source(name)
+    ready = prepare(source, None)
+    return Dataset(
+        name=name,
+        shape=source.shape,
+        classes=len(source.classes),
+        norm=source.norm,
+        pad=source.pad,
+        flip=source.flip,
+        rows=ready.counts,
+        digests=ready.digests,
+        canonical=ready.canonical,
+        note=ready.note,
+    )
+
+
+def devices(device: str, jobs: int | None, threads: int) -> list[str]:
+    """One device per slot; the sum of the slots' threads never exceeds the cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if jobs is not None and jobs < 1:
+        raise BadInput(f"--jobs {jobs}: at least 1")
+    if device == "auto":
+        device = "cuda" if _gpus() else "cpu"
+    if device == "cpu":
+        if jobs and jobs * threads > cores:
+            raise BadInput(f"--jobs {jobs} with {threads} threads each exceeds the {cores} cores; lower one of them")
+        return ["cpu"] * (jobs or max(1, cores // threads))
+    if device.partition(":")[0] != "cuda":
+        raise BadInput(f"--device {device}: give auto, cpu, cuda, or cuda:0,1")
+    gpus = [f"cuda:{i}" for i in device.partition(":")[2].split(",") if i] or [f"cuda:{i}" for i in range(_gpus())]
+    if not gpus:
+        raise BadInput("--device cuda: no CUDA device here; use --device cpu")
+    return [gpus[i % len(gpus)] for i in range(jobs or len(gpus))]
+
+
+def _gpus() -> int:
+    """Number of NVIDIA devices, without importing torch."""
+    return len([d for d in Path("/dev").glob("nvidia[0-9]*")]) if Path("/dev/nvidiactl").exists() else 0
+
+
+def _dry_run(args: argparse.Namespace, plan: Plan, registry: Registry, store: Path, out: Path) -> int:
+    from sleeperbench.engine.estimate import estimate
+
+    answer = estimate(plan, store, out)
+    if args.json:
+        print(json.dumps(answer, indent=1))
+        return 0
+    known = answer["core_seconds"] is not None
+    print(f"suite {plan.suite.name}: {answer['cells']} cells, {answer['tasks']} tasks, {answer['cached']} cached")
+    print(f"to run: {answer['to_run']}" + (f", about {answer['core_seconds']:.0f} core-seconds" if known else ""))
+    if not known and answer["to_run"]:
+        print("core-seconds: unknown until tasks of these kinds have run once", file=sys.stderr)
+    for b in answer["blocked"]:
+        print(f"blocked: {b['cell']}: {b['status']}: {b['reason']}")
+    for d in plan.datasets.values():
+        if not d.canonical:
+            print(f"note: {d.name} differs from its release: {d.note or 'unknown copy'}")
+    return 0

@@ -1,0 +1,74 @@
+"""What a method declares that it must be given. Pure values: the planner reads them from source without an import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """What a defense may see; it receives exactly this and nothing else.
+
+    Args:
+        model: `none`, or answers as `labels` or `scores` (queries are counted), or the `weights`.
+        clean: Clean labelled rows: a share of the training rows (float) or a count (int), at most the suite's pool.
+        train: The training set as the defender finds it: shuffled, poisoned, without marks.
+        control: Trains its own model from `train`.
+        references: Number of independent clean models.
+        oracle: The true backdoor, its trigger and targets.
+        inner: For a wrapper: what it takes from the defense it wraps (`keep`, `inverted`); the same access is added.
+    """
+
+    model: Literal["none", "labels", "scores", "weights"] = "weights"
+    clean: float | int = 0.05
+    train: bool = False
+    control: bool = False
+    references: int = 0
+    oracle: bool = False
+    inner: Literal["", "keep", "inverted"] = ""
+
+    def track(self) -> str:
+        """Access class: T0 weights only, T1 + clean rows, T2 training set, T3 both, T4 oracle, Q queries only."""
+        if self.oracle:
+            return "T4"
+        if self.train:
+            return "T3" if self.clean else "T2"
+        if self.model in ("labels", "scores"):
+            return "Q"
+        return "T1" if self.clean or self.references else "T0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What an evaluator must be given.
+
+    A field `peers` or `surrogates` of the evaluator itself (set by the suite) is added to what stands here.
+
+    Args:
+        scope: `attack` (once per attacked model), `cell` (per defense) or `zoo` (over all cells of a suite).
+        outcome: Parts of the defense's outcome it reads: `model`, `verdict`, `inverted`, `keep`, `scores`.
+        white_box: Needs weights and activations, so an opaque model has no such figure.
+        clean_models: Independent clean models (replicas 0, 1, ... of attack `none`).
+        controls: Defenses on whose cells (same attack and seed) it reads its own findings: `none`, `clean_model`.
+        calibration: Measured once per attack, on the suite's first seed, and shared by all seeds.
+        defended_clean: The clean model after the same defense.
+        undefended: The attacked model itself.
+        peers: Other defenses whose outcomes it reads, by id; the suite names them.
+        surrogates: Architectures of attacked models it transfers from, by id; the suite names them.
+        evaluators: Other evaluators whose findings on the same cell it reads.
+        trigger: `none`, `rendered` (8-bit triggered images) or `live` (the trigger itself).
+    """
+
+    scope: Literal["attack", "cell", "zoo"] = "cell"
+    outcome: tuple[str, ...] = ("model",)
+    white_box: bool = False
+    clean_models: int = 0
+    controls: tuple[str, ...] = ()
+    calibration: bool = False
+    defended_clean: bool = False
+    undefended: bool = False
+    peers: tuple[str, ...] = ()
+    surrogates: tuple[str, ...] = ()
+    evaluators: tuple[str, ...] = ()
+    trigger: Literal["none", "rendered", "live"] = "rendered"

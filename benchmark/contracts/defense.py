@@ -1,0 +1,129 @@
+"""Defenses: what they are handed, and what they may answer."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from sleeperbench.contracts.access import Access
+from sleeperbench.contracts.attack import Backdoor
+from sleeperbench.contracts.context import Ctx, Recipe
+from sleeperbench.contracts.method import Method
+from sleeperbench.contracts.models import Model, ModelSpec
+from sleeperbench.data.images import ImageSet
+from torch import Tensor, nn
+
+
+class UndeclaredAccess(AttributeError):
+    """A defense reached for something that its ACCESS does not declare."""
+
+
+class QueryNet(Protocol):
+    """A model that only answers, counting the images asked."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Labels (N,) or scores (N, K) for images [0, 1]."""
+        ...
+
+
+class Case(Protocol):
+    """What a defense is handed; a property it did not declare raises `UndeclaredAccess`.
+
+    `clean` is its clean rows; `tune` and `val` are one fixed split of them, 80 to 20. `train` is the shuffled training
+    set. `inner` is the wrapped defense's outcome, for wrappers.
+    """
+
+    net: Any
+    spec: ModelSpec
+    clean: ImageSet
+    tune: ImageSet
+    val: ImageSet
+    train: ImageSet
+    references: Sequence[Model]
+    oracle: Backdoor
+    inner: Outcome
+    recipe: Recipe
+    ctx: Ctx
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Is this model backdoored: larger scores mean yes; flagged iff `score` > `threshold`.
+
+    `label_scores` (K,) per class, `pairs` (P, 2) of suspected (source, target), both optional.
+    """
+
+    score: float
+    threshold: float
+    label_scores: Tensor | None = None
+    pairs: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inverted:
+    """A recovered trigger: mask (1, H, W) and pattern (C, H, W), or an additive delta (C, H, W), or `uses_apply`."""
+
+    target: int
+    source: int | None = None
+    mask: Tensor | None = None
+    pattern: Tensor | None = None
+    delta: Tensor | None = None
+    uses_apply: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a defense answers.
+
+    Args:
+        model: The repaired model; None leaves it unchanged.
+        opaque: The model keeps private code and only predicts, in a worker of its own.
+        keep: bool over `case.train` rows: which to train on.
+        relabel: int64 over `case.train` rows: labels to train on.
+        suspicion: float over `case.train` rows, larger is more suspicious.
+        verdict: Is the model backdoored.
+        inverted: Recovered triggers.
+        state: (tensors, JSON) that the second phase reads.
+        chosen: What was chosen on the defender's own data; shown on the cell page.
+        path: Candidates by name (one per threshold, rho, epoch); `model` is the marked choice among them.
+    """
+
+    model: Model | None = None
+    opaque: bool = False
+    keep: Tensor | None = None
+    relabel: Tensor | None = None
+    suspicion: Tensor | None = None
+    verdict: Verdict | None = None
+    inverted: tuple[Inverted, ...] = ()
+    state: tuple[Mapping[str, Tensor], Any] | None = None
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+    path: Mapping[str, Model] = field(default_factory=dict)
+
+
+class Defense(Method):
+    """A defense: repair, in-training, detection or inversion.
+
+    `ACCESS` is what it receives. `REQUIRES` names what the architecture must have (`bn`, `conv`, `linear_head`);
+    without it the cell is `not_applicable`.
+    """
+
+    ACCESS: ClassVar[Access] = Access()
+    REQUIRES: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def run(self, case: Case) -> Outcome:
+        """Repair or inspect the model of `case`."""
+
+    def score(self, state: tuple[Mapping[str, Tensor], Any], net: nn.Module, x: Tensor) -> Tensor:
+        """Second phase: (N,) scores, larger is more suspicious. Row i may not depend on the other rows."""
+        raise NotImplementedError  # abstract
+
+    def stamp(self, state: tuple[Mapping[str, Tensor], Any], inv: Inverted, x: Tensor) -> Tensor:
+        """Second phase of generator-type inversion: images with the recovered trigger."""
+        raise NotImplementedError  # abstract
+
+    def predict(self, state: tuple[Mapping[str, Tensor], Any], x: Tensor) -> Tensor:
+        """Second phase of an opaque model: logits (N, K)."""
+        raise NotImplementedError  # abstract

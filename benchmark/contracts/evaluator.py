@@ -1,0 +1,137 @@
+"""Evaluators: what is measured on a cell, and with what."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+from sleeperbench.contracts.access import Needs
+from sleeperbench.contracts.attack import Backdoor
+from sleeperbench.contracts.context import Ctx, Recipe
+from sleeperbench.contracts.defense import Outcome
+from sleeperbench.contracts.method import Method
+from sleeperbench.contracts.models import Model, ModelSpec
+from sleeperbench.data.images import ImageSet
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A figure that an evaluator writes. `low` and `high` bound it; `better` says which way is good."""
+
+    name: str
+    unit: str
+    low: float
+    high: float
+    better: Literal["up", "down", "none"]
+    doc: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One figure, or the reason why there is none.
+
+    Args:
+        metric: A name from the evaluator's METRICS.
+        value: The figure; None with a reason.
+        qualifier: `k=v` pairs joined by `;` in key order, such as `draw=2;k=5`.
+        count: For shares: successes.
+        total: For shares: trials.
+        reason: snake_case word, then optional `: detail`.
+        stage: `attacked`, `defended` or `reactivated`; empty lets the engine say attacked or defended.
+    """
+
+    metric: str
+    value: float | None
+    qualifier: str = ""
+    count: int | None = None
+    total: int | None = None
+    reason: str = ""
+    stage: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What an evaluator found: rows, and curves (JSON), pictures (uint8 (C, H, W) or (N, C, H, W)) and models."""
+
+    rows: tuple[Measurement, ...]
+    curves: Mapping[str, Any] = field(default_factory=dict)
+    pictures: Mapping[str, Tensor] = field(default_factory=dict)
+    models: Mapping[str, Model] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """Triggered images, rendered once to 8 bit by the attack task.
+
+    Args:
+        data: Triggered images with their true labels and source ids; only rows that count.
+        clean: The same rows without trigger, in the same order.
+        targets: int64 (N,), the label the attacker wants.
+        trigger_id: int64 (N,).
+    """
+
+    data: ImageSet
+    clean: ImageSet
+    targets: Tensor
+    trigger_id: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """Another cell's outcome, named by the suite."""
+
+    name: str
+    net: nn.Module
+    outcome: Outcome
+
+
+class EvalCase(Protocol):
+    """What an evaluator is handed; a property that its NEEDS do not declare raises `UndeclaredAccess`.
+
+    `net` is the defended model in eval mode; `attacked` the undefended one. `test` and `probe` are clean rows that no
+    defense has seen. `bd_test` and `bd_probe` are the same rows triggered, None for attack `none`; `decoy_test` and
+    `decoy_probe` carry the placebo trigger, None when no placebo stays below 10 % ASR on the attacked model. `oracle`
+    is the live backdoor. `controls` are this evaluator's own findings on the control cells it names. `answers` (N,) are an
+    input detector's second-phase scores, `asked` (N,) says which of those images were triggered.
+    """
+
+    net: nn.Module
+    spec: ModelSpec
+    attacked: nn.Module
+    outcome: Outcome
+    test: ImageSet
+    probe: ImageSet
+    bd_test: Rendered | None
+    bd_probe: Rendered | None
+    decoy_test: Rendered | None
+    decoy_probe: Rendered | None
+    oracle: Backdoor
+    clean_models: Sequence[nn.Module]
+    defended_clean: nn.Module | None
+    controls: Mapping[str, Findings]
+    peers: Sequence[Peer]
+    surrogates: Sequence[Peer]
+    evaluators: Mapping[str, Findings]
+    cells: Sequence[Mapping[str, Any]]
+    answers: Tensor
+    asked: Tensor
+    recipe: Recipe
+    is_defended: bool
+    ctx: Ctx
+
+
+class Evaluator(Method):
+    """Measures a family of metrics."""
+
+    METRICS: ClassVar[tuple[Metric, ...]] = ()
+    NEEDS: ClassVar[Needs] = Needs()
+
+    @abstractmethod
+    def measure(self, case: EvalCase) -> Findings:
+        """The findings; every metric that has no figure gets a row with its reason."""

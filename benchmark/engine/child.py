@@ -1,0 +1,142 @@
+"""Runs one defense in the process that was forked for it. Sees one folder: `in/` holds what was declared, `out/` the answer.
+
+Imports neither attacks nor evaluators nor the store. Only an oracle, which declares the true backdoor, may import the
+attack that reads it.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import json
+import os
+import random
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+class _Fence(importlib.abc.MetaPathFinder):
+    """Refuses imports that a defense has no business with."""
+
+    def __init__(self, closed: Sequence[str]) -> None:
+        self.closed = tuple(closed)
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
+        """Raise for what is closed; leave the rest to the ordinary finders."""
+        if any(fullname == c or fullname.startswith(c + ".") for c in self.closed):
+            raise ImportError(f"a defense may not import {fullname}")
+
+
+def open_case(folder: Path, about: dict[str, Any]) -> Any:
+    """The case in `folder/in`, as a defense sees it."""
+    import torch
+    from sleeperbench.contracts.context import Cost, Ctx, Recipe
+    from sleeperbench.contracts.models import ModelSpec
+    from sleeperbench.engine import artifacts
+    from sleeperbench.engine.cases import DEFENSE_PARTS, Declared
+    from sleeperbench.engine.loading import load_class
+    from sleeperbench.kit.classifier import load, read_model
+
+    box, access = folder / "in", about["access"]
+    device = torch.device(about["device"])
+    recipe = Recipe(**about["recipe"])
+    ctx = Ctx(
+        seed=about["seed"],
+        recipe=recipe,
+        scratch=folder / "scratch",
+        device=device,
+        cost=Cost(),
+        progress=_progress(folder / "progress"),
+    )
+    parts: dict[str, Any] = {
+        "spec": lambda: ModelSpec.from_json(about["spec"]),
+        "recipe": lambda: recipe,
+        "ctx": lambda: ctx,
+    }
+    if access["model"] == "weights":
+        parts["net"] = lambda: load(read_model(box / "model"), device)
+    if access["clean"]:
+        parts["clean"] = lambda: artifacts.read_images(box / "clean.safetensors")
+        split = artifacts.read_tensors(box / "split.safetensors")
+        parts["tune"] = lambda: parts["clean"]().rows(split["tune"])
+        parts["val"] = lambda: parts["clean"]().rows(split["val"])
+    if access["train"]:
+        parts["train"] = lambda: artifacts.read_images(box / "train.safetensors")
+    if access["references"]:
+        parts["references"] = lambda: tuple(read_model(box / f"reference{i}") for i in range(access["references"]))
+    if access["oracle"]:
+        parts["oracle"] = lambda: artifacts.read_backdoor(box / "oracle", load_class(about["oracle"]))
+    if access["inner"]:
+        parts["inner"] = lambda: artifacts.read_outcome(box / "inner")
+    return Declared(f"ACCESS of {about['plugin']}", parts, DEFENSE_PARTS)
+
+
+def _scores(folder: Path, method: Any, about: dict[str, Any]) -> Any:
+    """Second phase: the defense's scores for the images in `in/asked.safetensors`."""
+    from sleeperbench.engine import artifacts
+    from sleeperbench.kit.classifier import load, read_model
+    from sleeperbench.kit.pixels import to_float
+
+    state = artifacts.read_outcome(folder / "in" / "own").state
+    net = load(read_model(folder / "in" / "judged"), about["device"])
+    images = artifacts.read_tensors(folder / "in" / "asked.safetensors")["images"]
+    return method.score(state, net, to_float(images).to(about["device"]))
+
+
+def _progress(path: Path) -> Any:
+    def report(done: int, total: int, what: str) -> None:
+        path.write_text(json.dumps([done, total, what]))
+
+    return report
+
+
+def main(folder: Path) -> None:
+    """Run the defense described by `folder/in/case.json`; writes `folder/out` and, last, `folder/done.json`."""
+    about = json.loads((folder / "in" / "case.json").read_text())
+    closed = ["sleeperbench.evaluators", "sleeperbench.engine.store", "sleeperbench.engine.work", "sleeperbench.cli"]
+    if not about["access"]["oracle"]:
+        closed.append("sleeperbench.attacks")
+    sys.meta_path.insert(0, _Fence(closed))
+    done: dict[str, Any] = {"status": "ok", "reason": ""}
+    try:
+        import numpy as np
+        import torch
+        from sleeperbench.contracts.method import NotApplicable
+        from sleeperbench.engine import artifacts
+        from sleeperbench.engine.loading import be_deterministic, load_class
+
+        random.seed(about["seed"])
+        np.random.seed(about["seed"] % 2**32)
+        torch.manual_seed(about["seed"])
+        be_deterministic(about["device"])
+        try:
+            case = open_case(folder, about)
+            method = load_class(about["value"]).from_params(about["method"])
+            if about["what"] == "run":
+                artifacts.write_outcome(folder / "out", method.run(case))
+            else:
+                artifacts.write_tensors(folder / "out" / "scores.safetensors", {"scores": _scores(folder, method, about)})
+            done["cost"] = vars(case.ctx.cost)
+        except NotApplicable as e:
+            done = {"status": "not_applicable", "reason": str(e)}
+    except BaseException as e:
+        traceback.print_exc()
+        done = describe(e)
+    (folder / "done.part").write_text(json.dumps(done))
+    os.replace(folder / "done.part", folder / "done.json")
+
+
+def describe(e: BaseException) -> dict[str, Any]:
+    """Status and reason of an exception, as rows show them."""
+    from sleeperbench.contracts.defense import UndeclaredAccess
+
+    text = " ".join(str(e).split())[:300]
+    if isinstance(e, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
+        return {"status": "out_of_memory", "reason": "out_of_memory: " + text}
+    if isinstance(e, FloatingPointError):
+        return {"status": "failed", "reason": "nan: " + text}
+    if isinstance(e, UndeclaredAccess):
+        return {"status": "failed", "reason": "undeclared_access: " + text}
+    return {"status": "failed", "reason": f"raised: {type(e).__name__}: {text}"}

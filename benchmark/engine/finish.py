@@ -1,0 +1,202 @@
+"""After the tasks: tables, plugins.json, media, run.json, site, and the last lines that a user reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sleeperbench import PROTOCOL, __version__
+from sleeperbench.engine import rows
+from sleeperbench.engine.registry import Registry
+from sleeperbench.engine.store import write_atomic
+from sleeperbench.errors import BadInput
+
+if TYPE_CHECKING:
+    from sleeperbench.engine.plan import Cell
+    from sleeperbench.engine.run import Run
+
+SHOWN_FAILURES = 50
+
+
+def finish(run: Run, code: int) -> dict[str, int]:
+    """Write everything that stands on rows; returns the counts of cells by status."""
+    out = run.options.out
+    table = rows.supersede(rows.load_all(out), set(run.settled))
+    _flag_weak(run, table)
+    counts, failures = _counts(run, table)
+    try:
+        write_atomic(out / "suite.toml", run.text.encode())
+        rows.write_tables(out, table, run.plan.suite.gate["collapse_points"])
+        write_atomic(out / "plugins.json", _json(_plugins(run)))
+        Media(run).write()
+        exit_code = code or (1 if counts["failed"] else 0)
+        write_atomic(out / "run.json", _json(_about(run, counts, exit_code)))
+    except OSError as e:
+        raise BadInput(f"cannot write the run folder {out}: {e.strerror}; free some space, then run this again") from e
+    for cell, reason in failures[:SHOWN_FAILURES]:
+        print(f"failed: {cell}: {reason}", file=sys.stderr)
+    if len(failures) > SHOWN_FAILURES:
+        print(f"... and {len(failures) - SHOWN_FAILURES} more; `sleeperbench show` has each", file=sys.stderr)
+    words = (("ok", "ok"), ("failed", "failed"), ("not_applicable", "not applicable"), ("not_run", "not run"))
+    if not run.options.quiet:
+        print(f"computed {run.computed} tasks", file=sys.stderr)
+    print(", ".join(f"{counts[k]} {w}" for k, w in words), file=sys.stderr)
+    if run.options.site and table:
+        from sleeperbench.leaderboard.build import build
+
+        print(f"site: {build([out], out / 'site').absolute()}")
+    return counts
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _flag_weak(run: Run, table: list[dict[str, Any]]) -> None:
+    weak = set(run.gate.closed())
+    names = {c.name for c in run.plan.cells if c.attack_group in weak}
+    for r in table:
+        if r["cell"] in names:
+            r["flag"] = ";".join(sorted({f for f in r["flag"].split(";") if f} | {"weak"}))
+
+
+def _counts(run: Run, table: list[dict[str, Any]]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    status: dict[str, tuple[str, str]] = {}
+    planned = {c.name for c in run.plan.cells}
+    for line in rows.cells_table([dict(r) for r in table if r["cell"] in planned]):
+        status[line["cell"]] = (line["status"], line["reason"])
+    counts = {"ok": 0, "failed": 0, "not_applicable": 0, "not_run": 0}
+    failures = []
+    for name in sorted(planned):
+        s, reason = status.get(name, ("not_run", "stopped before it was its turn"))
+        s = "failed" if s in ("timeout", "out_of_memory") else s
+        counts[s] += 1
+        if s == "failed":
+            failures.append((name, reason))
+    return counts, failures
+
+
+def _plugins(run: Run) -> list[dict[str, Any]]:
+    """All that the site needs to know of every plugin in the run."""
+    suite = run.plan.suite
+    used = [("attack", v.id) for v in suite.attacks] + [("defense", v.id) for v in suite.defenses]
+    used += [("evaluator", t.name) for t in run.plan.tasks.values() if t.kind == "evaluate"]
+    used += [("dataset", d) for d in suite.datasets] + [("model", a) for a in suite.archs]
+    return [describe(run.registry, kind, name) for kind, name in sorted(set(used))]
+
+
+def describe(registry: Registry, kind: Any, name: str) -> dict[str, Any]:
+    """A plugin as plugins.json and `list --json` show it."""
+    wrapper, inner = (None, name) if name.startswith("timm:") else Registry.split_wrapper(name)
+    p = registry.get(kind, wrapper or inner)
+    about: dict[str, Any] = {"kind": kind, "id": name, "dist": p.dist, "dist_version": p.dist_version}
+    if not p.value:
+        return about | {"title": name, "paper": "", "bibtex": "", "access": "", "method_version": 0, "info": {}}
+    b = p.blueprint
+    info = dict(b.info)
+    access = b.access.track() if kind == "defense" and b.access else ""
+    return about | {
+        "method_version": info.get("version", 0),
+        "title": str(info.get("title", b.title)),
+        "paper": str(info.get("paper", "")),
+        "bibtex": str(info.get("bibtex", "")),
+        "access": "none" if name == "none" else access,
+        "doc": b.docstring,
+        "info": info,
+        "parameters": {k: {"annotation": q.annotation, "default": q.default, "doc": q.doc} for k, q in b.fields.items()},
+        "metrics": [dict(zip(("name", "unit", "low", "high", "better", "doc"), m, strict=True)) for m in b.metrics],
+    }
+
+
+def _about(run: Run, counts: dict[str, int], code: int) -> dict[str, Any]:
+    names = ("torch", "torchvision", "timm", "numpy", "pandas", "pyarrow")
+    suite = dataclasses.asdict(run.plan.suite)
+    public = suite.pop("secret")
+    from sleeperbench.engine.task import PUBLIC_SECRET
+
+    suite["secret_sha256"] = hashlib.sha256(public.encode()).hexdigest()
+    suite["secret_public"] = public == PUBLIC_SECRET
+    return {
+        "suite": suite,
+        "protocol": PROTOCOL,
+        "versions": {"sleeperbench": __version__, "python": platform.python_version()} | {n: version(n) for n in names},
+        "host": {"cores": os.cpu_count(), "machine": platform.machine(), "devices": run.options.devices},
+        "datasets": {
+            n: {"digests": dict(d.digests), "canonical": d.canonical, "note": d.note, "rows": dict(d.rows)}
+            for n, d in run.plan.datasets.items()
+        },
+        "counts": counts,
+        "tasks": {"planned": len(run.plan.tasks), "computed": run.computed},
+        "exit": code,
+    }
+
+
+class Media:
+    """Pictures and curves of cells, copied from artifacts to RUN/media/<digest>/."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.shared: dict[str, list[str]] = {}
+        for cell in run.plan.cells:
+            if cell.is_control:
+                keys = [e.key for e in cell.evaluations if e.key and e.needs.scope == "attack"]
+                self.shared.setdefault(cell.attack_key, []).extend(keys)
+
+    def write(self) -> None:
+        """Write the folder of every cell whose artifacts changed."""
+        for cell in self.run.plan.cells:
+            own = [e.key for e in cell.evaluations if e.key]
+            keys = sorted({k for k in (*own, *self.shared.get(cell.attack_key, ())) if self.run.store.has(k)})
+            if cell.is_control and self.run.store.has(cell.attack_key):
+                keys.append(cell.attack_key)
+            folder = self.run.options.out / "media" / hashlib.sha256(cell.name.encode()).hexdigest()[:12]
+            if keys and not self._current(folder, keys):
+                self._one(cell, folder, keys)
+
+    def _current(self, folder: Path, keys: list[str]) -> bool:
+        try:
+            return bool(json.loads((folder / "index.json").read_bytes())["keys"] == keys)
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def _one(self, cell: Cell, folder: Path, keys: list[str]) -> None:
+        index: dict[str, Any] = {"cell": cell.name, "keys": keys, "pictures": [], "curves": []}
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for key in keys:
+            source = self.run.store.path(key)
+            task = self.run.plan.tasks[key]
+            if task.kind == "attack":
+                if (source / "curves.json").exists():
+                    index["curves"].append(_training(json.loads((source / "curves.json").read_bytes())))
+                continue
+            findings = json.loads((source / "findings.json").read_bytes())
+            for name, file in findings["pictures"].items():
+                target = f"{task.name}-{file}"
+                shutil.copyfile(source / file, folder / target)
+                index["pictures"].append({"file": target, "title": name, "caption": f"{name}, by {task.name}"})
+            for name, curve in findings["curves"].items():
+                index["curves"].append({"name": f"{task.name}-{name}", **curve})
+        if index["pictures"] or index["curves"]:
+            write_atomic(folder / "index.json", _json(index))
+        else:
+            folder.rmdir()
+
+
+def _training(curve: dict[str, list[float]]) -> dict[str, Any]:
+    series = [{"label": n, "x": curve["epoch"], "y": curve[n]} for n in ("c_acc", "asr") if n in curve]
+    return {
+        "name": "training",
+        "title": "C-Acc and ASR over training",
+        "x_label": "epoch",
+        "y_label": "share of test images",
+        "series": series,
+    }

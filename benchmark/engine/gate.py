@@ -1,0 +1,74 @@
+"""The gate of every attack: did it implant? Decided over all seeds, before any defense runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sleeperbench.engine.plan import Plan
+from sleeperbench.engine.registry import Registry
+
+LOW_RATE = 0.01
+"""At most this poison rate, or with clean labels, the lower bar counts."""
+
+
+class Gate:
+    """Learns figures as rows arrive and decides each attack group (data set / architecture / attack @ rate)."""
+
+    def __init__(self, plan: Plan, registry: Registry) -> None:
+        self.suite = plan.suite
+        self.figures: dict[tuple[str, str], float | None] = {}
+        self.groups: dict[str, list[tuple[str, str]]] = {}
+        self.bars: dict[str, float] = {}
+        metrics = {m.name for e in plan.suite.evaluators for m in registry.get("evaluator", e.id).blueprint.metrics}
+        clean_cells = {c.name for c in plan.cells}
+        for cell in plan.cells:
+            if cell.is_control and cell.attack_group:
+                clean = cell.clean_cell if cell.clean_cell in clean_cells else ""
+                self.groups.setdefault(cell.attack_group, []).append((cell.name, clean))
+                info = registry.get("attack", plan.tasks[cell.attack_key].name).blueprint.info
+                low = bool(info.get("clean_label")) or cell.identity["rate"] <= LOW_RATE
+                gate = plan.suite.gate
+                self.bars[cell.attack_group] = gate["implant_asr_low"] if low else gate["implant_asr"]
+        self.measures = "asr" in metrics
+
+    def learn(self, rows: list[dict[str, Any]]) -> None:
+        """Take in the figures of some rows."""
+        for r in rows:
+            if r["metric"] in ("asr", "c_acc") and not r["qualifier"]:
+                self.figures[r["cell"], r["metric"]] = r["value"]
+
+    def _verdict(self, group: str) -> str | None:
+        """None while undecided, an empty string when implanted, else why not."""
+        if not self.measures:
+            return ""
+        cells = self.groups[group]
+        asr = [self.figures.get((c, "asr"), _UNKNOWN) for c, _ in cells]
+        acc = [self.figures.get((c, "c_acc"), _UNKNOWN) for c, _ in cells]
+        clean = [self.figures.get((c, "c_acc"), _UNKNOWN) for _, c in cells if c]
+        if any(v is _UNKNOWN for v in (*asr, *acc, *clean)):
+            return None
+        known = [v for v in asr if isinstance(v, float)]
+        if not known:
+            return "no seed has a figure"
+        mean = sum(known) / len(known)
+        if mean < self.bars[group]:
+            return f"mean ASR {mean:.3f} is below {self.bars[group]:g}"
+        a, c = [v for v in acc if isinstance(v, float)], [v for v in clean if isinstance(v, float)]
+        if a and c and sum(c) / len(c) - sum(a) / len(a) > self.suite.gate["clean_drop_points"] / 100:
+            return f"mean C-Acc lies {100 * (sum(c) / len(c) - sum(a) / len(a)):.1f} points below clean models"
+        return ""
+
+    def open(self, group: str) -> bool:
+        """Whether the group's defenses may run."""
+        return self._verdict(group) == ""
+
+    def closed(self) -> list[str]:
+        """Groups that are decided and did not implant."""
+        return [g for g in self.groups if self._verdict(g)]
+
+    def why(self, group: str) -> str:
+        """Why the group did not implant, or an empty string."""
+        return self._verdict(group) or ""
+
+
+_UNKNOWN = object()

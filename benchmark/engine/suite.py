@@ -1,0 +1,350 @@
+"""Suites: TOML in, everything resolved and checked out. An unknown key is an error that names the nearest one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from sleeperbench.engine.registry import Registry
+from sleeperbench.engine.task import PUBLIC_SECRET, digest
+from sleeperbench.errors import BadInput, nearest
+
+SCHEMA = 1
+RECIPES: dict[str, dict[str, Any]] = {
+    "s3": {"epochs": 100, "lr": 0.1, "batch": 128, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine"},
+    "bb": {"epochs": 100, "lr": 0.01, "batch": 128, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine"},
+}
+"""Published training recipes: `s3` of the superficial-safety paper, `bb` of BackdoorBench."""
+
+_TABLES: dict[str, dict[str, tuple[type, ...]]] = {
+    "matrix": {
+        "datasets": (list,),
+        "archs": (list,),
+        "attacks": (list,),
+        "rates": (list,),
+        "defenses": (list,),
+        "evaluators": (list,),
+        "seeds": (list,),
+    },
+    "train": {
+        "recipe": (str,),
+        "epochs": (int,),
+        "lr": (float, int),
+        "batch": (int,),
+        "momentum": (float, int),
+        "weight_decay": (float, int),
+        "schedule": (str,),
+        "precision": (str,),
+        "pad": (int,),
+        "flip": (bool,),
+        "curves": (bool,),
+    },
+    "access": {"clean": (float, int), "clean_source": (str,)},
+    "budget": {"threads": (int,), "task_seconds": (int, float), "memory_gb": (int, float)},
+    "gate": {"implant_asr": (float, int), "implant_asr_low": (float, int), "collapse_points": (float, int), "clean_drop_points": (float, int)},
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "matrix": {"rates": [0.05], "evaluators": ["accuracy"], "seeds": [0]},
+    "train": {"recipe": "s3", "precision": "fp32", "curves": False},
+    "access": {"clean": 0.05, "clean_source": "heldout"},
+    "budget": {"threads": 1, "task_seconds": 7200, "memory_gb": 4},
+    "gate": {"implant_asr": 0.9, "implant_asr_low": 0.7, "collapse_points": 10, "clean_drop_points": 2},
+}
+_PLUGIN_TABLES = ("attack", "defense", "evaluator", "dataset", "model")
+_DATASET_KEYS = {"train": (int,), "test": (int,)}
+_CHOICES = {
+    ("train", "schedule"): ("cosine", "constant"),
+    ("train", "precision"): ("fp32", "bf16"),
+    ("train", "recipe"): tuple(RECIPES),
+    ("access", "clean_source"): ("heldout", "training"),
+}
+_RANGES = {
+    ("train", "epochs"): (1, 100_000),
+    ("train", "lr"): (1e-9, 100),
+    ("train", "batch"): (1, 1_000_000),
+    ("train", "momentum"): (0, 1),
+    ("train", "weight_decay"): (0, 1),
+    ("train", "pad"): (0, 64),
+    ("budget", "threads"): (1, 1024),
+    ("budget", "task_seconds"): (0.1, 1e9),
+    ("budget", "memory_gb"): (0.1, 1e6),
+    ("gate", "implant_asr"): (0, 1),
+    ("gate", "implant_asr_low"): (0, 1),
+    ("gate", "collapse_points"): (0, 100),
+    ("gate", "clean_drop_points"): (0, 100),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A plugin with its full parameters. `label` is its name in rows; it carries a digest unless they are the suite's."""
+
+    id: str
+    label: str
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """A resolved suite: nothing in it refers to a default any more."""
+
+    name: str
+    title: str
+    secret: str
+    datasets: tuple[str, ...]
+    dataset_rows: dict[str, dict[str, int]]
+    archs: tuple[str, ...]
+    arch_args: dict[str, dict[str, Any]]
+    attacks: tuple[Variant, ...]
+    rates: tuple[float, ...]
+    defenses: tuple[Variant, ...]
+    evaluators: tuple[Variant, ...]
+    seeds: tuple[int, ...]
+    calibration_seed: int
+    recipe: dict[str, Any]
+    curves: bool
+    access: dict[str, Any]
+    budget: dict[str, Any]
+    gate: dict[str, Any]
+    defaults: dict[str, dict[str, dict[str, Any]]]
+
+    def default(self, kind: str, plugin: str, registry: Registry) -> Variant:
+        """The suite's variant of a plugin that need not be in the matrix, such as a control."""
+        params = self.defaults.get(kind, {}).get(plugin)
+        return Variant(
+            id=plugin, label=plugin, params=resolve(registry, kind, plugin, {}) if params is None else params
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What the command line changes. Lists restrict the matrix; a name that is not in it, but installed, is added."""
+
+    attacks: Sequence[str] = ()
+    defenses: Sequence[str] = ()
+    evaluators: Sequence[str] = ()
+    datasets: Sequence[str] = ()
+    archs: Sequence[str] = ()
+    rates: Sequence[float] = ()
+    seeds: Sequence[int] = ()
+    settings: Sequence[str] = ()
+    timeout: float | None = None
+
+
+def shipped() -> dict[str, str]:
+    """Name -> TOML text of the suites in the package."""
+    files = resources.files("sleeperbench.suites").iterdir()
+    return {f.name[:-5]: f.read_text() for f in sorted(files, key=lambda f: f.name) if f.name.endswith(".toml")}
+
+
+def read(name: str) -> tuple[dict[str, Any], str]:
+    """The parsed TOML of a shipped suite or of a file, and its text.
+
+    Raises:
+        BadInput: no such suite or file, or not TOML.
+    """
+    if name.endswith(".toml"):
+        try:
+            text = Path(name).read_text()
+        except OSError as e:
+            raise BadInput(f"cannot read the suite file {name}: {e.strerror}") from e
+    else:
+        suites = shipped()
+        if name not in suites:
+            raise BadInput(f"no suite `{name}`: {nearest(name, suites)} (a file's name ends in .toml)")
+        text = suites[name]
+    try:
+        return tomllib.loads(text), text
+    except tomllib.TOMLDecodeError as e:
+        raise BadInput(f"suite {name} is not valid TOML: {e}") from e
+
+
+def resolve(registry: Registry, kind: str, plugin: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Full parameters of a plugin; a wrapper's hold the wrapped plugin's under `inner`."""
+    wrapper, inner = Registry.split_wrapper(plugin)
+    if wrapper is None:
+        return dict(registry.get(kind, inner).blueprint.resolve(params))
+    outer = registry.get(kind, wrapper)
+    own = {k: v for k, v in params.items() if k in outer.blueprint.fields}
+    rest = {k: v for k, v in params.items() if k not in own}
+    return {**outer.blueprint.resolve(own), "inner": resolve(registry, kind, inner, rest)}
+
+
+def _typed(where: str, table: str, key: str, value: Any, types: tuple[type, ...]) -> Any:
+    wrong_bool = isinstance(value, bool) and bool not in types
+    if not isinstance(value, types) or wrong_bool:
+        want = " or ".join(t.__name__ for t in types)
+        raise BadInput(f"{where}: [{table}] {key} = {json.dumps(value)} is not {want}")
+    if (table, key) in _CHOICES and value not in _CHOICES[table, key]:
+        raise BadInput(f"{where}: [{table}] {key} = {json.dumps(value)}: {nearest(str(value), _CHOICES[table, key])}")
+    if (table, key) in _RANGES:
+        low, high = _RANGES[table, key]
+        if not low <= value <= high:
+            raise BadInput(f"{where}: [{table}] {key} = {value} is outside {low} to {high}")
+    return value
+
+
+def _items(where: str, key: str, values: Sequence[Any], want: type) -> list[Any]:
+    for v in values:
+        if isinstance(v, bool) or not isinstance(v, (int, float) if want is float else want):
+            raise BadInput(f"{where}: [matrix] {key} holds {json.dumps(v)}, which is not {want.__name__}")
+    if not values:
+        raise BadInput(f"{where}: [matrix] {key} is empty, so there is nothing to run; name at least one")
+    doubles = [v for i, v in enumerate(values) if v in values[:i]]
+    if doubles:
+        raise BadInput(f"{where}: [matrix] {key} names {json.dumps(doubles[0])} twice")
+    return list(values)
+
+
+def _set(raw: dict[str, Any], setting: str) -> None:
+    """Apply one `--set KIND.ID.KEY=VALUE` (or TABLE.KEY=VALUE) to the parsed TOML."""
+    name, eq, text = setting.partition("=")
+    parts = name.split(".")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    if not eq or len(parts) < 2 or (parts[0] in _PLUGIN_TABLES and len(parts) < 3):
+        raise BadInput(f"--set {setting}: write KIND.ID.KEY=VALUE, such as --set defense.ft.lr=0.02")
+    if parts[0] in _PLUGIN_TABLES:
+        parts = [parts[0], ".".join(parts[1:-1]), parts[-1]]
+    table = raw
+    for p in parts[:-1]:
+        table = table.setdefault(p, {})
+    table[parts[-1]] = value
+
+
+def _pick(kind: str, have: list[Any], want: Sequence[Any], keep: Iterable[Any] = ()) -> list[Any]:
+    """Restrict `have` to `want` (and what is always kept), then add what is new."""
+    if not want:
+        return have
+    return [v for v in have if v in want or v in keep] + [v for v in want if v not in have]
+
+
+def _sweep(registry: Registry, kind: str, plugin: str, raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Parameter sets of a plugin: a list where the parameter is not one is swept."""
+    fields = dict(registry.get(kind, Registry.split_wrapper(plugin)[1]).blueprint.fields)
+    wrapper = Registry.split_wrapper(plugin)[0]
+    if wrapper:
+        fields |= dict(registry.get(kind, wrapper).blueprint.fields)
+    axes: list[list[tuple[str, Any]]] = []
+    for key, value in raw.items():
+        kinds = fields[key].annotation if key in fields else ""
+        many = isinstance(value, list) and not any(t in kinds for t in ("tuple", "list", "Sequence"))
+        if many and not value:
+            raise BadInput(f"[{kind}.{plugin}] {key} = [] sweeps over nothing; give at least one value")
+        axes.append([(key, v) for v in value] if many else [(key, value)])
+    return [resolve(registry, kind, plugin, dict(combo)) for combo in itertools.product(*axes)]
+
+
+def build(name: str, registry: Registry, changes: Changes = Changes()) -> tuple[Suite, str]:  # noqa: B008
+    """Resolve a suite; returns it with its TOML text.
+
+    Raises:
+        BadInput: anything in it, or in `changes`, is unknown, of the wrong type, out of range or empty.
+    """
+    raw, text = read(name)
+    base = json.loads(json.dumps(raw))  # what the file says, before --set, names the rows' defaults
+    for setting in changes.settings:
+        _set(raw, setting)
+    where = f"suite {name}"
+    top = ("schema", "name", "title", "secret", *_TABLES, *_PLUGIN_TABLES)
+    for key in raw:
+        if key not in top:
+            raise BadInput(f"{where}: unknown key `{key}`: {nearest(key, top)}")
+    if raw.get("schema") != SCHEMA:
+        raise BadInput(f"{where}: schema = {raw.get('schema')!r}, but this version reads schema = {SCHEMA}")
+    t: dict[str, dict[str, Any]] = {}
+    for table, keys in _TABLES.items():
+        given = raw.get(table, {})
+        if not isinstance(given, dict):
+            raise BadInput(f"{where}: `{table}` must be a table, [{table}]")
+        for key, value in given.items():
+            if key not in keys:
+                raise BadInput(f"{where}: unknown key `{key}` in [{table}]: {nearest(key, keys)}")
+            _typed(where, table, key, value, keys[key])
+        t[table] = _DEFAULTS.get(table, {}) | given
+    m = t["matrix"]
+    for key in ("datasets", "archs", "attacks", "defenses"):
+        if key not in m:
+            raise BadInput(f"{where}: [matrix] {key} is missing")
+    m["datasets"] = _pick("dataset", m["datasets"], changes.datasets)
+    m["archs"] = _pick("model", m["archs"], changes.archs)
+    m["attacks"] = _pick("attack", m["attacks"], changes.attacks, keep=("none",))
+    m["defenses"] = _pick("defense", m["defenses"], changes.defenses, keep=("none",))
+    m["evaluators"] = _pick("evaluator", m["evaluators"], changes.evaluators)
+    m["rates"] = list(changes.rates) or m["rates"]
+    calibration = m["seeds"][0] if m["seeds"] else 0
+    m["seeds"] = list(changes.seeds) or m["seeds"]
+    for key in ("datasets", "archs", "attacks", "defenses", "evaluators"):
+        _items(where, key, m[key], str)
+    _items(where, "rates", m["rates"], float)
+    _items(where, "seeds", m["seeds"], int)
+    for rate in m["rates"]:
+        if not 0 < rate <= 1:
+            raise BadInput(f"{where}: poison rate {rate} is outside 0 (excluded) to 1; clean models are attack `none`")
+    for seed in m["seeds"]:
+        if seed < 0:
+            raise BadInput(f"{where}: seed {seed} is negative")
+    clean = t["access"]["clean"]
+    if clean <= 0 or (isinstance(clean, float) and clean >= 1):
+        raise BadInput(f"{where}: [access] clean = {clean}: give a share between 0 and 1, or a number of rows")
+    recipe = RECIPES[t["train"].pop("recipe")] | {k: v for k, v in t["train"].items() if k != "curves"}
+    if changes.timeout is not None:
+        t["budget"]["task_seconds"] = changes.timeout
+
+    variants: dict[str, list[Variant]] = {}
+    defaults: dict[str, dict[str, dict[str, Any]]] = {}
+    for kind in ("attack", "defense", "evaluator"):
+        given, said = raw.get(kind, {}), base.get(kind, {})
+        for plugin, params in given.items():
+            if not isinstance(params, dict):
+                raise BadInput(f"{where}: [{kind}.{plugin}] must be a table of parameters")
+            registry.get(kind, Registry.split_wrapper(plugin)[1])
+            defaults.setdefault(kind, {})[plugin] = _sweep(registry, kind, plugin, params)[0]
+        variants[kind] = []
+        for plugin in m[kind + "s"]:
+            normal = _sweep(registry, kind, plugin, said.get(plugin, {}))[0]
+            for params in _sweep(registry, kind, plugin, given.get(plugin, {})):
+                label = plugin if params == normal else f"{plugin}~{digest(params)[:6]}"
+                variants[kind].append(Variant(id=plugin, label=label, params=params))
+    for key, kind in (("datasets", "dataset"), ("archs", "model")):
+        for plugin in m[key]:
+            registry.get(kind, plugin)
+    rows: dict[str, dict[str, int]] = {}
+    for plugin, given in raw.get("dataset", {}).items():
+        registry.get("dataset", plugin)
+        for key, value in given.items():
+            if key not in _DATASET_KEYS:
+                raise BadInput(f"{where}: unknown key `{key}` in [dataset.{plugin}]: {nearest(key, _DATASET_KEYS)}")
+            if _typed(where, f"dataset.{plugin}", key, value, _DATASET_KEYS[key]) < 1:
+                raise BadInput(f"{where}: [dataset.{plugin}] {key} = {value}: at least 1 row")
+        rows[plugin] = dict(given)
+    suite = Suite(
+        name=str(raw.get("name", Path(name).stem)),
+        title=str(raw.get("title", "")),
+        secret=str(raw.get("secret", PUBLIC_SECRET)),
+        datasets=tuple(m["datasets"]),
+        dataset_rows=rows,
+        archs=tuple(m["archs"]),
+        arch_args={k: dict(v) for k, v in raw.get("model", {}).items()},
+        attacks=tuple(variants["attack"]),
+        rates=tuple(float(r) for r in m["rates"]),
+        defenses=tuple(variants["defense"]),
+        evaluators=tuple(variants["evaluator"]),
+        seeds=tuple(m["seeds"]),
+        calibration_seed=calibration,
+        recipe=recipe,
+        curves=t["train"]["curves"],
+        access=t["access"],
+        budget=t["budget"],
+        gate=t["gate"],
+        defaults=defaults,
+    )
+    return suite, text

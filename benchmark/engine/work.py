@@ -1,0 +1,483 @@
+"""Runs one task in a trusted worker: reads its inputs from the store, computes, commits the artifact."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from sleeperbench.contracts.attack import Backdoor, PoisonedSet, Role
+from sleeperbench.contracts.context import Cost, Ctx, Recipe, derive
+from sleeperbench.contracts.evaluator import Findings, Peer
+from sleeperbench.contracts.method import NotApplicable
+from sleeperbench.contracts.models import Model, ModelSpec
+from sleeperbench.data.images import ImageSet
+from sleeperbench.engine import artifacts
+from sleeperbench.engine.cases import EVAL_PARTS, Declared
+from sleeperbench.engine.loading import load_class
+from sleeperbench.engine.store import Store
+from sleeperbench.engine.task import Task
+from sleeperbench.kit.classifier import Classifier, build, load, pack, read_model, traits
+
+DECOY_ROWS = 2000
+DECOY_TRIES = 5
+DECOY_ASR = 0.10
+ASKED_ROWS = 1000
+"""Clean and triggered test images each that an input detector is asked about."""
+Fork = Callable[[Path, Path, float], dict[str, Any]]
+
+
+class Failed(Exception):
+    """A defense's answer is unusable, or its process ended badly; carries the row's status and reason."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """A data set, subset and cut as a task's parameters say."""
+
+    train: ImageSet
+    eligible: torch.Tensor
+    pool: ImageSet
+    probe: ImageSet
+    test: ImageSet
+    source: ImageSet
+
+
+@functools.lru_cache(maxsize=4)
+def _rows(text: str) -> Rows:
+    from sleeperbench.data.cut import cut
+    from sleeperbench.data.load import load as load_data
+    from sleeperbench.data.load import subset
+
+    p = json.loads(text)
+    splits = {}
+    for split in ("train", "test"):
+        data = load_data(p["name"], split)
+        if data.digest != p["digests"][split]:
+            raise Failed("failed", f"raised: data set {p['name']} changed since the run was planned")
+        splits[split] = subset(data, p[split]) if p[split] else data
+    source = splits["train"]
+    c = cut(source.labels, seed=p["cut"]["seed"], clean=p["cut"]["clean"], classes=len(source.classes))
+    held = p["clean_source"] == "heldout"
+    # Source order: which rows are trained on is public, in which order they lie must not tell pool from rest.
+    index = (c.rest if held else torch.cat([c.rest, c.pool])).sort().values
+    eligible = torch.isin(index, c.rest)
+    return Rows(
+        train=source.rows(index),
+        eligible=eligible,
+        pool=source.rows(c.pool),
+        probe=source.rows(c.probe),
+        test=splits["test"],
+        source=source,
+    )
+
+
+class Work:
+    """What a worker keeps between tasks: store, device, opened data sets.
+
+    Args:
+        store: Where inputs come from and artifacts go.
+        device: Device of trainings and evaluations.
+        fork: Runs `child.main` on a folder in a forked process: (folder, log, seconds) -> its usage.
+    """
+
+    def __init__(self, store: Store, device: torch.device, fork: Fork) -> None:
+        self.store, self.device, self.fork = store, device, fork
+        self.progress: Callable[[int, int, str], None] = lambda done, total, what: None
+
+    def run(self, task: Task, values: Mapping[str, str], log: Path) -> dict[str, Any]:
+        """Do the task unless its artifact is there; returns the manifest's `result`.
+
+        Args:
+            task: What to do.
+            values: Plugin id -> entry-point value, for this task's plugin and the attack of its inputs.
+            log: File that the forked child writes to.
+
+        Raises:
+            Failed: with status and reason for the rows.
+            Damaged: an input is damaged and was set aside.
+        """
+        if self.store.has(task.key):
+            return dict(self.store.manifest(task.key)["result"])
+        start, cpu = time.time(), time.process_time()
+        cost = Cost()
+        with self.store.scratch() as out:
+            extra = getattr(self, f"_{task.kind}")(task, values, out, cost, log)
+            result = {
+                "status": "ok",
+                "cost": vars(cost),
+                "seconds": time.time() - start,
+                "cpu_seconds": time.process_time() - cpu + extra.pop("child_cpu", 0.0),
+                "peak_mb": max(extra.pop("child_mb", 0.0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+                "started": start,
+                "device": str(self.device),
+                **extra,
+            }
+            return dict(
+                self.store.commit(task.key, out, task=task.to_json(), env=environment(), result=result)["result"]
+            )
+
+    def rows(self, data: Mapping[str, Any]) -> Rows:
+        """The rows of a task."""
+        return _rows(json.dumps(data, sort_keys=True))
+
+    def model(self, key: str) -> Model:
+        """The classifier of an attack artifact, or of a defense's; a defense that changed nothing has its attack's."""
+        folder = self.store.fetch(key)
+        if (folder / "model.json").exists():
+            return read_model(folder)
+        return self.model(self.store.manifest(key)["task"]["inputs"]["attack"])
+
+    def net(self, key: str) -> Classifier:
+        """The classifier of an artifact, in eval mode on the device."""
+        return load(self.model(key), self.device)
+
+    def backdoor(self, key: str, values: Mapping[str, str]) -> Backdoor:
+        """The live backdoor of an attack artifact."""
+        folder = self.store.fetch(key)
+        if not (folder / "backdoor.json").exists():
+            raise NotApplicable("no_trigger: an imported record has pictures only")
+        return artifacts.read_backdoor(folder, load_class(values[artifacts.read_json(folder / "backdoor.json")["attack"]]))
+
+    # ---- attack ----------------------------------------------------------------------------------------------------
+    def _attack(self, task: Task, values: Mapping[str, str], out: Path, cost: Cost, log: Path) -> dict[str, Any]:
+        from sleeperbench.kit.poison import render
+        from sleeperbench.kit.train import fit
+
+        p = task.params
+        rows = self.rows(p["data"])
+        recipe = Recipe(**p["recipe"])
+        with tempfile.TemporaryDirectory(prefix="attack-") as scratch:
+            ctx = Ctx(
+                seed=task.seed,
+                target=p["target"],
+                recipe=recipe,
+                scratch=Path(scratch),
+                device=self.device,
+                cost=cost,
+                progress=self.progress,
+                clean_models=tuple(self.model(k) for r, k in sorted(task.inputs.items()) if r.startswith("clean")),
+            )
+            cls = load_class(values[task.name])
+            method = cls.from_params(p["method"])
+            b = method.prepare(rows.train, ctx)
+            poisoned = method.poison(rows.train, b, rows.eligible, p["rate"], ctx)
+            self._check_poisoned(poisoned, rows)
+            train_ctx = replace(ctx, seed=derive(task.seed, "train", p["replica"]))
+            hooks = method.hooks(b, train_ctx)
+            net = build(ModelSpec.from_json(p["spec"]), seed=train_ctx.derive("init")).to(self.device)
+            history = fit(net, poisoned.data, recipe, train_ctx, hooks=hooks, keep_epochs=p["curves"])
+            aux = {f"aux.{n}.{k}": v for n, m in (hooks.aux if hooks else {}).items() for k, v in m.state_dict().items()}
+            artifacts.write_backdoor(out, replace(b, tensors={**b.tensors, **aux}), task.name)
+            # Re-read at once: what evaluators will restore is what is rendered here.
+            b = artifacts.read_backdoor(out, cls)
+            artifacts.save_model(pack(net), out)
+            artifacts.write_set(out, poisoned)
+            result: dict[str, Any] = {"rate_actual": poisoned.rate(), "loss": history.losses[-1] if history.losses else None}
+            if b.triggers:
+                for name, data, role in (("bd_test", rows.test, Role.TEST), ("bd_probe", rows.probe, Role.TRAIN)):
+                    r = render(data, b, role, ctx)
+                    if r is None or not len(r):
+                        raise Failed("failed", f"raised: no row of {name} counts for {task.name}'s trigger")
+                    artifacts.write_rendered(out / f"{name}.safetensors", r)
+                result |= self._decoy(method, b, net, rows, ctx, out)
+            if p["curves"]:
+                curve = self._curves(history.models, rows, out, cost)
+                artifacts.write_json(out / "curves.json", curve)
+        return result
+
+    def _check_poisoned(self, p: PoisonedSet, rows: Rows) -> None:
+        """A poisoned row must have been eligible, and nothing else may differ from the source."""
+        known = torch.isin(p.data.ids, rows.train.ids[rows.eligible])
+        if bool((~known & (p.mark != 0)).any()):
+            raise Failed("failed", "raised: the attack poisoned rows that it may not touch")
+
+    def _decoy(
+        self, method: Any, b: Backdoor, net: Classifier, rows: Rows, ctx: Ctx, out: Path
+    ) -> dict[str, Any]:
+        """A placebo trigger that the attacked model does not answer to, rendered like the true one."""
+        from sleeperbench.data.load import subset
+        from sleeperbench.kit.poison import render
+        from sleeperbench.kit.predict import predict
+
+        test = subset(rows.test, min(DECOY_ROWS, len(rows.test)))
+        for i in range(DECOY_TRIES):
+            other = replace(ctx, seed=ctx.derive("decoy", i))
+            decoy = method.decoy(rows.train, b, other)
+            r = render(test, decoy, Role.TEST, other)
+            probe = render(rows.probe, decoy, Role.TRAIN, other)
+            if r is None or probe is None:
+                break
+            hits = predict(net, r.data.images, ctx=ctx).argmax(1).cpu() == r.targets
+            asr = float(hits.double().mean())
+            if asr <= DECOY_ASR:
+                artifacts.write_rendered(out / "decoy_test.safetensors", r)
+                artifacts.write_rendered(out / "decoy_probe.safetensors", probe)
+                return {"decoy_asr": asr}
+        return {"decoy_asr": None}
+
+    def _curves(self, epochs: Sequence[Model], rows: Rows, out: Path, cost: Cost) -> dict[str, list[float]]:
+        """C-Acc and ASR of the model after each epoch, evaluated once training is over."""
+        from sleeperbench.kit.predict import predict
+
+        bd = artifacts.read_rendered(out / "bd_test.safetensors", rows.test)
+        curve: dict[str, list[float]] = {"epoch": [], "c_acc": []} | ({"asr": []} if bd else {})
+        for i, model in enumerate(epochs):
+            net = load(model, self.device)
+            curve["epoch"].append(i + 1)
+            right = predict(net, rows.test.images).argmax(1).cpu() == rows.test.labels
+            curve["c_acc"].append(float(right.double().mean()))
+            if bd:
+                hit = predict(net, bd.data.images).argmax(1).cpu() == bd.targets
+                curve["asr"].append(float(hit.double().mean()))
+        return curve
+
+    # ---- defense ---------------------------------------------------------------------------------------------------
+    def _defense(self, task: Task, values: Mapping[str, str], out: Path, cost: Cost, log: Path) -> dict[str, Any]:
+        p, access = task.params, task.params["access"]
+        spec = ModelSpec.from_json(p["spec"])
+        missing = sorted(set(values.get("requires", "").split()) - traits(spec))
+        if missing:
+            raise Failed("not_applicable", f"needs_{missing[0]}")
+        # The system's temporary folder, not the store's: the path of a case must lead nowhere.
+        folder = Path(tempfile.mkdtemp(prefix="case-"))
+        try:
+            about = self._stage(task, values, folder)
+            artifacts.write_json(folder / "in" / "case.json", about | {"what": "run"})
+            answer, usage = self._child(folder, log, task.timeout)
+            outcome = self._checked(artifacts.read_outcome(folder / "out"), spec, access, folder)
+            artifacts.write_outcome(out, outcome)
+            for name, n in answer["cost"].items():
+                setattr(cost, name, int(n))
+            return {"child_cpu": usage["cpu_seconds"], "child_mb": usage["peak_mb"]}
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _child(self, folder: Path, log: Path, seconds: float) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Fork for a staged folder; returns the child's answer and what it used.
+
+        Raises:
+            Failed: it timed out, died, declined or raised.
+        """
+        usage = self.fork(folder, log, seconds)
+        done = folder / "done.json"
+        if usage["timeout"]:
+            raise Failed("timeout", f"budget: no answer after {seconds:g} s")
+        if not done.exists():
+            how = f"signal {usage['signal']}" if usage["signal"] else f"exit code {usage['code']}"
+            raise Failed("failed", f"raised: the process ended with {how}; see its log")
+        answer = json.loads(done.read_text())
+        if answer["status"] != "ok":
+            raise Failed(answer["status"], answer["reason"])
+        return answer, usage
+
+    def _stage(self, task: Task, values: Mapping[str, str], folder: Path) -> dict[str, Any]:
+        """Lay out exactly what the defense declared, and nothing else; returns what becomes case.json."""
+        from sleeperbench.data.cut import split_tune_val
+
+        p, access = task.params, task.params["access"]
+        for name in ("in", "out", "scratch"):
+            (folder / name).mkdir()
+        box = folder / "in"
+        rows = self.rows(p["data"])
+        about = {
+            "plugin": task.name,
+            "value": values[task.name],
+            "method": p["method"],
+            "access": access,
+            "spec": self.model(task.inputs["attack"]).spec.to_json(),
+            "recipe": p["recipe"],
+            "seed": task.seed,
+            "device": str(self.device),
+        }
+        if access["model"] == "weights":
+            artifacts.save_model(self.model(task.inputs["attack"]), box / "model")
+        if access["clean"]:
+            own = access["clean"]
+            n = round(own * len(rows.source)) if isinstance(own, float) else own
+            clean = rows.pool.rows(torch.arange(min(n, len(rows.pool))))
+            clean = replace(clean, ids=torch.arange(len(clean)), digest="")
+            artifacts.write_images(box / "clean.safetensors", clean)
+            tune, val = split_tune_val(clean.labels, seed=p["data"]["cut"]["seed"])
+            artifacts.write_tensors(box / "split.safetensors", {"tune": tune, "val": val})
+        if access["train"]:
+            poisoned = artifacts.read_set(self.store.fetch(task.inputs["attack"]), rows.train)
+            # One order per attack, so that a wrapper's rows are those its inner defense marked.
+            view = poisoned.view(derive(int(task.inputs["attack"][:15], 16), "view"))
+            artifacts.write_images(box / "train.safetensors", replace(view, digest=""))
+        for i in range(access["references"]):
+            artifacts.save_model(self.model(task.inputs[f"reference{i}"]), box / f"reference{i}")
+        if access["oracle"]:
+            source = self.store.fetch(task.inputs["oracle"])
+            (box / "oracle").mkdir()
+            for name in ("backdoor.safetensors", "backdoor.json"):
+                shutil.copyfile(source / name, box / "oracle" / name)
+            about["oracle"] = values[artifacts.read_json(source / "backdoor.json")["attack"]]
+        if access["inner"]:
+            artifacts.write_outcome(_made(box / "inner"), artifacts.read_outcome(self.store.fetch(task.inputs["inner"])))
+        return about
+
+    # ---- answer ----------------------------------------------------------------------------------------------------
+    def _answer(self, task: Task, values: Mapping[str, str], out: Path, cost: Cost, log: Path) -> dict[str, Any]:
+        """A defense's second phase: scores for a shuffled, unlabelled mix of clean and triggered test images."""
+        rows = self.rows(task.params["data"])
+        bd = artifacts.read_rendered(self.store.fetch(task.inputs["attack"]) / "bd_test.safetensors", rows.test)
+        if bd is None:
+            raise Failed("not_applicable", "no_trigger")
+        n = min(ASKED_ROWS, len(bd), len(rows.test))
+        gen = torch.Generator().manual_seed(derive(task.seed, "asked"))
+        clean = rows.test.images[torch.randperm(len(rows.test), generator=gen)[:n]]
+        images = torch.cat([clean, bd.data.images[torch.randperm(len(bd), generator=gen)[:n]]])
+        triggered = torch.arange(2 * n) >= n
+        order = torch.randperm(2 * n, generator=gen)
+        folder = Path(tempfile.mkdtemp(prefix="case-"))
+        try:
+            about = self._stage(task, values, folder)
+            artifacts.write_outcome(
+                _made(folder / "in" / "own"), artifacts.read_outcome(self.store.fetch(task.inputs["defense"]))
+            )
+            artifacts.save_model(self.model(task.inputs["defense"]), folder / "in" / "judged")
+            artifacts.write_tensors(folder / "in" / "asked.safetensors", {"images": images[order]})
+            artifacts.write_json(folder / "in" / "case.json", about | {"what": "score"})
+            _, usage = self._child(folder, log, task.timeout)
+            scores = artifacts.read_tensors(folder / "out" / "scores.safetensors")["scores"]
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if scores.shape != (2 * n,):
+            raise Failed("failed", f"wrong_shape: scores are {tuple(scores.shape)} for {2 * n} images")
+        if not bool(scores.isfinite().all()):
+            raise Failed("failed", "nan: a score is not finite")
+        artifacts.write_tensors(out / "scores.safetensors", {"scores": scores.double(), "triggered": triggered[order]})
+        return {"child_cpu": usage["cpu_seconds"], "child_mb": usage["peak_mb"]}
+
+    def _checked(self, o: Any, spec: ModelSpec, access: Mapping[str, Any], folder: Path) -> Any:
+        """The outcome, after checks that its tensors have the right shapes and are finite."""
+        if o.model is not None:
+            if (o.model.spec.classes, o.model.spec.shape) != (spec.classes, spec.shape):
+                raise Failed("failed", f"wrong_shape: model for {o.model.spec.classes} classes {o.model.spec.shape}")
+            bad = [k for k, v in o.model.state.items() if v.is_floating_point() and not bool(v.isfinite().all())]
+            if bad:
+                raise Failed("failed", f"nan: the repaired model's {bad[0]} is not finite")
+            try:
+                load(o.model)
+            except Exception as e:
+                raise Failed("failed", f"wrong_shape: the repaired model cannot be rebuilt: {e}") from e
+        for name in ("keep", "relabel", "suspicion"):
+            value = getattr(o, name)
+            if value is None:
+                continue
+            n = len(artifacts.read_images(folder / "in" / "train.safetensors")) if access["train"] else 0
+            if value.shape != (n,):
+                raise Failed("failed", f"wrong_shape: {name} is {tuple(value.shape)}, the training set has {n} rows")
+        return o
+
+    # ---- evaluate --------------------------------------------------------------------------------------------------
+    def _evaluate(self, task: Task, values: Mapping[str, str], out: Path, cost: Cost, log: Path) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(prefix="evaluate-") as scratch:
+            case = self.eval_case(task, values, Path(scratch), cost)
+            method = load_class(values[task.name]).from_params(task.params["method"])
+            try:
+                findings = method.measure(case)
+            except NotApplicable as e:
+                raise Failed("not_applicable", str(e)) from e
+            known = {m.name for m in method.METRICS}
+            for row in findings.rows:
+                if row.metric not in known:
+                    raise Failed("failed", f"raised: {task.name} wrote metric {row.metric!r}, which METRICS does not name")
+            artifacts.write_findings(out, findings)
+        return {}
+
+    def eval_case(self, task: Task, values: Mapping[str, str], scratch: Path, cost: Cost) -> Any:
+        """What the evaluator declared, opened when asked for."""
+        p, inputs, needs = task.params, task.inputs, task.params["needs"]
+        rows = self.rows(p["data"])
+        attack = self.store.fetch(inputs["attack"])
+        outcome = functools.cache(lambda: artifacts.read_outcome(self.store.fetch(inputs["defense"])))
+        recipe = Recipe(**p["recipe"])
+
+        def part(prefix: str) -> dict[str, str]:
+            return {r[len(prefix) :]: k for r, k in sorted(inputs.items()) if r.startswith(prefix)}
+
+        def findings(prefix: str) -> dict[str, Findings]:
+            return {n: artifacts.read_findings(self.store.fetch(k)) for n, k in part(prefix).items()}
+
+        def peers(prefix: str) -> tuple[Peer, ...]:
+            return tuple(
+                Peer(name=n, net=self.net(k), outcome=artifacts.read_outcome(self.store.fetch(k)))
+                for n, k in part(prefix).items()
+            )
+
+        parts: dict[str, Callable[[], Any]] = {
+            "spec": lambda: self.model(inputs["attack"]).spec,
+            "test": lambda: rows.test,
+            "probe": lambda: rows.probe,
+            "recipe": lambda: recipe,
+            "is_defended": lambda: p["defended"],
+            "ctx": lambda: Ctx(
+                seed=task.seed, recipe=recipe, scratch=scratch, device=self.device, cost=cost, progress=self.progress
+            ),
+            "controls": lambda: findings("control."),
+            "evaluators": lambda: findings("evaluator."),
+        }
+        if "model" in needs["outcome"]:
+            if outcome().opaque:
+                raise Failed("not_applicable", "opaque_model")
+            parts["net"] = lambda: self.net(inputs["defense"])
+        if needs["outcome"]:
+            parts["outcome"] = outcome
+        if needs["undefended"]:
+            parts["attacked"] = lambda: self.net(inputs["attack"])
+        if needs["clean_models"]:
+            parts["clean_models"] = lambda: tuple(self.net(k) for k in part("clean").values())
+        if needs["defended_clean"]:
+            parts["defended_clean"] = lambda: self.net(inputs["defended_clean"])
+        if "answer" in inputs:
+            parts["answers"] = lambda: artifacts.read_tensors(self.store.fetch(inputs["answer"]) / "scores.safetensors")["scores"]
+            parts["asked"] = lambda: artifacts.read_tensors(self.store.fetch(inputs["answer"]) / "scores.safetensors")["triggered"]
+        if part("peer."):
+            parts["peers"] = lambda: peers("peer.")
+        if part("surrogate."):
+            parts["surrogates"] = lambda: tuple(
+                Peer(name=n, net=self.net(k), outcome=artifacts.Outcome()) for n, k in part("surrogate.").items()
+            )
+        if needs["trigger"] != "none":
+            for name, data in (("bd_test", rows.test), ("bd_probe", rows.probe)):
+                parts[name] = functools.partial(artifacts.read_rendered, attack / f"{name}.safetensors", data)
+                decoy = name.replace("bd", "decoy")
+                parts[decoy] = functools.partial(artifacts.read_rendered, attack / f"{decoy}.safetensors", data)
+        if needs["trigger"] == "live":
+            parts["oracle"] = lambda: self.backdoor(inputs["attack"], values)
+        return Declared(f"NEEDS of {task.name}", parts, EVAL_PARTS)
+
+
+def _made(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
+@functools.cache
+def environment() -> dict[str, str]:
+    """Versions that stand beside every artifact."""
+    from importlib.metadata import version
+
+    names = ("sleeperbench", "torch", "numpy", "timm", "safetensors")
+    return {n: version(n) for n in names} | {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cores": str(os.cpu_count()),
+    }

@@ -1,0 +1,131 @@
+"""Putting triggers on images: which rows, which labels, and always rounded to 8 bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sleeperbench.contracts.attack import Backdoor, Mark, PoisonedSet, Role, TargetMap, Trigger
+from sleeperbench.contracts.context import Ctx
+from sleeperbench.contracts.evaluator import Rendered
+from sleeperbench.data.images import ImageSet
+from sleeperbench.kit.pixels import to_float, to_uint8
+
+_BATCH = 1000
+
+
+def target_map(kind: str, target: int, classes: int) -> TargetMap:
+    """The map named `all_to_one` (every class to `target`) or `all_to_all` (y to (y + 1) mod `classes`).
+
+    Raises:
+        ValueError: unknown name, fewer than two classes, or `target` is no class.
+    """
+    if classes < 2:
+        raise ValueError(f"a backdoor needs at least two classes, not {classes}")
+    if kind == "all_to_all":
+        return TargetMap.all_to_all(classes)
+    if kind != "all_to_one":
+        raise ValueError(f"targets is {kind!r}; it may be 'all_to_one' or 'all_to_all'")
+    if not 0 <= target < classes:
+        raise ValueError(f"target class {target} is not among the classes 0..{classes - 1}")
+    return TargetMap.all_to_one(target)
+
+
+def stamp(data: ImageSet, trigger: Trigger, role: Role, ctx: Ctx) -> ImageSet:
+    """`data` with `trigger` on every row, rounded to 8 bit; labels are untouched.
+
+    It runs where `data.images` lie: on the CPU the pixels are equal whatever the device of the task.
+    """
+    gen = ctx.generator("trigger", trigger.name, role, device=data.images.device)
+    parts = []
+    for start in range(0, len(data), _BATCH):
+        part = slice(start, start + _BATCH)
+        x = to_float(data.images[part])
+        parts.append(to_uint8(trigger.apply(x, data.labels[part], data.ids[part], role, gen)))
+    return replace(data, images=torch.cat(parts)) if parts else data
+
+
+def poison(
+    train: ImageSet, backdoor: Backdoor, eligible: Tensor, rate: float, ctx: Ctx, *, include_target: bool
+) -> PoisonedSet:
+    """Dirty-label poisoning that replaces rows in place.
+
+    Draws round(rate * len(train)) rows uniformly among the eligible, or all of these if they are fewer, puts the
+    training trigger on them and gives them the wanted label. Several triggers share the rows evenly. The rate is a
+    share of all rows; `PoisonedSet.rate` says which one was possible. Rows keep their slots and ids.
+
+    Args:
+        train: Clean rows.
+        backdoor: Triggers with their target maps.
+        eligible: bool (N,), rows that may be poisoned.
+        rate: Share of all rows, 0..1; 0 leaves the set clean.
+        ctx: Rows come from `ctx.generator("rows")`.
+        include_target: Whether rows that already have the wanted label may be drawn: they get the trigger and keep
+            their label.
+
+    Raises:
+        ValueError: `rate` is outside 0..1, rounds to no row although it is positive, or no row may be poisoned.
+    """
+    n = len(train)
+    if not 0 <= rate <= 1:
+        raise ValueError(f"poison rate {rate} is outside 0..1")
+    if rate == 0 or not backdoor.triggers:
+        return PoisonedSet.clean(train)
+    wanted_rows = round(rate * n)
+    if wanted_rows == 0:
+        raise ValueError(f"poison rate {rate} of {n} rows is no row at all; one row is a rate of {1 / n:.2g}")
+
+    order = torch.randperm(n, generator=ctx.generator("rows"))
+    free = eligible.cpu().clone()
+    images, labels = train.images.clone(), train.labels.clone()
+    clean = PoisonedSet.clean(train)
+    for i, trigger in enumerate(backdoor.triggers):
+        # Shares differ by one row at most and add up to the whole.
+        share = wanted_rows * (i + 1) // len(backdoor.triggers) - wanted_rows * i // len(backdoor.triggers)
+        wanted = trigger.targets.target(train.labels)
+        allowed = free if include_target else free & (wanted != train.labels).cpu()
+        chosen = order[allowed[order]][:share]
+        free[chosen] = False
+        images[chosen] = stamp(train.rows(chosen), trigger, Role.TRAIN, ctx).images
+        labels[chosen] = wanted[chosen]
+        clean.mark[chosen] = Mark.DIRTY
+        clean.trigger_id[chosen] = i
+    if not bool((clean.mark == Mark.DIRTY).any()):
+        raise ValueError(f"poison rate {rate}: no row may be poisoned ({int(eligible.sum())} of {n} are eligible)")
+    return replace(clean, data=replace(train, images=images, labels=labels))
+
+
+def render(data: ImageSet, backdoor: Backdoor, role: Role, ctx: Ctx) -> Rendered | None:
+    """The rows of `data` that count, triggered and rounded to 8 bit; all triggers one after the other.
+
+    `Role.TEST` gives what success is measured on, `Role.TRAIN` what an attacker would insert into training data.
+
+    Returns:
+        None for a backdoor without triggers.
+
+    Raises:
+        ValueError: no row counts for one of the triggers.
+    """
+    if not backdoor.triggers:
+        return None
+    clean, triggered, wanted, which = [], [], [], []
+    for i, trigger in enumerate(backdoor.triggers):
+        rows = data.rows(trigger.targets.counts(data.labels, data.ids))
+        if not len(rows):
+            raise ValueError(f"no row of {data.name}/{data.split} counts for trigger {i} ({trigger.name})")
+        clean.append(rows)
+        triggered.append(stamp(rows, trigger, role, ctx))
+        wanted.append(trigger.targets.target(rows.labels))
+        which.append(torch.full((len(rows),), i))
+    return Rendered(data=_join(triggered), clean=_join(clean), targets=torch.cat(wanted), trigger_id=torch.cat(which))
+
+
+def _join(parts: list[ImageSet]) -> ImageSet:
+    return replace(
+        parts[0],
+        images=torch.cat([p.images for p in parts]),
+        labels=torch.cat([p.labels for p in parts]),
+        ids=torch.cat([p.ids for p in parts]),
+    )

@@ -1,0 +1,144 @@
+"""The result tables: every column with its type, unit and meaning. The one place that says so; imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SCHEMA_VERSION = "1"
+Type = Literal["str", "f64", "i64", "bool", "timestamp"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table. `volatile` columns may differ between two runs of the same suite."""
+
+    name: str
+    type: Type
+    doc: str
+    unit: str = ""
+    volatile: bool = False
+
+
+STATUSES = ("ok", "not_applicable", "failed", "timeout", "out_of_memory", "not_run")
+FLAGS = ("weak", "collapsed", "snapshot", "reduced", "stale", "nondeterministic")
+
+_IDENTITY = (
+    Column("suite", "str", "Suite that asked for the figure"),
+    Column("protocol", "str", "Version of the measuring protocol"),
+    Column("dataset", "str", "Data set"),
+    Column("data_digest", "str", "sha256 of the rows that were used; ends in `!` when they differ from the release"),
+    Column("arch", "str", "Architecture"),
+    Column("attack", "str", "Attack, with `~` and a digest when its parameters are not the suite's first"),
+    Column("attack_params", "str", "Parameters of the attack, canonical JSON"),
+    Column("rate", "f64", "Poison rate asked for: share of the rows trained on", "fraction"),
+    Column("rate_actual", "f64", "Poison rate that was possible", "fraction"),
+    Column("defense", "str", "Defense, with `~` and a digest when its parameters are not the suite's first"),
+    Column("defense_params", "str", "Parameters of the defense, canonical JSON"),
+    Column("clean_source", "str", "Where the defender's clean rows come from: heldout or training"),
+    Column("access", "str", "Access class of the defense: T0 T1 T2 T3 T4 Q none"),
+    Column("seed", "i64", "Seed of the row"),
+    Column("cell", "str", "dataset/arch/attack@rate/defense/s<seed>"),
+)
+
+MEASUREMENTS = (
+    *_IDENTITY,
+    Column("scope", "str", "What the figure belongs to: attack, cell or zoo"),
+    Column("stage", "str", "Model that was measured: attacked, defended or reactivated"),
+    Column("evaluator", "str", "Evaluator that measured it"),
+    Column("metric", "str", "Metric"),
+    Column("qualifier", "str", "`k=v` pairs joined by `;` that tell variants of a metric apart"),
+    Column("value", "f64", "The figure; null unless status is ok"),
+    Column("count", "i64", "For shares: successes"),
+    Column("total", "i64", "For shares: trials"),
+    Column("lower", "f64", "Lower end of the 95 % Wilson interval over this model's test images"),
+    Column("upper", "f64", "Upper end of the 95 % Wilson interval over this model's test images"),
+    Column("status", "str", "One of: " + " ".join(STATUSES)),
+    Column("reason", "str", "Why there is no figure: snake_case word, then optional `: detail`"),
+    Column("flag", "str", "`;`-joined, of: " + " ".join(FLAGS)),
+    Column("seconds", "f64", "Wall time of the task", "s", volatile=True),
+    Column("cpu_seconds", "f64", "Processor time of the task", "s", volatile=True),
+    Column("peak_mb", "f64", "Largest resident memory of the task's process", "MB", volatile=True),
+    Column("forwards", "i64", "Images through a forward pass", "images"),
+    Column("backwards", "i64", "Images through a backward pass", "images"),
+    Column("queries", "i64", "Images sent to a query-only model", "images"),
+    Column("device", "str", "Device that computed it", volatile=True),
+    Column("threads", "i64", "Threads per task"),
+    Column("precision", "str", "Precision of training"),
+    Column("method_version", "i64", "Version of the evaluator"),
+    Column("dist", "str", "Distribution that the evaluator comes from"),
+    Column("dist_version", "str", "Version of that distribution"),
+    Column("env", "str", "Versions of the libraries, JSON", volatile=True),
+    Column("attack_key", "str", "Key of the attack's artifact"),
+    Column("defense_key", "str", "Key of the defense's artifact"),
+    Column("task_key", "str", "Key of the task that measured it"),
+    Column("started", "timestamp", "When the task started, UTC", volatile=True),
+)
+
+_HEADLINES = {
+    "c_acc": "Accuracy on clean test images",
+    "asr": "Attack success rate: triggered test images of other classes that get the attacker's label",
+    "r_acc": "Robust accuracy: triggered test images that get their true label",
+    "c_acc_attacked": "c_acc of the undefended model",
+    "asr_attacked": "asr of the undefended model",
+    "o_asr": "Original ASR: asr of this cell's model before any re-activation",
+    "p_asr": "Post-purification ASR: the worse of p_asr_ra and p_asr_qra",
+    "p_asr_net": "p_asr minus the largest of its four controls, floored at 0",
+    "p_asr_ra": "ASR after the retuning attack, mean over draws",
+    "p_asr_qra": "ASR under the query-based reactivation attack",
+    "c_acc_ra": "c_acc after the retuning attack, mean over draws",
+    "p_asr_set": "str",
+    "asr_wba": "ASR under the white-box re-activation attack",
+    "asr_bba": "ASR under the black-box re-activation attack",
+    "asr_tba": "ASR under the transfer re-activation attack",
+    "bec": "Backdoor existence coefficient",
+    "reasr": "Attack success of the recovered trigger",
+    "reasr_clean": "The same recovered trigger on clean models",
+    "apd": "Average pixel difference between recovered and true trigger",
+    "apd_rel": "apd relative to an empty answer",
+    "excl": "Backdoor exclusivity",
+    "der": "Defense effectiveness rating",
+    "p_der": "Defense effectiveness rating with the larger of o_asr and net p_asr in place of asr",
+    "det_score": "Score of the model-level verdict",
+}
+
+CELLS = (
+    *_IDENTITY,
+    *(
+        Column(n, "str", "Which probes p_asr is the worse of")
+        if n == "p_asr_set"
+        else Column(n, "f64", d, "" if n in ("bec", "apd", "apd_rel", "det_score", "excl") else "fraction")
+        for n, d in _HEADLINES.items()
+    ),
+    Column("verdict", "bool", "Flagged as backdoored"),
+    Column("status", "str", "One of: " + " ".join(STATUSES)),
+    Column("reason", "str", "Why the cell has no figures"),
+    Column("flag", "str", "`;`-joined, of: " + " ".join(FLAGS)),
+    Column("reasons", "str", "JSON: metric -> reason of each null"),
+    Column("seconds", "f64", "Wall time of all tasks of the cell alone", "s", volatile=True),
+    Column("method_version", "i64", "Version of the defense"),
+    Column("attack_key", "str", "Key of the attack's artifact"),
+    Column("defense_key", "str", "Key of the defense's artifact"),
+)
+
+HEADLINE_METRICS = tuple(n for n in _HEADLINES if n != "p_asr_set")
+KEY = ("task_key", "evaluator", "metric", "qualifier")
+VOLATILE = frozenset(c.name for c in (*MEASUREMENTS, *CELLS) if c.volatile)
+
+
+def arrow(columns: tuple[Column, ...]) -> pa.Schema:
+    """The pyarrow schema of a table, with `doc` and `unit` per column and the schema version."""
+    import pyarrow as pa
+
+    types = {
+        "str": pa.string(),
+        "f64": pa.float64(),
+        "i64": pa.int64(),
+        "bool": pa.bool_(),
+        "timestamp": pa.timestamp("us", tz="UTC"),
+    }
+    fields = [pa.field(c.name, types[c.type], metadata={"doc": c.doc, "unit": c.unit}) for c in columns]
+    return pa.schema(fields, metadata={"sleeperbench.schema": SCHEMA_VERSION})

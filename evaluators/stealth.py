@@ -1,0 +1,134 @@
+"""How visible a trigger is: PSNR, SSIM and the largest change of a pixel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sleeperbench import EvalCase, Evaluator, Findings, Measurement, Metric, Needs
+
+_ROWS = 500
+_GALLERY = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stealth(Evaluator):
+    """Triggered test images against the same images without trigger, both as 8-bit pictures.
+
+    Each figure is a mean over up to 500 rows spread evenly over the triggered test images. Rows that the trigger
+    leaves unchanged have no finite PSNR and are left out of its mean.
+    """
+
+    INFO = {
+        "title": "Stealth",
+        "paper": "https://doi.org/10.1109/TIP.2003.819861",
+        "bibtex": "@article{wang2004image, title={Image Quality Assessment: From Error Visibility to Structural "
+        "Similarity}, author={Wang, Zhou and Bovik, Alan C. and Sheikh, Hamid R. and Simoncelli, Eero P.}, "
+        "journal={IEEE Transactions on Image Processing}, volume={13}, number={4}, pages={600--612}, year={2004}}",
+        "kind": "stealth",
+        "version": 1,
+        "api": 1,
+        "micro": {},
+    }
+    NEEDS = Needs(scope="attack", outcome=())
+    METRICS = (
+        Metric(
+            name="psnr",
+            unit="dB",
+            low=0.0,
+            high=100.0,
+            better="none",
+            doc="Peak signal-to-noise ratio of triggered against clean images",
+        ),
+        Metric(
+            name="ssim",
+            unit="",
+            low=-1.0,
+            high=1.0,
+            better="none",
+            doc="Structural similarity of triggered and clean images",
+        ),
+        Metric(
+            name="linf",
+            unit="fraction",
+            low=0.0,
+            high=1.0,
+            better="none",
+            doc="Largest change of a pixel, in units of the full range",
+        ),
+    )
+
+    def measure(self, case: EvalCase) -> Findings:
+        """The three figures and a picture `gallery`: clean, triggered, and their difference, one row per image."""
+        if case.bd_test is None:
+            return Findings(
+                rows=tuple(Measurement(metric=m.name, value=None, reason="no_trigger") for m in self.METRICS)
+            )
+        some = _spread(len(case.bd_test), _ROWS)
+        clean, triggered = case.bd_test.clean.images[some].cpu(), case.bd_test.data.images[some].cpu()
+        decibel = psnr(clean, triggered)
+        finite = decibel[decibel.isfinite()]
+        rows = (
+            Measurement(metric="psnr", value=float(finite.mean()))
+            if len(finite)
+            else Measurement(metric="psnr", value=None, reason="unchanged"),
+            Measurement(metric="ssim", value=float(ssim(clean, triggered).mean())),
+            Measurement(metric="linf", value=float(_difference(clean, triggered).abs().amax((1, 2, 3)).mean() / 255)),
+        )
+        shown = _spread(len(some), _GALLERY)
+        picture, factor = gallery(clean[shown], triggered[shown])
+        return Findings(rows=rows, pictures={"gallery": picture}, curves={"gallery": {"residual_factor": factor}})
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """10 log10(255^2 / MSE) in dB per image of two uint8 (N, C, H, W); infinite where they are equal."""
+    return 10 * torch.log10(255**2 / _difference(a, b).square().mean((1, 2, 3)))
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Mean SSIM per image of two uint8 (N, C, H, W), each channel by itself (Wang et al. 2004).
+
+    Gaussian window of 11x11 with deviation 1.5, no padding, K1 = 0.01, K2 = 0.03, range 255. Images smaller than
+    11 pixels take the largest odd window that fits.
+    """
+    side = min(11, a.shape[2], a.shape[3])
+    side -= 1 - side % 2
+    ramp = torch.arange(side, dtype=torch.float64) - side // 2
+    line = torch.exp(-(ramp**2) / (2 * 1.5**2))
+    window = torch.outer(line, line)[None, None] / line.sum() ** 2
+
+    def local_mean(x: Tensor) -> Tensor:
+        return functional.conv2d(x.flatten(0, 1)[:, None], window)
+
+    x, y = a.double(), b.double()
+    mx, my = local_mean(x), local_mean(y)
+    var_x, var_y = local_mean(x * x) - mx * mx, local_mean(y * y) - my * my
+    cov = local_mean(x * y) - mx * my
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    value = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (var_x + var_y + c2))
+    return value.reshape(len(a), -1).mean(1)
+
+
+def gallery(clean: Tensor, triggered: Tensor) -> tuple[Tensor, int]:
+    """Contact sheet uint8 (C, H', W'): per row clean, triggered, difference around mid-grey; white lines between.
+
+    The difference is multiplied by the largest whole number that keeps it in range; that number is returned too.
+    """
+    residual = _difference(clean, triggered)
+    factor = max(1, int(127 // max(1.0, float(residual.abs().max()))))
+    shown = (128 + factor * residual).clamp(0, 255).to(torch.uint8)
+    sheet = torch.stack([clean, triggered, shown], 1)
+    sheet = functional.pad(sheet, (1, 1, 1, 1), value=255)
+    n, columns, channels, height, width = sheet.shape
+    return sheet.permute(2, 0, 3, 1, 4).reshape(channels, n * height, columns * width), factor
+
+
+def _difference(clean: Tensor, triggered: Tensor) -> Tensor:
+    return triggered.double() - clean.double()
+
+
+def _spread(n: int, at_most: int) -> Tensor:
+    return torch.linspace(0, n - 1, min(n, at_most)).round().long()

@@ -1,0 +1,183 @@
+"""Where marks, lines and labels of a picture go; templates draw them as SVG with classes and no style."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sleeperbench.leaderboard import words
+
+WIDTH, HEIGHT = 640, 440
+LEFT, RIGHT, TOP, BOTTOM = 62, 130, 16, 52
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis: its range, name and ticks."""
+
+    name: str
+    low: float
+    high: float
+    share: bool
+    ticks: tuple[tuple[float, str], ...]
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a mark stands for; the intervals are (low, high), equal when there is none."""
+
+    name: str
+    href: str
+    kind: str
+    x: float
+    y: float
+    x_span: tuple[float, float]
+    y_span: tuple[float, float]
+    title: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A mark in picture coordinates with its label."""
+
+    point: Point
+    x: float
+    y: float
+    x0: float
+    x1: float
+    y0: float
+    y1: float
+    label_x: float
+    label_y: float
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """A picture of marks."""
+
+    x_axis: Axis
+    y_axis: Axis
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+    marks: tuple[Mark, ...]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A series as `points` of a polyline, with its band as a polygon (empty without one) and a mark per value."""
+
+    label: str
+    points: str
+    band: str
+    dots: tuple[tuple[float, float], ...]
+    values: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A picture of curves."""
+
+    x_name: str
+    y_name: str
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve; `low` and `high` are empty or as long as `x`."""
+
+    label: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+def axis(name: str, values: Sequence[float], *, share: bool, full: bool = False) -> Axis:
+    """An axis that holds all values with round ticks; `full` makes it span at least 0 to 1."""
+    low, high = min(values), max(values)
+    if full:
+        low, high = min(low, 0.0), max(high, 1.0)
+    if high - low < 1e-9 * max(1.0, abs(high)):
+        pad = max(0.5, 1e-3 * abs(high))
+        low, high = low - pad, high + pad
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = power * next(f for f in (1, 2, 5, 10) if f * power >= rough * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    ticks = []
+    for i in range(first, last + 1):
+        value = round(i * step, 12)
+        ticks.append((value, f"{100 * value:g} %" if share else f"{value:g}"))
+    return Axis(name, round(first * step, 12), round(last * step, 12), share, tuple(ticks))
+
+
+def _x(a: Axis, value: float) -> float:
+    return round(LEFT + (WIDTH - LEFT - RIGHT) * (value - a.low) / (a.high - a.low), 1)
+
+
+def _y(a: Axis, value: float) -> float:
+    return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - a.low) / (a.high - a.low), 1)
+
+
+def _spread(wanted: Sequence[tuple[float, float]]) -> list[float]:
+    """Heights of labels: as near to where they are wanted as 13 units between neighbours in reach allow."""
+    placed: list[tuple[float, float]] = []
+    heights = [0.0] * len(wanted)
+    for i in sorted(range(len(wanted)), key=lambda i: (-wanted[i][1], wanted[i][0], i)):
+        x, y = wanted[i]
+        while any(abs(x - px) < 120 and abs(y - py) < 13 for px, py in placed):
+            y -= 1
+        placed.append((x, y))
+        heights[i] = round(y, 1)
+    return heights
+
+
+def scatter(points: Sequence[Point], x_name: str, y_name: str, *, y_share: bool) -> Scatter | None:
+    """Marks with whiskers on two axes that hold them all; None without points."""
+    if not points:
+        return None
+    xa = axis(x_name, [v for p in points for v in (p.x, *p.x_span)], share=True, full=True)
+    ya = axis(y_name, [v for p in points for v in (p.y, *p.y_span)], share=y_share, full=True)
+    at = [(_x(xa, p.x), _y(ya, p.y)) for p in points]
+    heights = _spread([(x + 10, y + 4) for x, y in at])
+    marks = tuple(
+        Mark(p, x, y, _x(xa, p.x_span[0]), _x(xa, p.x_span[1]), _y(ya, p.y_span[0]), _y(ya, p.y_span[1]), x + 10, h)
+        for p, (x, y), h in zip(points, at, heights, strict=True)
+    )
+    return Scatter(
+        xa, ya, tuple((_x(xa, v), t) for v, t in xa.ticks), tuple((_y(ya, v), t) for v, t in ya.ticks), marks
+    )
+
+
+def lines(series: Sequence[Series], x_name: str, y_name: str) -> Lines:
+    """Curves on common axes; bands where a series has `low` and `high`."""
+    xa = axis(x_name, [v for s in series for v in s.x], share=False)
+    ya = axis(y_name, [v for s in series for v in (*s.y, *s.low, *s.high)], share=False)
+    drawn = []
+    for s in series:
+        dots = tuple((_x(xa, x), _y(ya, y)) for x, y in zip(s.x, s.y, strict=True))
+        edge = [(_x(xa, x), _y(ya, v)) for x, v in zip(s.x, s.low, strict=True)] if s.low else []
+        edge += [(_x(xa, x), _y(ya, v)) for x, v in reversed(list(zip(s.x, s.high, strict=True)))] if s.high else []
+        spans = [words.span(a, b, False) for a, b in zip(s.low, s.high, strict=True)] or [""] * len(s.x)
+        drawn.append(
+            Line(
+                s.label,
+                " ".join(f"{x},{y}" for x, y in dots),
+                " ".join(f"{x},{y}" for x, y in edge),
+                dots if len(dots) <= 60 else (),
+                tuple(
+                    (words.number(x, False), words.number(y, False), t) for x, y, t in zip(s.x, s.y, spans, strict=True)
+                ),
+            )
+        )
+    return Lines(
+        x_name,
+        y_name,
+        tuple((_x(xa, v), t) for v, t in xa.ticks),
+        tuple((_y(ya, v), t) for v, t in ya.ticks),
+        tuple(drawn),
+    )

@@ -1,0 +1,133 @@
+"""Pictures and curves of a cell: checked before they are shown, since a bundle's media folder is foreign."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sleeperbench.leaderboard.charts import Lines, Series, lines
+from sleeperbench.leaderboard.names import digest12
+
+LARGEST = 8_000_000
+MOST_VALUES = 5000
+LARGEST_VALUE = 1e30
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,120}\.png")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture with its page-relative file, its size on the page, and whether it is blown up by whole pixels."""
+
+    file: str
+    title: str
+    caption: str
+    width: int
+    height: int
+    enlarged: bool
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A titled picture of curves."""
+
+    title: str
+    chart: Lines
+
+
+@dataclass(frozen=True)
+class Media:
+    """What a cell page shows besides its figures; `notes` name what was left out and why."""
+
+    pictures: tuple[Picture, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _numbers(value: Any) -> tuple[float, ...] | None:
+    """Numbers of a JSON list; None where it holds anything else."""
+    if not isinstance(value, list) or len(value) > MOST_VALUES:
+        return None
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) <= LARGEST_VALUE for v in value):
+        return None
+    return tuple(float(v) for v in value)
+
+
+def _series(raw: Any) -> Series | None:
+    if not isinstance(raw, dict):
+        return None
+    x, y = _numbers(raw.get("x")), _numbers(raw.get("y"))
+    low, high = _numbers(raw.get("low") or []), _numbers(raw.get("high") or [])
+    if not x or y is None or low is None or high is None or len(x) != len(y):
+        return None
+    if len(low) != len(high) or len(low) not in (0, len(x)):
+        return None
+    return Series(_text(raw.get("label")), x, y, low, high)
+
+
+def _curve(raw: Any) -> Curve | None:
+    if not isinstance(raw, dict):
+        return None
+    series = [_series(s) for s in _list(raw.get("series"))]
+    good = [s for s in series if s is not None]
+    if not good or len(good) < len(series):
+        return None
+    title = _text(raw.get("title")) or _text(raw.get("name"))
+    return Curve(title, lines(good, _text(raw.get("x_label")), _text(raw.get("y_label"))))
+
+
+def _picture(folder: Path, raw: Any, write: Callable[[str, bytes], None]) -> Picture | str:
+    """The picture, copied under its content's digest, or why it is left out."""
+    name = _text(raw.get("file")) if isinstance(raw, dict) else ""
+    path = folder / name
+    if not _NAME.fullmatch(name) or path.is_symlink() or not path.is_file():
+        return f"a picture is missing, or is no plain file ending in .png: {name[:80]}"
+    if path.stat().st_size > LARGEST:
+        return f"{name} is larger than {LARGEST // 1_000_000} MB"
+    data = path.read_bytes()
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR" or len(data) < 33:
+        return f"{name} is not a PNG"
+    width, height = struct.unpack(">II", data[16:24])
+    if not (0 < width <= 8192 and 0 < height <= 8192):
+        return f"{name} is {width} by {height} pixels"
+    target = f"media/{folder.name}/{hashlib.sha256(data).hexdigest()[:16]}.png"
+    write(target, data)
+    times = max(1, 192 // max(width, height))
+    return Picture(target, _text(raw.get("title")), _text(raw.get("caption")), width * times, height * times, times > 1)
+
+
+def load(run: Path, cell: str, write: Callable[[str, bytes], None]) -> Media:
+    """Pictures and curves of a cell; `write` takes a path in the site and the bytes of each picture shown."""
+    folder = run / "media" / digest12(cell)
+    try:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Media()
+    except (OSError, ValueError, RecursionError):
+        return Media(notes=("the list of pictures and curves cannot be read",))
+    if not isinstance(index, dict) or index.get("cell") != cell:
+        return Media(notes=("the list of pictures and curves is of another cell",))
+    pictures, curves, notes = [], [], []
+    for raw in _list(index.get("pictures")):
+        made = _picture(folder, raw, write)
+        (notes if isinstance(made, str) else pictures).append(made)
+    for raw in _list(index.get("curves")):
+        curve = _curve(raw)
+        if curve is None:
+            notes.append("a curve is left out: its series are not lists of finite numbers of one length")
+        else:
+            curves.append(curve)
+    return Media(tuple(pictures), tuple(curves), tuple(notes))

@@ -1,0 +1,188 @@
+"""Run folders in, one set of results out: the tables, what is known of the plugins, and which run a cell is from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from sleeperbench.errors import BadInput
+from sleeperbench.schema import CELLS, MEASUREMENTS, SCHEMA_VERSION, Column, arrow
+
+CELL_ORDER = ("suite", "dataset", "arch", "attack", "rate", "defense", "seed", "cell")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder: its name, where it is, and its run.json."""
+
+    name: str
+    path: Path
+    info: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Results:
+    """The merged tables of all runs.
+
+    Args:
+        cells: Rows of cells.parquet, sorted; `reasons` is parsed, `flags` holds the parts of `flag`.
+        cells_table: The same rows as they were read.
+        measurements: All rows of measurements.parquet, sorted by cell.
+        spans: Cell -> (first row, number of rows) in `measurements`.
+        plugins: (kind, id) -> its entry in plugins.json.
+        runs: In the order given.
+        owner: Cell -> the run its figures are from.
+        notes: What a reader must know about the merge.
+    """
+
+    cells: list[dict[str, Any]]
+    cells_table: pa.Table
+    measurements: pa.Table
+    spans: Mapping[str, tuple[int, int]]
+    plugins: Mapping[tuple[str, str], Mapping[str, Any]]
+    runs: tuple[Run, ...]
+    owner: Mapping[str, Run]
+    notes: tuple[str, ...]
+
+    def measured(self, cell: str) -> list[dict[str, Any]]:
+        """The measurement rows of one cell, by evaluator, metric and qualifier."""
+        start, length = self.spans.get(cell, (0, 0))
+        return self.measurements.slice(start, length).to_pylist()
+
+
+def _table(path: Path, columns: tuple[Column, ...]) -> pa.Table:
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError as e:
+        raise BadInput(
+            f"no {path.name} in {path.parent}: give a run folder, as `sleeperbench run SUITE --out DIR` leaves it"
+        ) from e
+    except (OSError, pa.ArrowException) as e:
+        raise BadInput(f"cannot read {path}: {str(e).splitlines()[0]}; run the suite again to write it anew") from e
+    version = (table.schema.metadata or {}).get(b"sleeperbench.schema", b"none").decode(errors="replace")
+    if version != SCHEMA_VERSION:
+        raise BadInput(
+            f"{path} has table schema {version}, this sleeperbench reads {SCHEMA_VERSION}: "
+            "render it with the version that wrote it, or run the suite again"
+        )
+    wanted = arrow(columns)
+    missing = [n for n in wanted.names if n not in table.column_names]
+    if missing:
+        raise BadInput(f"{path} lacks the column {', '.join(missing)}: run the suite again to write it anew")
+    try:
+        table = table.select(wanted.names).cast(wanted)
+    except (pa.ArrowException, ValueError) as e:
+        raise BadInput(f"{path} has a column of another type: {str(e).splitlines()[0]}") from e
+    at = wanted.get_field_index("cell")
+    return table.set_column(at, wanted.field(at), pc.fill_null(table["cell"], ""))
+
+
+def _json(path: Path, default: Any) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return default
+    except (OSError, ValueError, RecursionError) as e:
+        raise BadInput(f"cannot read {path}: {e}; it must be JSON as `sleeperbench run` writes it") from e
+
+
+def _plugins(run: Run, known: dict[tuple[str, str], Mapping[str, Any]], notes: list[str]) -> None:
+    raw = _json(run.path / "plugins.json", [])
+    entries = raw.get("plugins", []) if isinstance(raw, dict) else raw
+    if not isinstance(entries, list):
+        raise BadInput(f"{run.path / 'plugins.json'} must hold a list of plugins")
+    for entry in entries:
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(k), str) for k in ("kind", "id")):
+            continue
+        key = (entry["kind"].removesuffix("s"), entry["id"])
+        first = known.setdefault(key, entry)
+        old, new = first.get("method_version"), entry.get("method_version")
+        if old != new:
+            notes.append(f"{key[0]} {key[1]} is of version {old} in one run and of version {new} in run {run.name}.")
+
+
+def _mend(row: dict[str, Any]) -> dict[str, Any]:
+    """A cell's row with its reasons parsed, its flags as a tuple, and None where a figure is not finite."""
+    for name, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            row[name] = None
+    try:
+        reasons = json.loads(row["reasons"] or "{}")
+    except (ValueError, RecursionError):
+        reasons = {}
+    row["reasons"] = {str(k): str(v) for k, v in reasons.items()} if isinstance(reasons, dict) else {}
+    row["flags"] = tuple(f for f in (row["flag"] or "").split(";") if f)
+    row["status"] = row["status"] or "not_run"
+    for column in CELLS:
+        if column.type == "str" and row[column.name] is None:
+            row[column.name] = ""
+    return row
+
+
+def _first_rows(column: pa.ChunkedArray, taken: set[str]) -> tuple[list[bool], int]:
+    """Which rows name a value not `taken` yet, and how many do not; adds the new values to `taken`."""
+    keep = []
+    for value in column.to_pylist():
+        keep.append(value not in taken)
+        taken.add(value)
+    return keep, keep.count(False)
+
+
+def load(folders: Sequence[Path]) -> Results:
+    """Read and merge run folders; where two hold the same cell, the first is kept and a note says so.
+
+    Raises:
+        BadInput: a table is missing, unreadable or of another schema version, or a JSON file is damaged.
+    """
+    if not folders:
+        raise BadInput("no run folder given: name at least one, as `sleeperbench run SUITE --out DIR` leaves it")
+    runs, notes = [], []
+    plugins: dict[tuple[str, str], Mapping[str, Any]] = {}
+    owner: dict[str, Run] = {}
+    cell_parts, row_parts = [], []
+    taken: set[str] = set()
+    measured: set[str] = set()
+    for folder in folders:
+        info = _json(folder / "run.json", {})
+        run = Run(folder.resolve().name, folder, info if isinstance(info, dict) else {})
+        cells = _table(folder / "cells.parquet", CELLS)
+        rows = _table(folder / "measurements.parquet", MEASUREMENTS)
+        keep, doubled = _first_rows(cells["cell"], taken)
+        cells = cells.filter(pa.array(keep, pa.bool_()))
+        if doubled:
+            notes.append(
+                f"{doubled} cells of run {run.name} stand in an earlier run too; the earlier figures are kept."
+            )
+        owner |= dict.fromkeys(cells["cell"].to_pylist(), run)
+        # Rows of an attack or zoo may name a cell that no cells table holds: the first run that measured it counts.
+        mine = {c for c in rows["cell"].unique().to_pylist() if owner.get(c, run) is run and c not in measured}
+        measured |= mine
+        row_parts.append(rows.filter(pc.is_in(rows["cell"], value_set=pa.array(sorted(mine), pa.string()))))
+        cell_parts.append(cells)
+        _plugins(run, plugins, notes)
+        runs.append(run)
+    cells = pa.concat_tables(cell_parts).sort_by([(c, "ascending") for c in CELL_ORDER])
+    order = ("cell", "stage", "evaluator", "metric", "qualifier", "task_key")
+    rows = pa.concat_tables(row_parts).sort_by([(c, "ascending") for c in order]).combine_chunks()
+    spans: dict[str, tuple[int, int]] = {}
+    for i, cell in enumerate(rows["cell"].to_pylist()):
+        start, length = spans.get(cell, (i, 0))
+        spans[cell] = (start, length + 1)
+    return Results(
+        cells=[_mend(row) for row in cells.to_pylist()],
+        cells_table=cells,
+        measurements=rows,
+        spans=spans,
+        plugins=dict(sorted(plugins.items())),
+        runs=tuple(runs),
+        owner=owner,
+        notes=tuple(notes),
+    )

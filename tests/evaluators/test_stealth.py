@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import samples
+import torch
+from torch import Tensor
+
+from sleeperbench import Role
+from sleeperbench.attacks.badnets import BadNets
+from sleeperbench.attacks.blended import Blended
+from sleeperbench.evaluators.accuracy import headline
+from sleeperbench.evaluators.stealth import Stealth, gallery, psnr, ssim
+from sleeperbench.kit.poison import render
+
+
+def slow_ssim(a: Tensor, b: Tensor, side: int) -> float:
+    """Window by window, weighted moments written out."""
+    half = side // 2
+    weight = {
+        (i, j): math.exp(-((i - half) ** 2 + (j - half) ** 2) / (2 * 1.5**2)) for i in range(side) for j in range(side)
+    }
+    total = sum(weight.values())
+    values = []
+    for channel in range(a.shape[0]):
+        x, y = a[channel].tolist(), b[channel].tolist()
+        for top in range(a.shape[1] - side + 1):
+            for left in range(a.shape[2] - side + 1):
+                at = [(w / total, x[top + i][left + j], y[top + i][left + j]) for (i, j), w in weight.items()]
+                mx, my = sum(w * p for w, p, _ in at), sum(w * q for w, _, q in at)
+                vx, vy = sum(w * (p - mx) ** 2 for w, p, _ in at), sum(w * (q - my) ** 2 for w, _, q in at)
+                cov = sum(w * (p - mx) * (q - my) for w, p, q in at)
+                c1, c2 = 6.5025, 58.5225
+                values.append((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize(("shape", "side"), [((2, 14, 13), 11), ((1, 8, 9), 7)])
+def test_ssim_equals_the_direct_loop(shape: tuple[int, int, int], side: int) -> None:
+    gen = torch.Generator().manual_seed(0)
+    a = torch.randint(256, (2, *shape), generator=gen, dtype=torch.uint8)
+    b = (a.int() + torch.randint(-40, 40, a.shape, generator=gen)).clamp(0, 255).to(torch.uint8)
+    for i, value in enumerate(ssim(a, b).tolist()):
+        assert value == pytest.approx(slow_ssim(a[i], b[i], side), abs=1e-9)
+    assert ssim(a, a).tolist() == pytest.approx([1, 1])
+
+
+def test_psnr_of_constant_change() -> None:
+    a = torch.full((2, 3, 8, 8), 100, dtype=torch.uint8)
+    b = a.clone()
+    b[0] += 10
+    found = psnr(a, b)
+    assert float(found[0]) == pytest.approx(20 * math.log10(255 / 10))
+    assert math.isinf(found[1])
+    assert torch.equal(psnr(a, b), psnr(b, a))
+
+
+def measured(attack: BadNets | Blended) -> tuple[dict[str, float | None], object]:
+    data = samples.random_images(40, (3, 32, 32))
+    bd_test = render(data, attack.prepare(data, samples.ctx()), Role.TEST, samples.ctx())
+    findings = Stealth().measure(SimpleNamespace(bd_test=bd_test))
+    return headline(findings), findings
+
+
+def test_figures_of_a_patch() -> None:
+    data = samples.random_images(40, (3, 32, 32))
+    bd_test = render(data, BadNets(pattern="white").prepare(data, samples.ctx()), Role.TEST, samples.ctx())
+    assert bd_test is not None
+    found = headline(Stealth().measure(SimpleNamespace(bd_test=bd_test)))
+    gap = 255 - bd_test.clean.images[:, :, 29:, 29:].double()
+    assert found["linf"] == pytest.approx(float(gap.amax((1, 2, 3)).mean()) / 255)
+    mse = gap.square().sum((1, 2, 3)) / (3 * 32 * 32)
+    assert found["psnr"] == pytest.approx(float((10 * torch.log10(255**2 / mse)).mean()))
+    assert 0.9 < found["ssim"] < 1
+    assert found["ssim"] > measured(Blended(alpha_test=0.5))[0]["ssim"]
+
+
+def test_unchanged_rows_have_no_psnr() -> None:
+    r = samples.rendered([5, 0], [1, 2], [0, 0])
+    found = headline(Stealth().measure(SimpleNamespace(bd_test=r)))
+    assert found["psnr"] == pytest.approx(10 * math.log10(255**2 * 256 / 25))
+    same = samples.rendered([0, 0], [1, 2], [0, 0])
+    findings = Stealth().measure(SimpleNamespace(bd_test=same))
+    assert {m.metric: m.reason for m in findings.rows}["psnr"] == "unchanged"
+    assert headline(findings)["ssim"] == pytest.approx(1)
+
+
+def test_gallery_shows_clean_triggered_and_difference() -> None:
+    clean = torch.full((2, 3, 4, 5), 50, dtype=torch.uint8)
+    triggered = clean.clone()
+    triggered[1, 0, 2, 3] = 70
+    triggered[1, 1, 2, 3] = 40
+    sheet, factor = gallery(clean, triggered)
+    assert factor == 127 // 20
+    assert sheet.shape == (3, 2 * 6, 3 * 7)
+    assert torch.equal(sheet[:, 7:11, 1:6], clean[1])
+    assert torch.equal(sheet[:, 7:11, 8:13], triggered[1])
+    assert sheet[:, 9, 18].tolist() == [128 + 6 * 20, 128 - 6 * 10, 128]
+    assert bool((sheet[:, 0] == 255).all())
+
+
+def test_no_trigger_no_figures_and_at_most_eight_rows_shown() -> None:
+    findings = Stealth().measure(SimpleNamespace(bd_test=None))
+    assert {(m.metric, m.value, m.reason) for m in findings.rows} == {
+        (m.name, None, "no_trigger") for m in Stealth.METRICS
+    }
+    _, full = measured(Blended())
+    assert full.pictures["gallery"].shape == (3, 8 * 34, 3 * 34)
+    assert full.pictures["gallery"].dtype == torch.uint8
