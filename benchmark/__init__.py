@@ -1,7 +1,6 @@
-"""SleeperBench: is the backdoor gone, or only asleep?
+"""A benchmark that asks of every defended model whether its backdoor is gone, or only asleep.
 
-A benchmark of backdoor attacks and defenses on image classifiers. Importing this package imports no torch; the public
-names below are loaded when first used.
+Importing this package imports no torch; the public names below are loaded when first used.
 """
 
 from __future__ import annotations
@@ -45,13 +44,11 @@ if TYPE_CHECKING:
     )
     from sleeperbench.data import ImageSet
 
-_PUBLIC = {
-    name: "sleeperbench.contracts"
-    for name in (
-        "Access Attack Backdoor Case Defense EvalCase Evaluator Findings Inverted Mark Measurement Metric Model "
-        "ModelSpec Needs Outcome PoisonedSet Role TargetMap TrainHooks Trigger Verdict Wrap"
-    ).split()
-} | {"ImageSet": "sleeperbench.data"}
+_CONTRACTS = (
+    "Access Attack Backdoor Case Defense EvalCase Evaluator Findings Inverted Mark Measurement Metric Model ModelSpec "
+    "Needs Outcome PoisonedSet Role TargetMap TrainHooks Trigger Verdict Wrap"
+)
+_PUBLIC = dict.fromkeys(_CONTRACTS.split(), "sleeperbench.contracts") | {"ImageSet": "sleeperbench.data"}
 
 __all__ = [
     "API_VERSION",

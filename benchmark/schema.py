@@ -1,4 +1,4 @@
-"""The result tables: every column with its type, unit and meaning. The one place that says so; imports nothing heavy."""
+"""The result tables: every column with its type, unit and meaning. Imports nothing heavy."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def _meta(path: Path, source: Source) -> dict[str, Any]:
 
 
 def _key(source: Source, found: Found) -> str:
-    stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in found.files]
+    stats = [(str(p), (stat := p.stat()).st_size, stat.st_mtime_ns) for p in found.files]
     facts = [READERS, source.name, source.shape, source.classes, found.layout, stats]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 

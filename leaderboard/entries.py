@@ -14,6 +14,7 @@ from sleeperbench.leaderboard import media, words
 from sleeperbench.leaderboard.names import plugin_id
 from sleeperbench.leaderboard.summary import Cell, setting, tally
 from sleeperbench.leaderboard.views import Views, href, params
+from sleeperbench.schema import HEADLINE_METRICS
 
 Page = tuple[str, str, dict[str, Any]]
 """Path, template, and what the template shows."""
@@ -22,7 +23,7 @@ Page = tuple[str, str, dict[str, Any]]
 def names(views: Views) -> dict[str, list[tuple[str, str]]]:
     """(id, page) of everything that has a page: data sets, attacks, defenses, metrics."""
     cells, plugins = views.results.cells, views.results.plugins
-    metrics = {*views.results.measurements["metric"].unique().to_pylist(), *views.metrics}
+    metrics = {*views.results.measurements["metric"].unique().to_pylist(), *HEADLINE_METRICS}
     listed: dict[str, Iterable[str]] = {
         "datasets": {c["dataset"] for c in cells},
         "attacks": {plugin_id(c["attack"]) for c in cells} | {i for k, i in plugins if k == "attack"},

@@ -41,11 +41,20 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What an evaluator recorded beside its figures, as (name, value) pairs."""
+
+    name: str
+    pairs: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True)
 class Media:
     """What a cell page shows besides its figures; `notes` name what was left out and why."""
 
     pictures: tuple[Picture, ...] = ()
     curves: tuple[Curve, ...] = ()
+    facts: tuple[Facts, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -89,6 +98,13 @@ def _curve(raw: Any) -> Curve | None:
     return Curve(title, lines(good, _text(raw.get("x_label")), _text(raw.get("y_label"))))
 
 
+def _facts(raw: dict[str, Any]) -> Facts:
+    pairs = (
+        (str(k), json.dumps(v, ensure_ascii=False)[:MOST_VALUES], "") for k, v in sorted(raw.items()) if k != "name"
+    )
+    return Facts(_text(raw.get("name")), tuple(pairs))
+
+
 def _picture(folder: Path, raw: Any, write: Callable[[str, bytes], None]) -> Picture | str:
     """The picture, copied under its content's digest, or why it is left out."""
     name = _text(raw.get("file")) if isinstance(raw, dict) else ""
@@ -105,7 +121,7 @@ def _picture(folder: Path, raw: Any, write: Callable[[str, bytes], None]) -> Pic
         return f"{name} is {width} by {height} pixels"
     target = f"media/{folder.name}/{hashlib.sha256(data).hexdigest()[:16]}.png"
     write(target, data)
-    times = max(1, 192 // max(width, height))
+    times = min(12, max(1, 384 // max(width, height)))
     return Picture(target, _text(raw.get("title")), _text(raw.get("caption")), width * times, height * times, times > 1)
 
 
@@ -120,14 +136,22 @@ def load(run: Path, cell: str, write: Callable[[str, bytes], None]) -> Media:
         return Media(notes=("the list of pictures and curves cannot be read",))
     if not isinstance(index, dict) or index.get("cell") != cell:
         return Media(notes=("the list of pictures and curves is of another cell",))
-    pictures, curves, notes = [], [], []
+    pictures: list[Picture] = []
+    curves: list[Curve] = []
+    facts: list[Facts] = []
+    notes: list[str] = []
     for raw in _list(index.get("pictures")):
         made = _picture(folder, raw, write)
-        (notes if isinstance(made, str) else pictures).append(made)
+        if isinstance(made, str):
+            notes.append(made)
+        else:
+            pictures.append(made)
     for raw in _list(index.get("curves")):
         curve = _curve(raw)
-        if curve is None:
+        if isinstance(raw, dict) and "series" not in raw:
+            facts.append(_facts(raw))
+        elif curve is None:
             notes.append("a curve is left out: its series are not lists of finite numbers of one length")
         else:
             curves.append(curve)
-    return Media(tuple(pictures), tuple(curves), tuple(notes))
+    return Media(tuple(pictures), tuple(curves), tuple(facts), tuple(notes))

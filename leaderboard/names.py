@@ -53,7 +53,7 @@ def https(text: str) -> str | None:
 
 def linked(text: str) -> list[tuple[str, str | None]]:
     """`text` cut into pieces, each with the address it may link to or None."""
-    pieces = []
+    pieces: list[tuple[str, str | None]] = []
     for word in re.split(r"(\s+)", text):
         core = word.rstrip(".,;)")
         url = https(core)

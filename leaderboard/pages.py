@@ -12,6 +12,7 @@ from sleeperbench.leaderboard import charts, entries, words
 from sleeperbench.leaderboard.entries import Page
 from sleeperbench.leaderboard.summary import NONE, PURIFIED, Board, Cell, attacked, role, setting, tally
 from sleeperbench.leaderboard.views import Views, href, mean_shown, params
+from sleeperbench.leaderboard.words import Shown
 
 PER_PAGE = 250
 OVERVIEW = ("c_acc", "o_asr", "p_asr", "p_asr_net", "p_der", "det_score")
@@ -87,7 +88,7 @@ def _heat(views: Views, board: Board, metric: str) -> dict[str, Any]:
     low, high = (0.0, 1.0) if views.share(metric) else (min(values, default=0.0), max(values, default=1.0))
     lines = []
     for s in [*board.settings, *sorted({setting(c) for c in board.cells if c["attack"] == NONE})]:
-        line = []
+        line: list[tuple[Shown, int | None, str]] = []
         for d in board.defenses:
             mean = means.get((s, d))
             if mean is None:

@@ -125,12 +125,14 @@ class Board:
     def counted(self, cell: Cell, metric: str) -> tuple[float | None, str, bool]:
         """(what a cell adds to a mean, else None; the reason why not; whether it is the undefended model's).
 
-        A ruined model's figures never count, and what a failure left unmeasured counts as undefended. What was
-        measured before a later probe failed stands.
+        A ruined model's figures never count, and what a failure left unmeasured counts as undefended; what was
+        measured before a later probe failed stands. A control competes with nobody, so its failures are left out.
         """
         if weak(cell):
             return None, "attack_did_not_implant", False
         instead = "collapsed" in cell["flags"] or (cell["status"] in LOST and cell[metric] is None)
+        if instead and role(cell) != "defense":
+            return None, cell["reason"] or "collapsed", False
         if instead:
             replaced = self.undefended.get((setting(cell), cell["seed"]))
             if replaced is None or replaced[metric] is None:

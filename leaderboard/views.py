@@ -141,10 +141,12 @@ class Views:
     @cached_property
     def intervals(self) -> Mapping[tuple[str, str, float], Mapping[str, Any]]:
         """(cell, measured metric, value) -> the measurement with a Wilson interval that a headline figure is."""
-        rows = self.results.measurements.select(["cell", "metric", "value", "count", "total", "lower", "upper"])
+        columns = ["cell", "metric", "qualifier", "value", "count", "total", "lower", "upper"]
+        rows = self.results.measurements.select(columns)
         names = {MEASURED_AS.get(m, m) for m in self.metrics}
         known = pc.and_(pc.is_valid(rows["lower"]), pc.is_in(rows["metric"], value_set=pa.array(sorted(names))))
-        return {(r["cell"], r["metric"], r["value"]): r for r in rows.filter(known).to_pylist()}
+        found = rows.filter(known).to_pylist()
+        return {(r["cell"], r["metric"], r["value"]): r for r in found if not r["qualifier"]}
 
     def headline(self, cell: Cell, metric: str) -> Shown:
         """A cell's figure, or the reason why it has none."""
@@ -214,7 +216,7 @@ class Views:
         """A line of means over these cells."""
         means = [board.mean(cells, m, self.units) for m in metrics]
         asked = {setting(c) for c in attacked(board.cells) if not weak(c)}
-        covered = {setting(c) for c in cells if c["status"] == "ok" or lost(c)} & asked
+        covered = {setting(c) for c in cells if c["status"] == "ok" or (lost(c) and role(c) == "defense")} & asked
         count = tally(cells)
         badges = []
         if count["failed"] or count["collapsed"]:

@@ -59,6 +59,8 @@ REASONS = {
     "not_purified": "O-ASR stays above 20 %: the backdoor is awake, so there is nothing to re-activate",
     "no_valid_budget": "no number of retuning images leaves clean models asleep",
     "not_a_descendant": "the model does not descend from the attacked one",
+    "input_failed": "a task that this one builds on failed",
+    "control_missing": "a control that this figure is compared with has none",
     "filtered": "left out by the run's own selection",
     "budget": "left out: the run's budget was spent",
     "raised": "the method raised an error",

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 
 from sleeperbench import __version__
-from sleeperbench.errors import SleeperBenchError
 
 COMMANDS = ("run", "list", "show", "site", "merge", "data", "doctor")
 
@@ -48,6 +47,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = getattr(e, "exit_code", 0)
         if not code or args.verbose:
             raise
-        assert isinstance(e, SleeperBenchError) or code == 2
         print(f"sleeperbench: {e}", file=sys.stderr)
         return code

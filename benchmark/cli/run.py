@@ -94,6 +94,8 @@ def make_plan(args: argparse.Namespace, registry: Registry) -> tuple[Plan, str]:
         seeds = [int(s) for s in args.seeds.split(",") if s]
     except ValueError as e:
         raise BadInput(f"--seeds {args.seeds}: give whole numbers, such as --seeds 0,1,2") from e
+    if args.seeds and not seeds:
+        raise BadInput(f"--seeds {args.seeds}: names no seed; give whole numbers, such as --seeds 0,1,2")
     changes = Changes(
         attacks=args.attack,
         defenses=args.defense,
@@ -105,9 +107,9 @@ def make_plan(args: argparse.Namespace, registry: Registry) -> tuple[Plan, str]:
         settings=args.set,
         timeout=args.timeout,
     )
-    suite, text = build(args.suite, registry, changes)
     if args.data_root is not None:
         os.environ["SLEEPERBENCH_DATA"] = str(args.data_root)  # workers read it too
+    suite, text = build(args.suite, registry, changes)
     datasets = {name: describe_dataset(name) for name in suite.datasets}
     plan = planning.Planner(suite, registry, datasets).build()
     if args.only:
@@ -123,6 +125,9 @@ def describe_dataset(name: str) -> Any:
 
     source = find_source(name)
     ready = prepare(source, None)
+    for split in ready.counts:  # a damaged copy is the user's to mend, so it must not wait for a worker
+        ready.arrays(split)
+        ready.ids(split)
     return Dataset(
         name=name,
         shape=source.shape,
@@ -141,7 +146,7 @@ def devices(device: str, jobs: int | None, threads: int) -> list[str]:
     """One device per slot; the sum of the slots' threads never exceeds the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if jobs is not None and jobs < 1:
-        raise BadInput(f"--jobs {jobs}: at least 1")
+        raise BadInput(f"--jobs {jobs}: give at least 1")
     if device == "auto":
         device = "cuda" if _gpus() else "cpu"
     if device == "cpu":
@@ -150,15 +155,20 @@ def devices(device: str, jobs: int | None, threads: int) -> list[str]:
         return ["cpu"] * (jobs or max(1, cores // threads))
     if device.partition(":")[0] != "cuda":
         raise BadInput(f"--device {device}: give auto, cpu, cuda, or cuda:0,1")
-    gpus = [f"cuda:{i}" for i in device.partition(":")[2].split(",") if i] or [f"cuda:{i}" for i in range(_gpus())]
-    if not gpus:
-        raise BadInput("--device cuda: no CUDA device here; use --device cpu")
+    here = _gpus()
+    if not here:
+        raise BadInput(f"--device {device}: no CUDA device here; use --device cpu")
+    numbers = [n for n in device.partition(":")[2].split(",") if n] or [str(i) for i in range(here)]
+    for n in numbers:
+        if not n.isdecimal() or int(n) >= here:
+            raise BadInput(f"--device {device}: no CUDA device {n}; there are 0 to {here - 1}")
+    gpus = [f"cuda:{n}" for n in numbers]
     return [gpus[i % len(gpus)] for i in range(jobs or len(gpus))]
 
 
 def _gpus() -> int:
     """Number of NVIDIA devices, without importing torch."""
-    return len([d for d in Path("/dev").glob("nvidia[0-9]*")]) if Path("/dev/nvidiactl").exists() else 0
+    return len(list(Path("/dev").glob("nvidia[0-9]*"))) if Path("/dev/nvidiactl").exists() else 0
 
 
 def _dry_run(args: argparse.Namespace, plan: Plan, registry: Registry, store: Path, out: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def add_parser(sub: Any) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print the cell."""
     from sleeperbench.engine.rows import read_table
+    from sleeperbench.engine.suite import shipped
     from sleeperbench.schema import CELLS
 
     cells = {r["cell"]: r for r in read_table(args.results / "cells.parquet")}
@@ -36,7 +38,9 @@ def main(args: argparse.Namespace) -> int:
     folder = args.results / "media" / hashlib.sha256(args.cell.encode()).hexdigest()[:12]
     media = sorted(p.name for p in folder.glob("*")) if folder.is_dir() else []
     line = cells[args.cell]
-    command = f"sleeperbench run {line['suite']} --only '{args.cell}' --out runs/one"
+    # A suite of the user's own is known by its file alone, of which the run folder has a copy.
+    suite = line["suite"] if line["suite"] in shipped() else args.results / "suite.toml"
+    command = shlex.join(["sleeperbench", "run", str(suite), "--only", args.cell, "--out", "runs/one"])
     if args.json:
         answer = {"cell": args.cell, "identity": line, "measurements": rows, "media": media, "command": command}
         print(json.dumps(answer, indent=1, default=str))

@@ -9,10 +9,11 @@ from enum import IntEnum, StrEnum, auto
 from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import Generator, Tensor, nn
+
 from sleeperbench.contracts.context import Ctx
 from sleeperbench.contracts.method import Method
 from sleeperbench.data.images import ImageSet
-from torch import Generator, Tensor, nn
 
 
 class Mark(IntEnum):
@@ -101,8 +102,15 @@ class TargetMap:
 class Trigger(Protocol):
     """Something that turns clean images into triggered ones."""
 
-    name: str
-    targets: TargetMap
+    @property
+    def name(self) -> str:
+        """Shown on pictures and pages."""
+        ...
+
+    @property
+    def targets(self) -> TargetMap:
+        """Which label it asks for, and which samples count."""
+        ...
 
     def apply(self, x: Tensor, y: Tensor, ids: Tensor, role: Role, gen: Generator) -> Tensor:
         """Triggered copies, float32 [0, 1] (N, C, H, W); row i depends on row i alone."""

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+from torch import Tensor, nn
+
 from sleeperbench.contracts.access import Access
 from sleeperbench.contracts.attack import Backdoor
 from sleeperbench.contracts.context import Ctx, Recipe
 from sleeperbench.contracts.method import Method
 from sleeperbench.contracts.models import Model, ModelSpec
 from sleeperbench.data.images import ImageSet
-from torch import Tensor, nn
 
 
 class UndeclaredAccess(AttributeError):

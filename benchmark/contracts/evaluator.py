@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
+from torch import Tensor, nn
+
 from sleeperbench.contracts.access import Needs
 from sleeperbench.contracts.attack import Backdoor
 from sleeperbench.contracts.context import Ctx, Recipe
@@ -14,7 +16,6 @@ from sleeperbench.contracts.defense import Outcome
 from sleeperbench.contracts.method import Method
 from sleeperbench.contracts.models import Model, ModelSpec
 from sleeperbench.data.images import ImageSet
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +98,8 @@ class EvalCase(Protocol):
     `net` is the defended model in eval mode; `attacked` the undefended one. `test` and `probe` are clean rows that no
     defense has seen. `bd_test` and `bd_probe` are the same rows triggered, None for attack `none`; `decoy_test` and
     `decoy_probe` carry the placebo trigger, None when no placebo stays below 10 % ASR on the attacked model. `oracle`
-    is the live backdoor. `controls` are this evaluator's own findings on the control cells it names. `answers` (N,) are an
-    input detector's second-phase scores, `asked` (N,) says which of those images were triggered.
+    is the live backdoor. `controls` are this evaluator's own findings on the control cells it names. `answers` (N,) are
+    an input detector's second-phase scores, `asked` (N,) says which of those images were triggered.
     """
 
     net: nn.Module

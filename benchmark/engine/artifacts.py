@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from sleeperbench.contracts.attack import Backdoor, Mark, PoisonedSet
 from sleeperbench.contracts.defense import Inverted, Outcome, Verdict
 from sleeperbench.contracts.evaluator import Findings, Measurement, Rendered
 from sleeperbench.contracts.models import Model
 from sleeperbench.data.images import ImageSet
 from sleeperbench.kit.classifier import read_model, save_model
-from torch import Tensor
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -50,7 +51,8 @@ def write_images(path: Path, data: ImageSet) -> None:
 def read_images(path: Path) -> ImageSet:
     """The image set of `write_images`."""
     about = read_json(path.with_suffix(".json"))
-    return ImageSet(**read_tensors(path), **(about | {"classes": tuple(about["classes"])}))
+    parts: dict[str, Any] = {**read_tensors(path), **about, "classes": tuple(about["classes"])}
+    return ImageSet(**parts)
 
 
 def write_set(folder: Path, p: PoisonedSet) -> None:
@@ -98,9 +100,7 @@ def read_backdoor(folder: Path, attack: Any) -> Backdoor:
 
 def write_rendered(path: Path, r: Rendered) -> None:
     """Triggered images; their clean rows are found by id."""
-    write_tensors(
-        path, {"images": r.data.images, "ids": r.data.ids, "targets": r.targets, "trigger_id": r.trigger_id}
-    )
+    write_tensors(path, {"images": r.data.images, "ids": r.data.ids, "targets": r.targets, "trigger_id": r.trigger_id})
 
 
 def read_rendered(path: Path, source: ImageSet) -> Rendered | None:
@@ -151,11 +151,14 @@ def read_outcome(folder: Path) -> Outcome:
     about, t = read_json(folder / "outcome.json"), read_tensors(folder / "outcome.safetensors")
     verdict = None
     if "verdict" in about:
-        verdict = Verdict(
-            **about["verdict"], label_scores=t.get("verdict.label_scores"), pairs=t.get("verdict.pairs")
-        )
+        verdict = Verdict(**about["verdict"], label_scores=t.get("verdict.label_scores"), pairs=t.get("verdict.pairs"))
     inverted = tuple(
-        Inverted(**meta, **{n: t.get(f"inverted.{i}.{n}") for n in ("mask", "pattern", "delta")})
+        Inverted(
+            **meta,
+            mask=t.get(f"inverted.{i}.mask"),
+            pattern=t.get(f"inverted.{i}.pattern"),
+            delta=t.get(f"inverted.{i}.delta"),
+        )
         for i, meta in enumerate(about["inverted"])
     )
     state = None
@@ -177,7 +180,12 @@ def read_outcome(folder: Path) -> Outcome:
 
 def write_findings(folder: Path, f: Findings) -> None:
     """An evaluator's rows, curves, pictures and models."""
-    about = {"rows": [asdict(r) for r in f.rows], "curves": dict(f.curves), "pictures": {}, "models": sorted(f.models)}
+    about: dict[str, Any] = {
+        "rows": [asdict(r) for r in f.rows],
+        "curves": dict(f.curves),
+        "pictures": {},
+        "models": sorted(f.models),
+    }
     for i, (name, picture) in enumerate(sorted(f.pictures.items())):
         about["pictures"][name] = f"picture{i}.png"
         write_png(folder / f"picture{i}.png", picture)

@@ -1,4 +1,6 @@
-"""Runs one defense in the process that was forked for it. Sees one folder: `in/` holds what was declared, `out/` the answer.
+"""Runs one defense in the process that was forked for it.
+
+It sees one folder: `in/` holds what was declared, `out/` takes the answer.
 
 Imports neither attacks nor evaluators nor the store. Only an oracle, which declares the true backdoor, may import the
 attack that reads it.
@@ -32,6 +34,7 @@ class _Fence(importlib.abc.MetaPathFinder):
 def open_case(folder: Path, about: dict[str, Any]) -> Any:
     """The case in `folder/in`, as a defense sees it."""
     import torch
+
     from sleeperbench.contracts.context import Cost, Ctx, Recipe
     from sleeperbench.contracts.models import ModelSpec
     from sleeperbench.engine import artifacts
@@ -103,6 +106,7 @@ def main(folder: Path) -> None:
     try:
         import numpy as np
         import torch
+
         from sleeperbench.contracts.method import NotApplicable
         from sleeperbench.engine import artifacts
         from sleeperbench.engine.loading import be_deterministic, load_class
@@ -117,7 +121,9 @@ def main(folder: Path) -> None:
             if about["what"] == "run":
                 artifacts.write_outcome(folder / "out", method.run(case))
             else:
-                artifacts.write_tensors(folder / "out" / "scores.safetensors", {"scores": _scores(folder, method, about)})
+                artifacts.write_tensors(
+                    folder / "out" / "scores.safetensors", {"scores": _scores(folder, method, about)}
+                )
             done["cost"] = vars(case.ctx.cost)
         except NotApplicable as e:
             done = {"status": "not_applicable", "reason": str(e)}

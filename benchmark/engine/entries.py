@@ -32,19 +32,19 @@ def normal(dist: str) -> str:
 
 def installed() -> list[Plugin]:
     """Every plugin that some distribution registers, those with a double refused, and what a checkout has left out."""
-    origins: dict[str, dict[str, list[Plugin]]] = defaultdict(dict)
+    origins: dict[str, list[tuple[str, list[Plugin]]]] = defaultdict(list)
     for dist in metadata.distributions():
         plugins = [*_plugins(dist)]
         # One folder may be on the path twice, and a checkout holds its egg-info beside the installed metadata.
-        if plugins and plugins not in (known := origins[plugins[0].dist]).values():
-            known[str(dist.locate_file(""))] = plugins
+        if plugins and plugins not in [p for _, p in origins[plugins[0].dist]]:
+            origins[plugins[0].dist].append((str(dist.locate_file("")), plugins))
     found = [p for name, known in origins.items() for p in _without_doubles(name, known)]
     return [*found, *_left_out(found)]
 
 
-def _without_doubles(name: str, known: Mapping[str, list[Plugin]]) -> Iterator[Plugin]:
-    folders = {plugin: folder for folder, plugins in known.items() for plugin in plugins}
-    versions = [f"{plugins[0].dist_version} in {folder}" for folder, plugins in known.items()]
+def _without_doubles(name: str, known: list[tuple[str, list[Plugin]]]) -> Iterator[Plugin]:
+    folders = {plugin: folder for folder, plugins in known for plugin in plugins}
+    versions = [f"{plugins[0].dist_version} in {folder}" for folder, plugins in known]
     for plugin in folders:
         same = [p for p in folders if (p.kind, p.id) == (plugin.kind, plugin.id)]
         if name != OWN and len(known) > 1:

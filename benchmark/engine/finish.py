@@ -16,24 +16,23 @@ from typing import TYPE_CHECKING, Any
 from sleeperbench import PROTOCOL, __version__
 from sleeperbench.engine import rows
 from sleeperbench.engine.registry import Registry
-from sleeperbench.engine.store import write_atomic
+from sleeperbench.engine.store import Damaged, write_atomic
 from sleeperbench.errors import BadInput
 
 if TYPE_CHECKING:
     from sleeperbench.engine.plan import Cell
     from sleeperbench.engine.run import Run
 
-SHOWN_FAILURES = 50
-
 
 def finish(run: Run, code: int) -> dict[str, int]:
     """Write everything that stands on rows; returns the counts of cells by status."""
     out = run.options.out
     table = rows.supersede(rows.load_all(out), set(run.settled))
-    _flag_weak(run, table)
-    counts, failures = _counts(run, table)
     try:
+        _flag_weak(run, table)
+        counts, failures = _counts(run, table)
         write_atomic(out / "suite.toml", run.text.encode())
+        rows.drop_superseded(out, table)
         rows.write_tables(out, table, run.plan.suite.gate["collapse_points"])
         write_atomic(out / "plugins.json", _json(_plugins(run)))
         Media(run).write()
@@ -41,13 +40,11 @@ def finish(run: Run, code: int) -> dict[str, int]:
         write_atomic(out / "run.json", _json(_about(run, counts, exit_code)))
     except OSError as e:
         raise BadInput(f"cannot write the run folder {out}: {e.strerror}; free some space, then run this again") from e
-    for cell, reason in failures[:SHOWN_FAILURES]:
-        print(f"failed: {cell}: {reason}", file=sys.stderr)
-    if len(failures) > SHOWN_FAILURES:
-        print(f"... and {len(failures) - SHOWN_FAILURES} more; `sleeperbench show` has each", file=sys.stderr)
-    words = (("ok", "ok"), ("failed", "failed"), ("not_applicable", "not applicable"), ("not_run", "not run"))
     if not run.options.quiet:
         print(f"computed {run.computed} tasks", file=sys.stderr)
+    for cell, reason in failures:
+        print(f"failed: {cell}: {reason}", file=sys.stderr)
+    words = (("ok", "ok"), ("failed", "failed"), ("not_applicable", "not applicable"), ("not_run", "not run"))
     print(", ".join(f"{counts[k]} {w}" for k, w in words), file=sys.stderr)
     if run.options.site and table:
         from sleeperbench.leaderboard.build import build
@@ -61,11 +58,19 @@ def _json(value: Any) -> bytes:
 
 
 def _flag_weak(run: Run, table: list[dict[str, Any]]) -> None:
+    """Flag the rows of attacks that did not implant, also in their files, which are all that `merge` reads."""
     weak = set(run.gate.closed())
-    names = {c.name for c in run.plan.cells if c.attack_group in weak}
+    groups = {c.name: c.attack_group for c in run.plan.cells}
+    changed = set()
     for r in table:
-        if r["cell"] in names:
-            r["flag"] = ";".join(sorted({f for f in r["flag"].split(";") if f} | {"weak"}))
+        if r["cell"] in groups:
+            flags = {f for f in r["flag"].split(";") if f} - {"weak"}
+            flag = ";".join(sorted(flags | ({"weak"} if groups[r["cell"]] in weak else set())))
+            if flag != r["flag"]:
+                r["flag"] = flag
+                changed.add(r["task_key"])
+    for key in sorted(changed):
+        rows.save(run.options.out, key, [r for r in table if r["task_key"] == key])
 
 
 def _counts(run: Run, table: list[dict[str, Any]]) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -96,10 +101,13 @@ def _plugins(run: Run) -> list[dict[str, Any]]:
 def describe(registry: Registry, kind: Any, name: str) -> dict[str, Any]:
     """A plugin as plugins.json and `list --json` show it."""
     wrapper, inner = (None, name) if name.startswith("timm:") else Registry.split_wrapper(name)
+    plain = {"title": name, "paper": "", "bibtex": "", "access": "", "method_version": 0, "info": {}}
+    if kind == "dataset" and all(p.id != name for p in registry.of("dataset")):  # one that the user added
+        return {"kind": kind, "id": name, "dist": "", "dist_version": ""} | plain
     p = registry.get(kind, wrapper or inner)
     about: dict[str, Any] = {"kind": kind, "id": name, "dist": p.dist, "dist_version": p.dist_version}
     if not p.value:
-        return about | {"title": name, "paper": "", "bibtex": "", "access": "", "method_version": 0, "info": {}}
+        return about | plain
     b = p.blueprint
     info = dict(b.info)
     access = b.access.track() if kind == "defense" and b.access else ""
@@ -111,7 +119,9 @@ def describe(registry: Registry, kind: Any, name: str) -> dict[str, Any]:
         "access": "none" if name == "none" else access,
         "doc": b.docstring,
         "info": info,
-        "parameters": {k: {"annotation": q.annotation, "default": q.default, "doc": q.doc} for k, q in b.fields.items()},
+        "parameters": {
+            k: {"annotation": q.annotation, "default": q.default, "doc": q.doc} for k, q in b.fields.items()
+        },
         "metrics": [dict(zip(("name", "unit", "low", "high", "better", "doc"), m, strict=True)) for m in b.metrics],
     }
 
@@ -172,7 +182,10 @@ class Media:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         for key in keys:
-            source = self.run.store.path(key)
+            try:
+                source = self.run.store.fetch(key)
+            except Damaged:
+                continue  # set aside; it is computed again when a figure needs it
             task = self.run.plan.tasks[key]
             if task.kind == "attack":
                 if (source / "curves.json").exists():

@@ -6,6 +6,7 @@ processor seconds and peak memory of the child.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -52,10 +53,8 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kill_group(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def _child(job: dict[str, Any]) -> None:
@@ -68,7 +67,7 @@ def _child(job: dict[str, Any]) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.closerange(3, 4096)
-    sys.stdin = open(0, closefd=False)
+    sys.stdin = os.fdopen(0, closefd=False)
     os.chdir(scratch)
     kept = {k: os.environ[k] for k in _KEEP if k in os.environ}
     os.environ.clear()

@@ -6,6 +6,7 @@ from typing import Any
 
 from sleeperbench.engine.plan import Plan
 from sleeperbench.engine.registry import Registry
+from sleeperbench.engine.rows import ROUNDING
 
 LOW_RATE = 0.01
 """At most this poison rate, or with clean labels, the lower bar counts."""
@@ -47,14 +48,14 @@ class Gate:
         clean = [self.figures.get((c, "c_acc"), _UNKNOWN) for _, c in cells if c]
         if any(v is _UNKNOWN for v in (*asr, *acc, *clean)):
             return None
-        known = [v for v in asr if isinstance(v, float)]
+        known = [v for v in asr if isinstance(v, float | int)]
         if not known:
             return "no seed has a figure"
         mean = sum(known) / len(known)
-        if mean < self.bars[group]:
+        if mean < self.bars[group] - ROUNDING:
             return f"mean ASR {mean:.3f} is below {self.bars[group]:g}"
-        a, c = [v for v in acc if isinstance(v, float)], [v for v in clean if isinstance(v, float)]
-        if a and c and sum(c) / len(c) - sum(a) / len(a) > self.suite.gate["clean_drop_points"] / 100:
+        a, c = [v for v in acc if isinstance(v, float | int)], [v for v in clean if isinstance(v, float | int)]
+        if a and c and sum(c) / len(c) - sum(a) / len(a) > self.suite.gate["clean_drop_points"] / 100 + ROUNDING:
             return f"mean C-Acc lies {100 * (sum(c) / len(c) - sum(a) / len(a)):.1f} points below clean models"
         return ""
 

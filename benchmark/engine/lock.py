@@ -37,7 +37,7 @@ def locked(folder: Path) -> Iterator[None]:
             try:
                 held = json.loads(f.read())
                 who = f"pid {held['pid']} on {held['host']} since {held['since']}"
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError):
                 who = "another run"
             raise BadInput(f"{folder} is locked by {who}; wait for it, or give another --out") from None
         f.seek(0)

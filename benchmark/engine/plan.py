@@ -9,7 +9,7 @@ from typing import Any
 
 from sleeperbench import PROTOCOL
 from sleeperbench.contracts.access import Access, Needs
-from sleeperbench.engine.registry import Registry
+from sleeperbench.engine.registry import Kind, Registry
 from sleeperbench.engine.suite import Suite, Variant
 from sleeperbench.engine.task import Task, attack_seed, canonical, digest, target_class
 from sleeperbench.errors import BadInput, nearest
@@ -97,15 +97,16 @@ class Planner:
                 self.plan.users.setdefault(key, []).append(task.key)
             if group:
                 self.plan.gates[task.key] = group
-        elif not group:
+        elif self.plan.gates.get(task.key) != group:
+            # Another attack needs it too, or none does: one closed gate must not take it from the others.
             self.plan.gates.pop(task.key, None)
         return task.key
 
-    def info(self, kind: str, plugin: str) -> dict[str, Any]:
+    def info(self, kind: Kind, plugin: str) -> dict[str, Any]:
         """INFO of a plugin; of the wrapped one for `version`s of both, see `version`."""
         return dict(self.registry.get(kind, plugin).blueprint.info)
 
-    def version(self, kind: str, plugin: str) -> int:
+    def version(self, kind: Kind, plugin: str) -> int:
         """A wrapper's result depends on its own version; the wrapped plugin's is in its own task."""
         wrapper, inner = Registry.split_wrapper(plugin)
         return int(self.info(kind, wrapper or inner)["version"])
@@ -241,12 +242,14 @@ class Planner:
         inputs = {"attack": at.attack, "defense": at.defense}
         for i in range(needs.clean_models):
             inputs[f"clean{i}"] = self.clean(ds, arch, seed, i)
-        none = self.clean(ds, arch, seed, 0)
         if needs.defended_clean:
+            none = self.clean(ds, arch, seed, 0)
             inputs["defended_clean"] = self.defense(ds, arch, at.variant, seed, none, at.group, oracle=at.attack)
         for control in needs.controls:
             if control != at.variant.id:
-                inputs[f"control.{control}"] = self.evaluate(ds, arch, v, seed, self.control(ds, arch, seed, at, control))
+                inputs[f"control.{control}"] = self.evaluate(
+                    ds, arch, v, seed, self.control(ds, arch, seed, at, control)
+                )
         for other in needs.evaluators:
             inputs[f"evaluator.{other}"] = self.support(ds, arch, other, seed, at)
         if "scores" in needs.outcome:
@@ -376,9 +379,7 @@ class Planner:
                 cell.blocked = "not_applicable attack_controls_training"
             else:
                 cell.defense_key = self.defense(ds, arch, d, seed, attack, own_group)
-            at = _At(
-                attack=attack, attack_variant=v, rate=rate, defense=cell.defense_key, variant=d, group=group
-            )
+            at = _At(attack=attack, attack_variant=v, rate=rate, defense=cell.defense_key, variant=d, group=group)
             for e in s.evaluators:
                 needs = self.needs(e)
                 if needs.scope == "attack" and d.id != "none":
@@ -399,13 +400,14 @@ def restrict(plan: Plan, glob: str) -> None:
     Raises:
         BadInput: no cell matches.
     """
-    kept = [c for c in plan.cells if fnmatch.fnmatchcase(c.name, glob)]
+    names = [c.name for c in plan.cells]
+    matching = {n for n in names if fnmatch.fnmatchcase(n, glob)}
+    if not matching:
+        raise BadInput(f"--only {glob} matches none of {len(names)} cells: {nearest(glob, names)}")
     # A gate is decided over all seeds, against clean models, so those undefended cells stay.
-    groups = {c.attack_group for c in kept}
-    clean = {c.clean_cell for c in plan.cells if c.attack_group in groups}
-    kept = [c for c in plan.cells if c in kept or (c.is_control and (c.attack_group in groups or c.name in clean))]
-    if not groups:
-        raise BadInput(f"--only {glob}: {nearest(glob, [c.name for c in plan.cells])} ({len(plan.cells)} cells)")
+    groups = {c.attack_group for c in plan.cells if c.name in matching} - {""}
+    needed_cells = matching | {c.clean_cell for c in plan.cells if c.name in matching or c.attack_group in groups}
+    kept = [c for c in plan.cells if c.name in needed_cells or (c.is_control and c.attack_group in groups)]
     todo = [k for c in kept for k in (c.attack_key, c.defense_key, *(e.key for e in c.evaluations)) if k]
     needed: set[str] = set()
     while todo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -53,7 +54,9 @@ class Pool:
         threads = str(self.threads)
         env = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
         index = device.partition(":")[2]
-        env["CUDA_VISIBLE_DEVICES"] = index if device.startswith("cuda") and index else env.get("CUDA_VISIBLE_DEVICES", "")
+        env["CUDA_VISIBLE_DEVICES"] = (
+            index if device.startswith("cuda") and index else env.get("CUDA_VISIBLE_DEVICES", "")
+        )
         if device == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""
         elif not index:
@@ -141,17 +144,13 @@ class Pool:
         return code
 
     def _kill(self, slot: Slot) -> str:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(slot.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         code = slot.process.wait()
         for pipe in (slot.process.stdin, slot.process.stdout):
             if pipe:
-                try:
+                with contextlib.suppress(BrokenPipeError):
                     pipe.close()
-                except BrokenPipeError:
-                    pass
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a run says while it works: one live line per busy slot on a terminal, plain lines elsewhere. Standard error only."""
+"""What a run says on standard error while it works: a live line per busy slot on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -74,10 +74,12 @@ class Run:
 
     def _names(self) -> dict[str, str]:
         """Task key -> what the progress lines call it."""
-        names = {k: t.name for k, t in self.plan.tasks.items()}
+        names = {}
+        for k, t in self.plan.tasks.items():
+            replica = t.params.get("replica", 0)
+            names[k] = f"clean model {replica}" if t.name == "none" and replica else f"{t.name} (control)"
         for cell in self.plan.cells:
             short = cell.name
-            names.setdefault(cell.attack_key, short)
             names[cell.attack_key] = "/".join([*short.split("/")[:3], short.split("/")[-1]])
             if cell.defense_key:
                 names[cell.defense_key] = short
@@ -180,9 +182,7 @@ class Run:
         self._preflight()
         budget = self.plan.suite.budget
         progress = Progress(len(self.pending), self.options.quiet)
-        pool = Pool(
-            self.options.store, self.options.devices, budget["threads"], int(budget["memory_gb"] * 2**30)
-        )
+        pool = Pool(self.options.store, self.options.devices, budget["threads"], int(budget["memory_gb"] * 2**30))
         try:
             while self.pending or self.running:
                 self._fill(pool)
@@ -243,7 +243,9 @@ class Run:
             self.pending.add(key)
             progress.total += 1
         elif status == "no_space":
-            raise BadInput(f"cannot write the store {self.options.store}: {answer['reason']}; free some space or give another --store")
+            raise BadInput(
+                f"cannot write the store {self.options.store}: {answer['reason']}; free space or give another --store"
+            )
         elif status == "lost" and self.attempts.get(key, 0) + 1 < ATTEMPTS:
             self.attempts[key] = self.attempts.get(key, 0) + 1
             progress.say(f"{answer['reason']} during {self.names[key]}: trying it again")
@@ -258,7 +260,13 @@ class Run:
         self._close_gates(progress)
 
     def _journal(self, task: Task, answer: dict[str, Any]) -> None:
-        line = {"key": task.key, "kind": task.kind, "plugin": task.name, "name": self.names[task.key], "status": answer["status"]}
+        line = {
+            "key": task.key,
+            "kind": task.kind,
+            "plugin": task.name,
+            "name": self.names[task.key],
+            "status": answer["status"],
+        }
         line |= {"reason": answer["reason"], "result": answer.get("result"), "time": time.time()}
         with (self.options.out / "tasks.jsonl").open("a") as f:
             f.write(json.dumps(line) + "\n")
@@ -319,7 +327,11 @@ class Run:
         for key in self.pending:
             task = self.plan.tasks[key]
             kind = {"evaluate": "evaluator", "answer": "defense"}.get(task.kind, task.kind)
-            entry = {"kind": kind, "id": task.name, "value": self.values(task)[task.name], "params": task.params["method"]}
+            entry = {
+                "kind": kind,
+                "id": task.name,
+                "params": task.params["method"],
+            }
             seen[json.dumps(entry, sort_keys=True)] = entry | {"fits": fits}
             if "spec" in task.params:
                 specs[json.dumps(task.params["spec"], sort_keys=True)] = task.params["spec"]
@@ -404,7 +416,9 @@ def execute(plan: Plan, registry: Registry, options: Options, text: str) -> int:
         except KeyboardInterrupt:
             code = 130
         except OSError as e:
-            raise BadInput(f"cannot write the run folder {options.out}: {e.strerror}; free some space or mend its permissions, then run this again") from e
+            raise BadInput(
+                f"cannot write the run folder {options.out}: {e.strerror}; mend that, then run this again"
+            ) from e
         counts = finish.finish(run, code)
         if code == 130:
             print("interrupted; run the same command again to go on", file=sys.stderr)

@@ -77,7 +77,7 @@ class Store:
             version = self.root / "VERSION"
             if not version.exists():
                 write_atomic(version, VERSION.encode())
-            found = version.read_text().strip()
+            found = version.read_text(errors="replace").strip()
         except OSError as e:
             raise BadInput(f"cannot write the store {self.root}: {e.strerror}; give another folder with --store") from e
         if found != VERSION:
@@ -173,9 +173,10 @@ class Store:
         except OSError as e:
             if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            if not self.has(key):  # a folder without manifest cannot come from us; set it aside and try once more
-                self.discard(key)
-                os.rename(folder, target)
+            if self.has(key):
+                return self.manifest(key)
+            self.discard(key)  # a folder without manifest cannot come from us; set it aside and try once more
+            os.rename(folder, target)
         _sync(target.parent)
         self._verified.add(key)
         return self.manifest(key)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +49,12 @@ _TABLES: dict[str, dict[str, tuple[type, ...]]] = {
     },
     "access": {"clean": (float, int), "clean_source": (str,)},
     "budget": {"threads": (int,), "task_seconds": (int, float), "memory_gb": (int, float)},
-    "gate": {"implant_asr": (float, int), "implant_asr_low": (float, int), "collapse_points": (float, int), "clean_drop_points": (float, int)},
+    "gate": {
+        "implant_asr": (float, int),
+        "implant_asr_low": (float, int),
+        "collapse_points": (float, int),
+        "clean_drop_points": (float, int),
+    },
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "matrix": {"rates": [0.05], "evaluators": ["accuracy"], "seeds": [0]},
@@ -83,7 +90,7 @@ _RANGES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A plugin with its full parameters. `label` is its name in rows; it carries a digest unless they are the suite's."""
+    """A plugin with its full parameters; its `label` in rows carries a digest unless they are the suite's."""
 
     id: str
     label: str
@@ -151,9 +158,13 @@ def read(name: str) -> tuple[dict[str, Any], str]:
     """
     if name.endswith(".toml"):
         try:
-            text = Path(name).read_text()
+            text = Path(name).read_text(encoding="utf-8")
         except OSError as e:
-            raise BadInput(f"cannot read the suite file {name}: {e.strerror}") from e
+            raise BadInput(
+                f"cannot read the suite file {name}: {e.strerror}; correct the path, or name one of `list suites`"
+            ) from e
+        except UnicodeDecodeError as e:
+            raise BadInput(f"the suite file {name} is not UTF-8 text: {e}; save it as UTF-8") from e
     else:
         suites = shipped()
         if name not in suites:
@@ -167,6 +178,7 @@ def read(name: str) -> tuple[dict[str, Any], str]:
 
 def resolve(registry: Registry, kind: str, plugin: str, params: Mapping[str, Any]) -> dict[str, Any]:
     """Full parameters of a plugin; a wrapper's hold the wrapped plugin's under `inner`."""
+    registry.chain(kind, plugin)
     wrapper, inner = Registry.split_wrapper(plugin)
     if wrapper is None:
         return dict(registry.get(kind, inner).blueprint.resolve(params))
@@ -176,29 +188,36 @@ def resolve(registry: Registry, kind: str, plugin: str, params: Mapping[str, Any
     return {**outer.blueprint.resolve(own), "inner": resolve(registry, kind, inner, rest)}
 
 
+def _shown(value: Any) -> str:
+    """A value as TOML has it; dates and the like, which JSON lacks, as Python shows them."""
+    return json.dumps(value, default=str)
+
+
 def _typed(where: str, table: str, key: str, value: Any, types: tuple[type, ...]) -> Any:
     wrong_bool = isinstance(value, bool) and bool not in types
     if not isinstance(value, types) or wrong_bool:
         want = " or ".join(t.__name__ for t in types)
-        raise BadInput(f"{where}: [{table}] {key} = {json.dumps(value)} is not {want}")
+        raise BadInput(f"{where}: [{table}] {key} = {_shown(value)} is not {want}; correct it")
     if (table, key) in _CHOICES and value not in _CHOICES[table, key]:
-        raise BadInput(f"{where}: [{table}] {key} = {json.dumps(value)}: {nearest(str(value), _CHOICES[table, key])}")
+        raise BadInput(f"{where}: [{table}] {key} = {_shown(value)}: {nearest(str(value), _CHOICES[table, key])}")
     if (table, key) in _RANGES:
         low, high = _RANGES[table, key]
         if not low <= value <= high:
-            raise BadInput(f"{where}: [{table}] {key} = {value} is outside {low} to {high}")
+            raise BadInput(f"{where}: [{table}] {key} = {value} is outside {low:g} to {high:g}; correct it")
     return value
 
 
 def _items(where: str, key: str, values: Sequence[Any], want: type) -> list[Any]:
     for v in values:
         if isinstance(v, bool) or not isinstance(v, (int, float) if want is float else want):
-            raise BadInput(f"{where}: [matrix] {key} holds {json.dumps(v)}, which is not {want.__name__}")
+            raise BadInput(f"{where}: [matrix] {key} holds {_shown(v)}, which is not {want.__name__}; correct it")
     if not values:
         raise BadInput(f"{where}: [matrix] {key} is empty, so there is nothing to run; name at least one")
-    doubles = [v for i, v in enumerate(values) if v in values[:i]]
+    # Cells show rates with six digits, so rates that agree in these would share a name.
+    names = [f"{v:g}" if want is float else v for v in values]
+    doubles = [n for i, n in enumerate(names) if n in names[:i]]
     if doubles:
-        raise BadInput(f"{where}: [matrix] {key} names {json.dumps(doubles[0])} twice")
+        raise BadInput(f"{where}: [matrix] {key} names {doubles[0]} twice; once is enough")
     return list(values)
 
 
@@ -217,6 +236,8 @@ def _set(raw: dict[str, Any], setting: str) -> None:
     table = raw
     for p in parts[:-1]:
         table = table.setdefault(p, {})
+        if not isinstance(table, dict):
+            raise BadInput(f"--set {setting}: `{p}` is no table; write KIND.ID.KEY=VALUE or TABLE.KEY=VALUE")
     table[parts[-1]] = value
 
 
@@ -229,28 +250,50 @@ def _pick(kind: str, have: list[Any], want: Sequence[Any], keep: Iterable[Any] =
 
 def _sweep(registry: Registry, kind: str, plugin: str, raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Parameter sets of a plugin: a list where the parameter is not one is swept."""
-    fields = dict(registry.get(kind, Registry.split_wrapper(plugin)[1]).blueprint.fields)
-    wrapper = Registry.split_wrapper(plugin)[0]
-    if wrapper:
-        fields |= dict(registry.get(kind, wrapper).blueprint.fields)
+    fields = {k: f for p in registry.chain(kind, plugin) for k, f in p.blueprint.fields.items()}
     axes: list[list[tuple[str, Any]]] = []
     for key, value in raw.items():
         kinds = fields[key].annotation if key in fields else ""
         many = isinstance(value, list) and not any(t in kinds for t in ("tuple", "list", "Sequence"))
         if many and not value:
             raise BadInput(f"[{kind}.{plugin}] {key} = [] sweeps over nothing; give at least one value")
+        if many and kind == "evaluator":
+            raise BadInput(f"[{kind}.{plugin}] {key} = {_shown(value)}: an evaluator takes one value, not a sweep")
         axes.append([(key, v) for v in value] if many else [(key, value)])
-    return [resolve(registry, kind, plugin, dict(combo)) for combo in itertools.product(*axes)]
+    found = [resolve(registry, kind, plugin, dict(combo)) for combo in itertools.product(*axes)]
+    for i, params in enumerate(found):
+        if params in found[:i]:
+            raise BadInput(f"[{kind}.{plugin}] sweeps over the same parameters twice; give each value once")
+    return found
 
 
-def build(name: str, registry: Registry, changes: Changes = Changes()) -> tuple[Suite, str]:  # noqa: B008
+def _plugin_table(where: str, raw: Mapping[str, Any], kind: str) -> dict[str, dict[str, Any]]:
+    """The tables [kind.*] of a suite."""
+    given = raw.get(kind, {})
+    if not isinstance(given, dict):
+        raise BadInput(f"{where}: `{kind}` must hold tables, [{kind}.ID]")
+    for plugin, params in given.items():
+        if not isinstance(params, dict):
+            raise BadInput(f"{where}: `{kind}.{plugin}` must be a table of parameters, [{kind}.{plugin}]")
+    return given
+
+
+def _check_dataset(registry: Registry, name: str) -> None:
+    """A data set is a plugin, or one that the user added, which the data package knows."""
+    from sleeperbench.data.find import names
+
+    if any(p.id == name for p in registry.of("dataset")) or name not in names():
+        registry.get("dataset", name)
+
+
+def build(name: str, registry: Registry, changes: Changes = Changes()) -> tuple[Suite, str]:
     """Resolve a suite; returns it with its TOML text.
 
     Raises:
         BadInput: anything in it, or in `changes`, is unknown, of the wrong type, out of range or empty.
     """
     raw, text = read(name)
-    base = json.loads(json.dumps(raw))  # what the file says, before --set, names the rows' defaults
+    base = copy.deepcopy(raw)  # what the file says, before --set, names the rows' defaults
     for setting in changes.settings:
         _set(raw, setting)
     where = f"suite {name}"
@@ -258,8 +301,14 @@ def build(name: str, registry: Registry, changes: Changes = Changes()) -> tuple[
     for key in raw:
         if key not in top:
             raise BadInput(f"{where}: unknown key `{key}`: {nearest(key, top)}")
-    if raw.get("schema") != SCHEMA:
-        raise BadInput(f"{where}: schema = {raw.get('schema')!r}, but this version reads schema = {SCHEMA}")
+    if type(raw.get("schema")) is not int or raw["schema"] != SCHEMA:
+        raise BadInput(f"{where}: schema = {_shown(raw.get('schema'))}; this version reads schema = {SCHEMA}")
+    for key in ("name", "title", "secret"):
+        if not isinstance(raw.get(key, ""), str):
+            raise BadInput(f"{where}: {key} = {_shown(raw[key])} is not a string; put it in quotes")
+    title = raw.get("name", Path(name).stem)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", title):  # it becomes a folder
+        raise BadInput(f"{where}: name = {_shown(title)}: use letters, digits, `.`, `_` and `-`")
     t: dict[str, dict[str, Any]] = {}
     for table, keys in _TABLES.items():
         given = raw.get(table, {})
@@ -273,7 +322,7 @@ def build(name: str, registry: Registry, changes: Changes = Changes()) -> tuple[
     m = t["matrix"]
     for key in ("datasets", "archs", "attacks", "defenses"):
         if key not in m:
-            raise BadInput(f"{where}: [matrix] {key} is missing")
+            raise BadInput(f"{where}: [matrix] {key} is missing; give a list of ids")
     m["datasets"] = _pick("dataset", m["datasets"], changes.datasets)
     m["archs"] = _pick("model", m["archs"], changes.archs)
     m["attacks"] = _pick("attack", m["attacks"], changes.attacks, keep=("none",))
@@ -291,22 +340,19 @@ def build(name: str, registry: Registry, changes: Changes = Changes()) -> tuple[
             raise BadInput(f"{where}: poison rate {rate} is outside 0 (excluded) to 1; clean models are attack `none`")
     for seed in m["seeds"]:
         if seed < 0:
-            raise BadInput(f"{where}: seed {seed} is negative")
+            raise BadInput(f"{where}: seed {seed} is negative; seeds start at 0")
     clean = t["access"]["clean"]
     if clean <= 0 or (isinstance(clean, float) and clean >= 1):
         raise BadInput(f"{where}: [access] clean = {clean}: give a share between 0 and 1, or a number of rows")
     recipe = RECIPES[t["train"].pop("recipe")] | {k: v for k, v in t["train"].items() if k != "curves"}
     if changes.timeout is not None:
-        t["budget"]["task_seconds"] = changes.timeout
+        t["budget"]["task_seconds"] = _typed("--timeout", "budget", "task_seconds", changes.timeout, (float, int))
 
     variants: dict[str, list[Variant]] = {}
     defaults: dict[str, dict[str, dict[str, Any]]] = {}
     for kind in ("attack", "defense", "evaluator"):
-        given, said = raw.get(kind, {}), base.get(kind, {})
+        given, said = _plugin_table(where, raw, kind), _plugin_table(where, base, kind)
         for plugin, params in given.items():
-            if not isinstance(params, dict):
-                raise BadInput(f"{where}: [{kind}.{plugin}] must be a table of parameters")
-            registry.get(kind, Registry.split_wrapper(plugin)[1])
             defaults.setdefault(kind, {})[plugin] = _sweep(registry, kind, plugin, params)[0]
         variants[kind] = []
         for plugin in m[kind + "s"]:
@@ -314,26 +360,27 @@ def build(name: str, registry: Registry, changes: Changes = Changes()) -> tuple[
             for params in _sweep(registry, kind, plugin, given.get(plugin, {})):
                 label = plugin if params == normal else f"{plugin}~{digest(params)[:6]}"
                 variants[kind].append(Variant(id=plugin, label=label, params=params))
-    for key, kind in (("datasets", "dataset"), ("archs", "model")):
-        for plugin in m[key]:
-            registry.get(kind, plugin)
+    models, sizes = _plugin_table(where, raw, "model"), _plugin_table(where, raw, "dataset")
+    for plugin in (*m["archs"], *models):
+        registry.get("model", plugin)
+    for plugin in (*m["datasets"], *sizes):
+        _check_dataset(registry, plugin)
     rows: dict[str, dict[str, int]] = {}
-    for plugin, given in raw.get("dataset", {}).items():
-        registry.get("dataset", plugin)
+    for plugin, given in sizes.items():
         for key, value in given.items():
             if key not in _DATASET_KEYS:
                 raise BadInput(f"{where}: unknown key `{key}` in [dataset.{plugin}]: {nearest(key, _DATASET_KEYS)}")
             if _typed(where, f"dataset.{plugin}", key, value, _DATASET_KEYS[key]) < 1:
-                raise BadInput(f"{where}: [dataset.{plugin}] {key} = {value}: at least 1 row")
+                raise BadInput(f"{where}: [dataset.{plugin}] {key} = {value}: at least 1 row is needed")
         rows[plugin] = dict(given)
     suite = Suite(
-        name=str(raw.get("name", Path(name).stem)),
-        title=str(raw.get("title", "")),
-        secret=str(raw.get("secret", PUBLIC_SECRET)),
+        name=title,
+        title=raw.get("title", ""),
+        secret=raw.get("secret", PUBLIC_SECRET),
         datasets=tuple(m["datasets"]),
         dataset_rows=rows,
         archs=tuple(m["archs"]),
-        arch_args={k: dict(v) for k, v in raw.get("model", {}).items()},
+        arch_args={k: dict(v) for k, v in models.items()},
         attacks=tuple(variants["attack"]),
         rates=tuple(float(r) for r in m["rates"]),
         defenses=tuple(variants["defense"]),

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from sleeperbench.contracts.attack import Backdoor, PoisonedSet, Role
 from sleeperbench.contracts.context import Cost, Ctx, Recipe, derive
+from sleeperbench.contracts.defense import Outcome
 from sleeperbench.contracts.evaluator import Findings, Peer
 from sleeperbench.contracts.method import NotApplicable
 from sleeperbench.contracts.models import Model, ModelSpec
@@ -27,7 +29,7 @@ from sleeperbench.engine.cases import EVAL_PARTS, Declared
 from sleeperbench.engine.loading import load_class
 from sleeperbench.engine.store import Store
 from sleeperbench.engine.task import Task
-from sleeperbench.kit.classifier import Classifier, build, load, pack, read_model, traits
+from sleeperbench.kit.classifier import Classifier, build, load, pack, read_model, save_model, traits
 
 DECOY_ROWS = 2000
 DECOY_TRIES = 5
@@ -151,7 +153,9 @@ class Work:
         folder = self.store.fetch(key)
         if not (folder / "backdoor.json").exists():
             raise NotApplicable("no_trigger: an imported record has pictures only")
-        return artifacts.read_backdoor(folder, load_class(values[artifacts.read_json(folder / "backdoor.json")["attack"]]))
+        return artifacts.read_backdoor(
+            folder, load_class(values[artifacts.read_json(folder / "backdoor.json")["attack"]])
+        )
 
     # ---- attack ----------------------------------------------------------------------------------------------------
     def _attack(self, task: Task, values: Mapping[str, str], out: Path, cost: Cost, log: Path) -> dict[str, Any]:
@@ -181,13 +185,18 @@ class Work:
             hooks = method.hooks(b, train_ctx)
             net = build(ModelSpec.from_json(p["spec"]), seed=train_ctx.derive("init")).to(self.device)
             history = fit(net, poisoned.data, recipe, train_ctx, hooks=hooks, keep_epochs=p["curves"])
-            aux = {f"aux.{n}.{k}": v for n, m in (hooks.aux if hooks else {}).items() for k, v in m.state_dict().items()}
+            aux = {
+                f"aux.{n}.{k}": v for n, m in (hooks.aux if hooks else {}).items() for k, v in m.state_dict().items()
+            }
             artifacts.write_backdoor(out, replace(b, tensors={**b.tensors, **aux}), task.name)
             # Re-read at once: what evaluators will restore is what is rendered here.
             b = artifacts.read_backdoor(out, cls)
-            artifacts.save_model(pack(net), out)
+            save_model(pack(net), out)
             artifacts.write_set(out, poisoned)
-            result: dict[str, Any] = {"rate_actual": poisoned.rate(), "loss": history.losses[-1] if history.losses else None}
+            result: dict[str, Any] = {
+                "rate_actual": poisoned.rate(),
+                "loss": history.losses[-1] if history.losses else None,
+            }
             if b.triggers:
                 for name, data, role in (("bd_test", rows.test, Role.TEST), ("bd_probe", rows.probe, Role.TRAIN)):
                     r = render(data, b, role, ctx)
@@ -206,9 +215,7 @@ class Work:
         if bool((~known & (p.mark != 0)).any()):
             raise Failed("failed", "raised: the attack poisoned rows that it may not touch")
 
-    def _decoy(
-        self, method: Any, b: Backdoor, net: Classifier, rows: Rows, ctx: Ctx, out: Path
-    ) -> dict[str, Any]:
+    def _decoy(self, method: Any, b: Backdoor, net: Classifier, rows: Rows, ctx: Ctx, out: Path) -> dict[str, Any]:
         """A placebo trigger that the attacked model does not answer to, rendered like the true one."""
         from sleeperbench.data.load import subset
         from sleeperbench.kit.poison import render
@@ -235,7 +242,8 @@ class Work:
         from sleeperbench.kit.predict import predict
 
         bd = artifacts.read_rendered(out / "bd_test.safetensors", rows.test)
-        curve: dict[str, list[float]] = {"epoch": [], "c_acc": []} | ({"asr": []} if bd else {})
+        names = ("epoch", "c_acc", "asr") if bd else ("epoch", "c_acc")
+        curve: dict[str, list[float]] = {n: [] for n in names}
         for i, model in enumerate(epochs):
             net = load(model, self.device)
             curve["epoch"].append(i + 1)
@@ -300,12 +308,12 @@ class Work:
             "method": p["method"],
             "access": access,
             "spec": self.model(task.inputs["attack"]).spec.to_json(),
-            "recipe": p["recipe"],
+            "recipe": p["recipe"] | {"precision": task.numerics["precision"]},
             "seed": task.seed,
             "device": str(self.device),
         }
         if access["model"] == "weights":
-            artifacts.save_model(self.model(task.inputs["attack"]), box / "model")
+            save_model(self.model(task.inputs["attack"]), box / "model")
         if access["clean"]:
             own = access["clean"]
             n = round(own * len(rows.source)) if isinstance(own, float) else own
@@ -320,7 +328,7 @@ class Work:
             view = poisoned.view(derive(int(task.inputs["attack"][:15], 16), "view"))
             artifacts.write_images(box / "train.safetensors", replace(view, digest=""))
         for i in range(access["references"]):
-            artifacts.save_model(self.model(task.inputs[f"reference{i}"]), box / f"reference{i}")
+            save_model(self.model(task.inputs[f"reference{i}"]), box / f"reference{i}")
         if access["oracle"]:
             source = self.store.fetch(task.inputs["oracle"])
             (box / "oracle").mkdir()
@@ -328,7 +336,9 @@ class Work:
                 shutil.copyfile(source / name, box / "oracle" / name)
             about["oracle"] = values[artifacts.read_json(source / "backdoor.json")["attack"]]
         if access["inner"]:
-            artifacts.write_outcome(_made(box / "inner"), artifacts.read_outcome(self.store.fetch(task.inputs["inner"])))
+            artifacts.write_outcome(
+                _made(box / "inner"), artifacts.read_outcome(self.store.fetch(task.inputs["inner"]))
+            )
         return about
 
     # ---- answer ----------------------------------------------------------------------------------------------------
@@ -350,7 +360,7 @@ class Work:
             artifacts.write_outcome(
                 _made(folder / "in" / "own"), artifacts.read_outcome(self.store.fetch(task.inputs["defense"]))
             )
-            artifacts.save_model(self.model(task.inputs["defense"]), folder / "in" / "judged")
+            save_model(self.model(task.inputs["defense"]), folder / "in" / "judged")
             artifacts.write_tensors(folder / "in" / "asked.safetensors", {"images": images[order]})
             artifacts.write_json(folder / "in" / "case.json", about | {"what": "score"})
             _, usage = self._child(folder, log, task.timeout)
@@ -397,7 +407,9 @@ class Work:
             known = {m.name for m in method.METRICS}
             for row in findings.rows:
                 if row.metric not in known:
-                    raise Failed("failed", f"raised: {task.name} wrote metric {row.metric!r}, which METRICS does not name")
+                    raise Failed(
+                        "failed", f"raised: {task.name} wrote metric {row.metric!r}, which METRICS does not name"
+                    )
             artifacts.write_findings(out, findings)
         return {}
 
@@ -407,7 +419,7 @@ class Work:
         rows = self.rows(p["data"])
         attack = self.store.fetch(inputs["attack"])
         outcome = functools.cache(lambda: artifacts.read_outcome(self.store.fetch(inputs["defense"])))
-        recipe = Recipe(**p["recipe"])
+        recipe = Recipe(**p["recipe"] | {"precision": task.numerics["precision"]})
 
         def part(prefix: str) -> dict[str, str]:
             return {r[len(prefix) :]: k for r, k in sorted(inputs.items()) if r.startswith(prefix)}
@@ -446,13 +458,17 @@ class Work:
         if needs["defended_clean"]:
             parts["defended_clean"] = lambda: self.net(inputs["defended_clean"])
         if "answer" in inputs:
-            parts["answers"] = lambda: artifacts.read_tensors(self.store.fetch(inputs["answer"]) / "scores.safetensors")["scores"]
-            parts["asked"] = lambda: artifacts.read_tensors(self.store.fetch(inputs["answer"]) / "scores.safetensors")["triggered"]
+            parts["answers"] = lambda: artifacts.read_tensors(
+                self.store.fetch(inputs["answer"]) / "scores.safetensors"
+            )["scores"]
+            parts["asked"] = lambda: artifacts.read_tensors(self.store.fetch(inputs["answer"]) / "scores.safetensors")[
+                "triggered"
+            ]
         if part("peer."):
             parts["peers"] = lambda: peers("peer.")
         if part("surrogate."):
             parts["surrogates"] = lambda: tuple(
-                Peer(name=n, net=self.net(k), outcome=artifacts.Outcome()) for n, k in part("surrogate.").items()
+                Peer(name=n, net=self.net(k), outcome=Outcome()) for n, k in part("surrogate.").items()
             )
         if needs["trigger"] != "none":
             for name, data in (("bd_test", rows.test), ("bd_probe", rows.probe)):

@@ -112,7 +112,7 @@ def save_model(model: Model, folder: Path | str) -> None:
     """Write `model.safetensors` and `model.json`; equal models give equal bytes."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in sorted(model.state.items())}, folder / "model.safetensors")
+    save_file({k: v.detach().cpu().contiguous() for k, v in model.state.items()}, folder / "model.safetensors")
     text = json.dumps(model.spec.to_json(), sort_keys=True, indent=1, allow_nan=False)
     (folder / "model.json").write_text(text + "\n", encoding="utf-8")
 

@@ -182,7 +182,9 @@ def test_an_imported_record_that_has_only_pictures_is_measured(run: Path, tmp_pa
         artifacts.write_outcome(folder, Outcome())
         store.commit("cd" * 32, folder, task={"inputs": {"attack": "ab" * 32}}, env={}, result={})
     needs = own["params"]["needs"] | {"trigger": "live", "controls": ()}
-    task = Task.from_json(own | {"inputs": {"attack": "ab" * 32, "defense": "cd" * 32}, "params": own["params"] | {"needs": needs}})
+    task = Task.from_json(
+        own | {"inputs": {"attack": "ab" * 32, "defense": "cd" * 32}, "params": own["params"] | {"needs": needs}}
+    )
     case = work.eval_case(task, {}, tmp_path, Cost())
     figures = {r.metric: r.value for r in Accuracy().measure(case).rows}
     assert figures["asr"] == pytest.approx(row["value"])

@@ -66,7 +66,16 @@ def _wrapped(case, wrap):
 class Strip(Defense):
     """Entropy of blends with clean images; low entropy is suspicious."""
 
-    INFO = {"title": "toy STRIP", "version": 1, "api": 1, "kind": "toy", "paper": "", "bibtex": "", "micro": {}, "scores": True}
+    INFO = {
+        "title": "toy STRIP",
+        "version": 1,
+        "api": 1,
+        "kind": "toy",
+        "paper": "",
+        "bibtex": "",
+        "micro": {},
+        "scores": True,
+    }
     ACCESS = Access(clean=0.05)
 
     def run(self, case):
@@ -245,7 +254,16 @@ class Spectral(Defense):
 class Retrain(Defense):
     """Train anew on the rows that the wrapped defense keeps."""
 
-    INFO = {"title": "toy retrain", "version": 1, "api": 1, "kind": "toy", "paper": "", "bibtex": "", "micro": {}, "wrapper": True}
+    INFO = {
+        "title": "toy retrain",
+        "version": 1,
+        "api": 1,
+        "kind": "toy",
+        "paper": "",
+        "bibtex": "",
+        "micro": {},
+        "wrapper": True,
+    }
     ACCESS = Access(model="none", clean=0, train=True, control=True, inner="keep")
     steps: int = 5
 
@@ -284,4 +302,3 @@ class Greedy(Defense):
 
     def run(self, case):
         return Outcome(keep=case.train.labels == 0)
-

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from data_samples import toy_rows, toy_source, write_toy
+from PIL import Image
 
 from sleeperbench.data import cache, load
 from sleeperbench.data.arrays import Arrays, digest_arrays, read_npz
-from sleeperbench.data.catalog import digits
 from sleeperbench.data.errors import DataError
-from sleeperbench.data.images import digest_of
+from sleeperbench.data.source import Source
 
 
 @pytest.fixture
@@ -93,6 +92,17 @@ def test_the_checksum_is_computed_once_per_process(root: Path, monkeypatch: pyte
     assert sorted(hashed) == ["train.images.npy", "train.labels.npy"]
 
 
+def test_the_size_is_compared_every_time(root: Path) -> None:
+    p = cache.prepare(toy_source())
+    p.arrays("train")
+    path = p.folder / "train.images.npy"
+    stat = path.stat()
+    path.write_bytes(path.read_bytes()[:-1])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(DataError, match="is damaged"):
+        p.arrays("train")
+
+
 def test_a_killed_build_leaves_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as m:
         m.setattr(cache.json, "dump", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -131,6 +141,26 @@ def test_missing_data_say_where_and_what_to_do(tmp_path: Path) -> None:
         assert str(tmp_path / "root" / "toy") in str(e.value)
     with pytest.raises(DataError, match="elsewhere"):
         cache.prepare(toy_source(), tmp_path / "elsewhere")
+
+
+def test_layouts_are_tried_in_order(root: Path) -> None:
+    own = toy_source(files=lambda r: (r / "own",))
+    without = toy_source(files=lambda r: ())
+
+    def layout(source: Source) -> str | None:
+        found = cache.locate(source, root)
+        return found.layout if found else None
+
+    assert (layout(own), layout(without)) == ("arrays", "arrays")
+    for split in ("train", "test"):
+        (root / "toy" / f"{split}.npz").unlink()
+    assert (layout(own), layout(without)) == ("own", None)
+    for split in ("train", "val"):
+        for name in "abc":
+            (root / "toy" / split / name).mkdir(parents=True)
+            Image.new("RGB", (5, 4)).save(root / "toy" / split / name / "1.png")
+    assert (layout(own), layout(without)) == ("own", "imagefolder")
+    assert cache.prepare(without).counts == {"train": 3, "test": 3}
 
 
 def test_half_a_set_is_refused(root: Path) -> None:
@@ -188,58 +218,6 @@ def test_one_changed_byte_changes_the_digest(root: Path) -> None:
     rows["images"][7, 1, 2, 0] ^= 1
     np.savez(root / "toy" / "train.npz", **rows)
     assert cache.prepare(toy_source()).digests["train"] != before
-
-
-def mapped(path: Path) -> bool:
-    return str(path) in Path("/proc/self/maps").read_text()
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
-@pytest.mark.parametrize(("share", "stays"), [(0.25, False), (1e-12, True)])
-def test_large_images_stay_mapped(root: Path, monkeypatch: pytest.MonkeyPatch, share: float, stays: bool) -> None:
-    monkeypatch.setattr(load, "MEMORY_SHARE", share)
-    path = cache.prepare(toy_source()).folder / "train.images.npy"
-    raw = path.read_bytes()
-    data = load.load(toy_source(), "train")
-    assert mapped(path) is stays
-    data.images[0] = 7  # private: neither the file nor another reader sees it
-    assert path.read_bytes() == raw
-    assert digest_of(load.load(toy_source(), "train").images, data.labels) == data.digest
-
-
-def test_load_fills_every_field(root: Path) -> None:
-    data = load.load(toy_source(), "train")
-    assert data.images.dtype == torch.uint8
-    assert data.shape == (3, 4, 5)
-    assert (data.name, data.split, data.classes, data.canonical) == ("toy", "train", ("a", "b", "c"), False)
-    assert digest_of(data.images, data.labels) == data.digest
-    assert data.ids.tolist() == list(range(30))
-    with pytest.raises(DataError, match="did you mean `train`"):
-        load.load(toy_source(), "trian")
-
-
-def test_digits_need_no_file_and_keep_their_ids() -> None:
-    train, test = load.load("digits", "train"), load.load("digits", "test")
-    assert train.canonical
-    assert test.canonical
-    assert not set(train.ids.tolist()) & set(test.ids.tolist())
-    assert (len(train), len(test), train.shape) == (digits.train, digits.test, (1, 16, 16))
-    assert test.ids[:5].tolist() == [8, 15, 17, 23, 27]
-
-
-def test_subset_is_stratified_nested_and_in_source_order() -> None:
-    train = load.load("digits", "train")
-    small, large = load.subset(train, 100), load.subset(train, 300)
-    assert set(small.ids.tolist()) < set(large.ids.tolist())
-    assert small.ids.tolist() == sorted(small.ids.tolist())
-    assert (torch.bincount(small.labels) - torch.bincount(train.labels) * 100 / len(train)).abs().max() <= 1.5
-    assert small.digest == train.digest
-    assert (train.having(small.ids).images == small.images).all()
-    assert load.subset(train, 100, seed=1).ids.tolist() != small.ids.tolist()
-    assert len(load.subset(train, len(train))) == len(train)
-    for n in (0, len(train) + 1):
-        with pytest.raises(DataError, match=f"a subset of {n} rows was asked of digits/train, which has 1437"):
-            load.subset(train, n)
 
 
 def test_catalog_and_cache_import_nothing_heavy() -> None:

@@ -141,6 +141,22 @@ def test_an_added_id_is_not_overwritten(tmp_path: Path) -> None:
     run("add", "one", "--arrays", str(tmp_path / "given"))
     with pytest.raises(DataError, match="there is a data set `one`"):
         run("add", "one", "--arrays", str(tmp_path / "given"))
+    (tmp_path / "root" / "taken").mkdir()
+    with pytest.raises(DataError, match="taken is there already"):
+        run("add", "taken", "--arrays", str(tmp_path / "given"))
+
+
+CARD = '{"classes": ["a"], "shape": [1, 4, 5], "norm": [[0], [%d]], "pad": 4, "flip": false}'
+
+
+def test_a_norm_divides_by_no_zero(tmp_path: Path) -> None:
+    write_toy(tmp_path / "root", "carded")
+    card = tmp_path / "root" / "carded" / "source.json"
+    card.write_text(CARD % 1)
+    assert find.find_source("carded").norm == ((0.0,), (1.0,))
+    card.write_text(CARD % 0)
+    with pytest.raises(DataError, match="classes or norm"):
+        find.find_source("carded")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"classes": []}', '{"classes": ["a"], "shape": [3, 4], "norm": [[], []]}'])

@@ -2,19 +2,16 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
-import pickle
 import struct
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 from data_samples import toy_rows, toy_source, write_toy
 from PIL import Image
 
-from sleeperbench.data import cifar
 from sleeperbench.data.arrays import check, digest_arrays, read_npz
 from sleeperbench.data.bundled import read_digits
 from sleeperbench.data.catalog import digits, mnist
@@ -83,96 +80,6 @@ def test_digits_are_doubled_pixels_with_disjoint_ids() -> None:
     spread = np.bincount(test.labels) / np.bincount(raw.target)
     assert (np.abs(spread - 360 / 1797) < 0.01).all()
     assert (digest_arrays(train.images, train.labels), digest_arrays(test.images, test.labels)) == digits.digests
-
-
-class _Python2(pickle._Pickler):  # type: ignore[misc,name-defined]
-    """Writes what the released batches hold: protocol 2 with byte strings, and numpy's module of that time."""
-
-    dispatch: ClassVar[dict[Any, Any]] = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
-
-    def save_bytes(self, obj: bytes) -> None:
-        self.write(b"T" + struct.pack("<i", len(obj)) + obj)
-        self.memoize(obj)
-
-    def save_str(self, obj: str) -> None:
-        self.write(b"U" + bytes([len(obj)]) + obj.encode())
-        self.memoize(obj)
-
-    def save_global(self, obj: Any, name: str | None = None) -> None:
-        if getattr(obj, "__name__", "") == "_reconstruct":
-            self.write(b"cnumpy.core.multiarray\n_reconstruct\n")
-            self.memoize(obj)
-        else:
-            super().save_global(obj, name)
-
-    dispatch[bytes] = save_bytes
-    dispatch[str] = save_str
-    dispatch[type] = save_global
-
-
-def write_batches(root: Path, labels: list[int]) -> tuple[cifar.Batches, np.ndarray[Any, Any]]:
-    """Batches in the released form, and the layout with their MD5s."""
-    pixels = np.random.default_rng(0).integers(0, 256, (len(labels), 3072), dtype=np.uint8)
-    folder = root / cifar.CIFAR10.folder
-    folder.mkdir(parents=True)
-    md5: dict[str, dict[str, str]] = {}
-    for split, name in (("train", "data_batch_1"), ("test", "test_batch")):
-        with (folder / name).open("wb") as f:
-            _Python2(f, protocol=2).dump({"batch_label": "x", "labels": labels, "data": pixels})
-        md5[split] = {name: hashlib.md5((folder / name).read_bytes()).hexdigest()}
-    return replace(cifar.CIFAR10, md5=md5), pixels
-
-
-def test_released_batches_are_read_in_order(tmp_path: Path) -> None:
-    batches, pixels = write_batches(tmp_path, [3, 1, 2])
-    raw = (tmp_path / batches.folder / "test_batch").read_bytes()
-    assert b"numpy.core.multiarray" in raw
-    assert len(batches.files(tmp_path)) == 2
-    rows = batches.read(tmp_path, "test")
-    assert rows.labels.tolist() == [3, 1, 2]
-    assert (rows.images.reshape(3, 3072) == pixels).all()
-    assert rows.released
-
-
-def test_a_batch_with_another_md5_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches, _ = write_batches(tmp_path, [0])
-    path = tmp_path / batches.folder / "test_batch"
-    path.write_bytes(path.read_bytes() + b"\0")
-    monkeypatch.setattr(cifar, "read_batch", lambda *_: pytest.fail("opened"))
-    with pytest.raises(DataError, match=r"test_batch is not the released file"):
-        batches.read(tmp_path, "test")
-
-
-class _Bomb:
-    def __init__(self, call: Any, *args: Any) -> None:
-        self.call, self.args = call, args
-
-    def __reduce__(self) -> Any:
-        return self.call, self.args
-
-
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_a_malicious_batch_is_refused_and_does_nothing(tmp_path: Path, protocol: int) -> None:
-    mark = tmp_path / "executed"
-    raw = pickle.dumps({"data": _Bomb(os.mkdir, str(mark))}, protocol=protocol)
-    pickle.loads(raw)
-    assert mark.is_dir()  # the bomb works
-    mark.rmdir()
-    with pytest.raises(DataError, match=r"batch is refused \(names posix.mkdir"):
-        cifar.read_batch(raw, "batch")
-    assert not mark.exists()
-
-
-@pytest.mark.parametrize("call", [eval, getattr, np.frombuffer, np.load, __import__], ids=str)
-def test_nothing_but_arrays_is_admitted(call: Any) -> None:
-    with pytest.raises(DataError, match="refused"):
-        cifar.read_batch(pickle.dumps(_Bomb(call, "1")), "batch")
-
-
-@pytest.mark.parametrize("raw", [b"", b"\x80\x02", b"garbage", pickle.dumps([1])])
-def test_damaged_batches_are_refused(raw: bytes) -> None:
-    with pytest.raises(DataError, match="batch is refused"):
-        cifar.read_batch(raw, "batch")
 
 
 def test_npz_grey_and_colour(tmp_path: Path) -> None:
@@ -273,6 +180,15 @@ def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
     picture(tmp_path / "test" / "a" / "1.png", (1, 2, 3))
     with pytest.raises(DataError, match=r"2\.png is no readable picture"):
         read_imagefolder(tmp_path, "train", (3, 4, 5), ("a",))
+
+
+@pytest.mark.parametrize("mode", ["I", "F", "I;16"])
+def test_deep_pictures_are_refused_not_clipped(tmp_path: Path, mode: str) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.new(mode, (5, 4)).save(tmp_path / split / "a" / "1.tif")
+    with pytest.raises(DataError, match="more than 8 bits"):
+        read_imagefolder(tmp_path, "train", (1, 4, 5), ("a",))
 
 
 def test_gtsrb_archive(tmp_path: Path) -> None:

@@ -196,6 +196,15 @@ def test_the_same_metadata_in_two_folders_is_one_plugin(add, tmp_path, monkeypat
     assert [p.status for p in Registry.discover().of("defense") if not p.builtin] == ["ok"]
 
 
+def test_a_stale_version_in_the_same_folder_is_seen(add, tmp_path):
+    add(discover=False)
+    info = tmp_path / "outside-1.0" / "outside-1.0.dist-info"
+    shutil.copytree(info, info.with_name("outside-0.9.dist-info"))
+    (info.with_name("outside-0.9.dist-info") / "METADATA").write_text("Name: outside\nVersion: 0.9\n")
+    with pytest.raises(BrokenPlugin, match=r"(?=.*\b0\.9 in)(?=.*\b1\.0 in)"):
+        Registry.discover().get("defense", "outside/gentle")
+
+
 def test_damaged_metadata_disables_only_its_own(add, tmp_path):
     add(dist="first", discover=False)
     (tmp_path / "first-1.0" / "first-1.0.dist-info" / "METADATA").unlink()

@@ -103,7 +103,7 @@ def test_preact_shortcut_branches_off_behind_bn_and_relu() -> None:
 
 def test_wide_resnet_starts_with_he_fan_out() -> None:
     body = build(spec("wrn28_2"), 0).body
-    w = body.stage3[1].conv1.weight.detach()
+    w = body.stage3[0].conv1.weight.detach()
     assert float(w.std()) == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
     assert not body.head.bias.any()
 

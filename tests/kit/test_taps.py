@@ -32,6 +32,7 @@ def hooks(net: nn.Module) -> int:
         ("wrn28_2", 3, 24, 25, "body.head"),
         ("timm:resnet18", 4, 16, 20, "body.net.fc"),
         ("timm:resnet18d", 4, 16, 22, "body.net.fc"),
+        ("timm:mobilenetv2_100", 5, 17, 52, "body.net.classifier"),
         ("timm:vit_tiny_patch16_224", 12, 0, 0, "body.net.head"),
     ],
 )

@@ -46,7 +46,7 @@ def wilson(count: int, total: int) -> tuple[float, float]:
     return mid - half, mid + half
 
 
-def cell_row(attack: str, rate: float | None, defense: str, seed: int, **more: Any) -> dict[str, Any]:
+def cell_row(attack: str, rate: float | None, defense: str, seed: int, /, **more: Any) -> dict[str, Any]:
     """A row of cells.parquet without figures; `more` overrides columns."""
     row: dict[str, Any] = {c.name: None for c in CELLS}
     row |= {
