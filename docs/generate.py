@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
+import tomllib
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
@@ -57,6 +59,7 @@ def tables() -> str:
 
 def commands() -> str:
     """`--help` of every command."""
+    os.environ["COLUMNS"] = "100"  # argparse wraps to the terminal otherwise
     text = ["# Commands", "", "Generated from `--help`."]
     for name in COMMANDS:
         out = io.StringIO()
@@ -64,8 +67,6 @@ def commands() -> str:
             parser().parse_args([name, "--help"])
         text += ["", f"## {name}", "", "```", out.getvalue().rstrip(), "```"]
     text += ["", "## Suites", "", "| suite | what |", "|---|---|"]
-    import tomllib
-
     text += [f"| `{n}` | {tomllib.loads(t).get('title', '')} |" for n, t in shipped().items()]
     return "\n".join(text) + "\n"
 

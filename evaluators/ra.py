@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -133,8 +133,16 @@ class RetuningAttack(Evaluator):
                 stage="reactivated",
             ),
         ]
-        curve = {"k": k, "rows": tuning_rows(case.probe), "p_asr_ra": own, "c_acc_ra": clean, "controls": controls}
-        return Findings(rows=tuple(rows), curves={"draws": curve})
+        return Findings(rows=tuple(rows), curves={"draws": self._curve(k, tuning_rows(case.probe), own, controls)})
+
+    def _curve(self, k: int, rows: int, own: list[float | None], controls: dict[str, float | None]) -> dict[str, Any]:
+        draws = list(range(self.draws))
+        series = [{"label": "this model", "x": draws, "y": own}]
+        for name, value in sorted(controls.items()):
+            if value is not None:
+                series.append({"label": f"{name}, mean", "x": draws, "y": [value] * len(draws)})
+        title = f"ASR after retuning on {rows} rows of which {k} are triggered"
+        return {"title": title, "x_label": "draw", "y_label": "ASR", "series": series}
 
     def _control(
         self, net: nn.Module | None, case: EvalCase, probe: Rendered | None, test: Rendered | None, k: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sleeperbench import EvalCase, Evaluator, Findings, Measurement, Metric, Needs
 from sleeperbench.evaluators.ra import measure_asr, retune, tuning_rows
@@ -72,7 +73,8 @@ class RetuningBudget(Evaluator):
             )
         runs = [(draw, i) for draw in range(self.draws) for i in range(len(case.clean_models))]
         rows: list[Measurement] = []
-        curve, budget = [], None
+        curve: list[tuple[int, float, float, float]] = []
+        budget = None
         for k in sorted(self.ks, reverse=True):
             if k > min(len(case.bd_probe), tuning_rows(case.probe) - 1):
                 rows.append(_mean_row(k, None, "too_few_probe_rows"))
@@ -87,17 +89,23 @@ class RetuningBudget(Evaluator):
                 values.append(found.value or 0.0)
                 if sum(values) > self.limit * len(runs):
                     break
-            curve.append({"k": k, "p_asr_clean": values})
             if len(values) < len(runs):
                 rows.append(_mean_row(k, None, f"over_limit: after {len(values)} of {len(runs)} runs"))
                 continue
             mean = sum(values) / len(values)
             rows.append(_mean_row(k, mean, ""))
+            curve.append((k, mean, min(values), max(values)))
             if mean <= self.limit:
                 budget = k
                 break
         rows.append(Measurement(metric="ra_k", value=budget, reason="" if budget is not None else "no_valid_budget"))
-        return Findings(rows=tuple(rows), curves={"k": curve})
+        return Findings(rows=tuple(rows), curves={"k": _curve(curve)} if curve else {})
+
+
+def _curve(points: list[tuple[int, float, float, float]]) -> dict[str, Any]:
+    k, mean, low, high = (list(column) for column in zip(*sorted(points), strict=True))
+    series = [{"label": "mean of clean models and draws", "x": k, "y": mean, "low": low, "high": high}]
+    return {"title": "ASR of clean models after retuning", "x_label": "k", "y_label": "ASR", "series": series}
 
 
 def _mean_row(k: int, value: float | None, reason: str) -> Measurement:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from sleeperbench import __version__
 
-COMMANDS = ("run", "list", "show", "site", "merge", "data", "doctor")
+COMMANDS = ("run", "list", "show", "site", "merge", "store", "data", "doctor")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -6,15 +6,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sleeperbench.data.added import add_arrays, add_images
-from sleeperbench.data.cache import prepare
 from sleeperbench.data.errors import DataError
-from sleeperbench.data.find import find_source, names
-from sleeperbench.data.locate import locate, missing
-from sleeperbench.data.roots import data_root
-from sleeperbench.data.source import Source
+
+if TYPE_CHECKING:
+    from sleeperbench.data.source import Source
+
+# The readers import numpy, which `--help` must not: each function imports what it uses.
 
 
 def add_parser(subparsers: Any) -> None:
@@ -46,6 +45,8 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         DataError: Unknown id, missing or damaged data, or a folder that cannot be written.
     """
+    from sleeperbench.data.roots import data_root
+
     root = data_root(args.data_root)
     if args.action == "list":
         _list(root, as_json=args.json)
@@ -57,6 +58,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _list(root: Path, *, as_json: bool) -> None:
+    from sleeperbench.data.find import names
+
     rows = [_row(name, root) for name in names(root)]
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -73,6 +76,8 @@ def _list(root: Path, *, as_json: bool) -> None:
 
 
 def _row(name: str, root: Path) -> dict[str, Any]:
+    from sleeperbench.data.find import find_source
+
     row: dict[str, Any] = dict.fromkeys(
         ("id", "title", "shape", "classes", "train", "test", "found", "todo", "download_bytes", "licence", "cite")
     )
@@ -97,6 +102,8 @@ def _row(name: str, root: Path) -> dict[str, Any]:
 
 
 def _place(source: Source, root: Path) -> str | None:
+    from sleeperbench.data.locate import locate
+
     found = locate(source, root)
     if found is None:
         return None
@@ -104,12 +111,18 @@ def _place(source: Source, root: Path) -> str | None:
 
 
 def _todo(source: Source, root: Path) -> str:
+    from sleeperbench.data.locate import missing
+
     if source.download is None:
         return missing(source, root)
     return f"not here: sleeperbench data get {source.name} ({source.download_bytes:,} bytes)"
 
 
 def _get(root: Path, name: str, *, again: bool) -> None:
+    from sleeperbench.data.cache import prepare
+    from sleeperbench.data.find import find_source
+    from sleeperbench.data.locate import locate, missing
+
     source = find_source(name, root)
     if locate(source, root) is None:
         if source.download is None:
@@ -118,13 +131,15 @@ def _get(root: Path, name: str, *, again: bool) -> None:
         source.download(root)
     prepared = prepare(source, root, again=again)
     for split, rows in prepared.counts.items():
+        prepared.arrays(split), prepared.ids(split)  # compared with their checksums
         print(f"{name} {split}: {rows:,} rows, sha256 {prepared.digests[split]}")
     print(f"{name}: equals the release" if prepared.canonical else f"{name}: not canonical: {prepared.note}")
-    for split in prepared.counts:
-        prepared.arrays(split), prepared.ids(split)
 
 
 def _add(root: Path, args: argparse.Namespace) -> None:
+    from sleeperbench.data.added import add_arrays, add_images
+    from sleeperbench.data.find import names
+
     if args.id in names(root):
         raise DataError(f"there is a data set `{args.id}` already: take another id")
     if args.images is not None:

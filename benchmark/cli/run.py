@@ -29,7 +29,9 @@ def add_parser(sub: Any) -> None:
     )
     p.add_argument("suite", metavar="SUITE|FILE.toml", help="a shipped suite (see `list suites`) or a file of yours")
     p.add_argument("--out", type=Path, help="run folder (default: runs/<suite>)")
-    p.add_argument("--store", type=Path, help="cache of all steps (default: `store` beside --out)")
+    p.add_argument(
+        "--store", metavar="DIR|URL", help="cache of all steps: a folder or fsspec URL (default: `store` beside --out)"
+    )
     p.add_argument("--data-root", type=Path, help="where data sets lie (default: $SLEEPERBENCH_DATA)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, or cuda:0,1 (default: auto)")
     p.add_argument("--jobs", type=int, help="tasks at a time (default: cores / threads, or one per GPU)")
@@ -47,40 +49,54 @@ def add_parser(sub: Any) -> None:
     p.add_argument("--seeds", default="", metavar="0,1,2", help="seeds in place of the suite's")
     p.add_argument("--set", action="append", default=[], metavar="KIND.ID.KEY=VALUE", help="change a parameter")
     p.add_argument("--only", default="", metavar="GLOB", help="only cells whose name matches")
+    p.add_argument("--shard", default="", metavar="i/n", help="part i of n; `merge` puts the runs together")
     p.add_argument("--only-stage", default="", choices=["attack", "defense", "evaluate"], help="stop after a stage")
     p.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     p.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
     p.add_argument("--rerun", default="", metavar="failed|all|GLOB", help="compute these again")
     p.add_argument("--fail-fast", action="store_true", help="stop at the first failure")
     p.add_argument("--timeout", type=float, metavar="S", help="seconds per task in place of the suite's")
+    p.add_argument(
+        "--sandbox",
+        default="process",
+        choices=["process", "bwrap"],
+        help="how defenses are kept apart: a process of their own, or bubblewrap for code that one does not trust",
+    )
     p.add_argument("--keep-unimplanted", action="store_true", help="defend also attacks that did not implant")
+    p.add_argument("--verify-store", action="store_true", help="check artifacts every time they are read")
     p.add_argument("--no-site", action="store_true", help="tables only")
 
 
 def main(args: argparse.Namespace) -> int:
     """Plan and run."""
+    from sleeperbench.engine import sandbox
     from sleeperbench.engine.registry import Registry
     from sleeperbench.engine.run import Options, execute
 
+    if args.sandbox == "bwrap" and (problem := sandbox.problem()):
+        raise BadInput(f"--sandbox bwrap: {problem}")
     registry = Registry.discover()
     plan, text = make_plan(args, registry)
     name = plan.suite.name
     out = args.out or Path("runs") / name
-    store = args.store or out.parent / "store"
-    if "SLEEPERBENCH_STORE" in os.environ and args.store is None:
-        store = Path(os.environ["SLEEPERBENCH_STORE"])
+    store = args.store or os.environ.get("SLEEPERBENCH_STORE") or str(out.parent / "store")
+    if store.startswith("memory:"):
+        raise BadInput(f"--store {store}: memory is seen by one process alone, and a run has several; give a folder")
     if args.dry_run:
-        return _dry_run(args, plan, registry, store, out)
+        return _dry_run(args, plan, store)
     options = Options(
         out=out,
         store=store,
         devices=devices(args.device, args.jobs, plan.suite.budget["threads"]),
+        sandbox=args.sandbox,
         rerun=args.rerun,
         only_stage=args.only_stage,
+        shard=args.shard,
         fail_fast=args.fail_fast,
         keep_unimplanted=args.keep_unimplanted,
         quiet=args.quiet,
         site=not args.no_site,
+        verify_store=args.verify_store,
     )
     return execute(plan, registry, options, text)
 
@@ -88,6 +104,7 @@ def main(args: argparse.Namespace) -> int:
 def make_plan(args: argparse.Namespace, registry: Registry) -> tuple[Plan, str]:
     """The plan of a command line, and the suite's TOML."""
     from sleeperbench.engine import plan as planning
+    from sleeperbench.engine import shard as sharding
     from sleeperbench.engine.suite import Changes, build
 
     try:
@@ -114,6 +131,8 @@ def make_plan(args: argparse.Namespace, registry: Registry) -> tuple[Plan, str]:
     plan = planning.Planner(suite, registry, datasets).build()
     if args.only:
         planning.restrict(plan, args.only)
+    if args.shard:
+        sharding.shard(plan, registry, *sharding.parse(args.shard))
     return plan, text
 
 
@@ -171,18 +190,19 @@ def _gpus() -> int:
     return len(list(Path("/dev").glob("nvidia[0-9]*"))) if Path("/dev/nvidiactl").exists() else 0
 
 
-def _dry_run(args: argparse.Namespace, plan: Plan, registry: Registry, store: Path, out: Path) -> int:
+def _dry_run(args: argparse.Namespace, plan: Plan, store: str) -> int:
     from sleeperbench.engine.estimate import estimate
 
-    answer = estimate(plan, store, out)
+    answer = estimate(plan, store)
     if args.json:
         print(json.dumps(answer, indent=1))
         return 0
-    known = answer["core_seconds"] is not None
+    known = answer["core_seconds"] is not None and answer["to_run"]
     print(f"suite {plan.suite.name}: {answer['cells']} cells, {answer['tasks']} tasks, {answer['cached']} cached")
-    print(f"to run: {answer['to_run']}" + (f", about {answer['core_seconds']:.0f} core-seconds" if known else ""))
-    if not known and answer["to_run"]:
-        print("core-seconds: unknown until tasks of these kinds have run once", file=sys.stderr)
+    cost = "about {core_seconds:.0f} core-seconds, at most {peak_mb:.0f} MB each".format(**answer) if known else ""
+    print(f"to run: {answer['to_run']}" + (f", {cost}" if cost else ""))
+    for place in answer["unknown"]:
+        print(f"not counted, since it has not run on this store yet: {place}", file=sys.stderr)
     for b in answer["blocked"]:
         print(f"blocked: {b['cell']}: {b['status']}: {b['reason']}")
     for d in plan.datasets.values():

@@ -55,7 +55,14 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What an evaluator found: rows, and curves (JSON), pictures (uint8 (C, H, W) or (N, C, H, W)) and models."""
+    """What an evaluator found.
+
+    Args:
+        rows: The figures.
+        curves: Name -> {"title", "x_label", "y_label", "series": [{"label", "x", "y", "low"?, "high"?}]}.
+        pictures: Name -> uint8 (C, H, W).
+        models: Name -> model that other evaluators may read, such as a retuned one.
+    """
 
     rows: tuple[Measurement, ...]
     curves: Mapping[str, Any] = field(default_factory=dict)

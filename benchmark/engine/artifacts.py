@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sleeperbench.contracts.attack import Backdoor, Mark, PoisonedSet
@@ -33,7 +34,7 @@ def read_json(path: Path) -> Any:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Tensors as safetensors on the CPU, names sorted, so that equal tensors give equal bytes."""
     ready = {k: tensors[k].detach().cpu().contiguous().clone() for k in sorted(tensors)}
-    save_file(ready, path)
+    path.write_bytes(save(ready))  # safetensors' own writer does not raise OSError when the disk is full
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -180,8 +181,12 @@ def read_outcome(folder: Path) -> Outcome:
 
 def write_findings(folder: Path, f: Findings) -> None:
     """An evaluator's rows, curves, pictures and models."""
+    rows = [asdict(r) for r in f.rows]
+    for row in rows:
+        if row["value"] is not None and not math.isfinite(row["value"]):  # JSON has no word for it
+            row |= {"value": None, "reason": "nan: the figure is not finite"}
     about: dict[str, Any] = {
-        "rows": [asdict(r) for r in f.rows],
+        "rows": rows,
         "curves": dict(f.curves),
         "pictures": {},
         "models": sorted(f.models),

@@ -8,6 +8,7 @@ attack that reads it.
 
 from __future__ import annotations
 
+import errno
 import importlib.abc
 import json
 import os
@@ -18,16 +19,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+OPEN = (
+    "sleeperbench.contracts",
+    "sleeperbench.kit",
+    "sleeperbench.errors",
+    "sleeperbench.defenses",
+    "sleeperbench.data.images",
+    "sleeperbench.engine.artifacts",
+    "sleeperbench.engine.cases",
+    "sleeperbench.engine.loading",
+)
+"""What a defense may import of this package."""
+
 
 class _Fence(importlib.abc.MetaPathFinder):
     """Refuses imports that a defense has no business with."""
 
-    def __init__(self, closed: Sequence[str]) -> None:
-        self.closed = tuple(closed)
+    def __init__(self, allowed: Sequence[str]) -> None:
+        self.allowed = tuple(allowed)
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
         """Raise for what is closed; leave the rest to the ordinary finders."""
-        if any(fullname == c or fullname.startswith(c + ".") for c in self.closed):
+        if not fullname.startswith("sleeperbench."):
+            return
+        if not any(f"{fullname}.".startswith(f"{a}.") or f"{a}.".startswith(f"{fullname}.") for a in self.allowed):
             raise ImportError(f"a defense may not import {fullname}")
 
 
@@ -90,18 +105,35 @@ def _scores(folder: Path, method: Any, about: dict[str, Any]) -> Any:
 
 def _progress(path: Path) -> Any:
     def report(done: int, total: int, what: str) -> None:
-        path.write_text(json.dumps([done, total, what]))
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps([done, total, what]))
+        os.replace(part, path)
 
     return report
 
 
-def main(folder: Path) -> None:
-    """Run the defense described by `folder/in/case.json`; writes `folder/out` and, last, `folder/done.json`."""
+def _write(folder: Path, outcome: Any) -> None:
+    from sleeperbench.contracts.defense import Outcome
+    from sleeperbench.engine import artifacts
+
+    if not isinstance(outcome, Outcome):
+        raise TypeError(f"run returned {type(outcome).__name__}, not an Outcome")
+    try:
+        artifacts.write_outcome(folder, outcome)
+    except ValueError as e:
+        if "not JSON compliant" in str(e):
+            raise FloatingPointError("a figure of the answer is not finite") from e
+        raise
+
+
+def main(folder: Path, share: float) -> None:
+    """Run the defense described by `folder/in/case.json`; writes `folder/out` and, last, `folder/done.json`.
+
+    Args:
+        folder: The case.
+        share: Share of the device's memory that may be taken.
+    """
     about = json.loads((folder / "in" / "case.json").read_text())
-    closed = ["sleeperbench.evaluators", "sleeperbench.engine.store", "sleeperbench.engine.work", "sleeperbench.cli"]
-    if not about["access"]["oracle"]:
-        closed.append("sleeperbench.attacks")
-    sys.meta_path.insert(0, _Fence(closed))
     done: dict[str, Any] = {"status": "ok", "reason": ""}
     try:
         import numpy as np
@@ -111,6 +143,10 @@ def main(folder: Path) -> None:
         from sleeperbench.engine import artifacts
         from sleeperbench.engine.loading import be_deterministic, load_class
 
+        # After the imports above, which stand on more than a defense may ask for.
+        sys.meta_path.insert(0, _Fence([*OPEN, "sleeperbench.attacks"] if about["access"]["oracle"] else OPEN))
+        if about["device"] != "cpu":
+            torch.cuda.set_per_process_memory_fraction(share)
         random.seed(about["seed"])
         np.random.seed(about["seed"] % 2**32)
         torch.manual_seed(about["seed"])
@@ -119,7 +155,7 @@ def main(folder: Path) -> None:
             case = open_case(folder, about)
             method = load_class(about["value"]).from_params(about["method"])
             if about["what"] == "run":
-                artifacts.write_outcome(folder / "out", method.run(case))
+                _write(folder / "out", method.run(case))
             else:
                 artifacts.write_tensors(
                     folder / "out" / "scores.safetensors", {"scores": _scores(folder, method, about)}
@@ -143,6 +179,15 @@ def describe(e: BaseException) -> dict[str, Any]:
         return {"status": "out_of_memory", "reason": "out_of_memory: " + text}
     if isinstance(e, FloatingPointError):
         return {"status": "failed", "reason": "nan: " + text}
+    if (isinstance(e, OSError) and e.errno == errno.EFBIG) or "os error 27" in text:
+        return {"status": "failed", "reason": "budget: a file is larger than the memory limit allows: " + text}
     if isinstance(e, UndeclaredAccess):
         return {"status": "failed", "reason": "undeclared_access: " + text}
     return {"status": "failed", "reason": f"raised: {type(e).__name__}: {text}"}
+
+
+if __name__ == "__main__":
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    main(Path(sys.argv[1]), float(sys.argv[2]))

@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from sleeperbench.engine.run import Run
 
 
-def finish(run: Run, code: int) -> dict[str, int]:
-    """Write everything that stands on rows; returns the counts of cells by status."""
+def finish(run: Run, code: int) -> int:
+    """Write everything that stands on rows; returns how many cells and zoos failed."""
     out = run.options.out
-    table = rows.supersede(rows.load_all(out), set(run.settled))
+    table = rows.supersede([r for found in run.ledger.rows.values() for r in found], run.ledger.settled)
     try:
+        _complete_rates(run, table)
         _flag_weak(run, table)
         counts, failures = _counts(run, table)
         write_atomic(out / "suite.toml", run.text.encode())
@@ -36,7 +37,7 @@ def finish(run: Run, code: int) -> dict[str, int]:
         rows.write_tables(out, table, run.plan.suite.gate["collapse_points"])
         write_atomic(out / "plugins.json", _json(_plugins(run)))
         Media(run).write()
-        exit_code = code or (1 if counts["failed"] else 0)
+        exit_code = code or (1 if failures else 0)
         write_atomic(out / "run.json", _json(_about(run, counts, exit_code)))
     except OSError as e:
         raise BadInput(f"cannot write the run folder {out}: {e.strerror}; free some space, then run this again") from e
@@ -50,11 +51,23 @@ def finish(run: Run, code: int) -> dict[str, int]:
         from sleeperbench.leaderboard.build import build
 
         print(f"site: {build([out], out / 'site').absolute()}")
-    return counts
+    return len(failures)
 
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _complete_rates(run: Run, table: list[dict[str, Any]]) -> None:
+    """Give rows without a figure the poison rate that the measured rows of the same attack carry."""
+    rates = {r["attack_key"]: r["rate_actual"] for r in table if r["rate_actual"] is not None}
+    changed = set()
+    for r in table:
+        if r["rate_actual"] is None and r["attack_key"] in rates:
+            r["rate_actual"] = rates[r["attack_key"]]
+            changed.add(r["task_key"])
+    for key in sorted(changed):
+        rows.save(run.options.out, key, [r for r in table if r["task_key"] == key])
 
 
 def _flag_weak(run: Run, table: list[dict[str, Any]]) -> None:
@@ -86,6 +99,11 @@ def _counts(run: Run, table: list[dict[str, Any]]) -> tuple[dict[str, int], list
         counts[s] += 1
         if s == "failed":
             failures.append((name, reason))
+    for zoo in run.plan.zoos:
+        for r in table:
+            if r["task_key"] == zoo.evaluation.key and r["status"] in ("failed", "timeout", "out_of_memory"):
+                failures.append((zoo.line.name, r["reason"]))
+                break
     return counts, failures
 
 
@@ -93,6 +111,7 @@ def _plugins(run: Run) -> list[dict[str, Any]]:
     """All that the site needs to know of every plugin in the run."""
     suite = run.plan.suite
     used = [("attack", v.id) for v in suite.attacks] + [("defense", v.id) for v in suite.defenses]
+    used += [("evaluator", v.id) for v in suite.evaluators]
     used += [("evaluator", t.name) for t in run.plan.tasks.values() if t.kind == "evaluate"]
     used += [("dataset", d) for d in suite.datasets] + [("model", a) for a in suite.archs]
     return [describe(run.registry, kind, name) for kind, name in sorted(set(used))]
@@ -144,6 +163,8 @@ def _about(run: Run, counts: dict[str, int], code: int) -> dict[str, Any]:
             for n, d in run.plan.datasets.items()
         },
         "counts": counts,
+        "sandbox": run.options.sandbox,
+        "shard": run.options.shard,
         "tasks": {"planned": len(run.plan.tasks), "computed": run.computed},
         "exit": code,
     }
@@ -164,17 +185,22 @@ class Media:
         """Write the folder of every cell whose artifacts changed."""
         for cell in self.run.plan.cells:
             own = [e.key for e in cell.evaluations if e.key]
-            keys = sorted({k for k in (*own, *self.shared.get(cell.attack_key, ())) if self.run.store.has(k)})
-            if cell.is_control and self.run.store.has(cell.attack_key):
+            planned = {*own, *self.shared.get(cell.attack_key, ()), cell.attack_key}
+            keys = sorted({k for k in (*own, *self.shared.get(cell.attack_key, ())) if self.run.has(k)})
+            if cell.is_control and self.run.has(cell.attack_key):
                 keys.append(cell.attack_key)
             folder = self.run.options.out / "media" / hashlib.sha256(cell.name.encode()).hexdigest()[:12]
-            if keys and not self._current(folder, keys):
+            if keys and not self._current(folder, set(keys), planned):
                 self._one(cell, folder, keys)
 
-    def _current(self, folder: Path, keys: list[str]) -> bool:
+    def _current(self, folder: Path, keys: set[str], planned: set[str]) -> bool:
+        """Whether the folder shows all that the store has, and nothing of another plan.
+
+        It may show more: an artifact that was removed from the store since is not needed again for its pictures.
+        """
         try:
-            return bool(json.loads((folder / "index.json").read_bytes())["keys"] == keys)
-        except (OSError, ValueError, KeyError):
+            return keys <= set(json.loads((folder / "index.json").read_bytes())["keys"]) <= planned
+        except (OSError, ValueError, KeyError, TypeError):
             return False
 
     def _one(self, cell: Cell, folder: Path, keys: list[str]) -> None:

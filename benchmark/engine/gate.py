@@ -8,6 +8,7 @@ from sleeperbench.engine.plan import Plan
 from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.rows import ROUNDING
 
+FIGURES = ("asr", "c_acc")
 LOW_RATE = 0.01
 """At most this poison rate, or with clean labels, the lower bar counts."""
 
@@ -31,15 +32,29 @@ class Gate:
                 gate = plan.suite.gate
                 self.bars[cell.attack_group] = gate["implant_asr_low"] if low else gate["implant_asr"]
         self.measures = "asr" in metrics
+        self.deciders = _deciders(plan, registry, self.groups)
+        self._verdicts: dict[str, str | None] = {}
+        self._told: set[str] = set()
+        self._groups_of: dict[str, set[str]] = {}
+        for group, cells in self.groups.items():
+            for name in {c for pair in cells for c in pair} - {""}:
+                self._groups_of.setdefault(name, set()).add(group)
 
     def learn(self, rows: list[dict[str, Any]]) -> None:
         """Take in the figures of some rows."""
         for r in rows:
-            if r["metric"] in ("asr", "c_acc") and not r["qualifier"]:
+            if r["metric"] in FIGURES and not r["qualifier"]:
                 self.figures[r["cell"], r["metric"]] = r["value"]
+                for group in self._groups_of.get(r["cell"], ()):
+                    self._verdicts.pop(group, None)
 
     def _verdict(self, group: str) -> str | None:
         """None while undecided, an empty string when implanted, else why not."""
+        if group not in self._verdicts:
+            self._verdicts[group] = self._judge(group)
+        return self._verdicts[group]
+
+    def _judge(self, group: str) -> str | None:
         if not self.measures:
             return ""
         cells = self.groups[group]
@@ -63,6 +78,12 @@ class Gate:
         """Whether the group's defenses may run."""
         return self._verdict(group) == ""
 
+    def decided(self) -> list[str]:
+        """Groups that were decided since this was last asked."""
+        new = [g for g in self.groups if g not in self._told and self._verdict(g) is not None]
+        self._told.update(new)
+        return new
+
     def closed(self) -> list[str]:
         """Groups that are decided and did not implant."""
         return [g for g in self.groups if self._verdict(g)]
@@ -70,6 +91,24 @@ class Gate:
     def why(self, group: str) -> str:
         """Why the group did not implant, or an empty string."""
         return self._verdict(group) or ""
+
+
+def deciding(evaluator: str, registry: Registry) -> bool:
+    """Whether an evaluator's figures decide gates."""
+    return any(m.name in FIGURES for m in registry.get("evaluator", evaluator).blueprint.metrics)
+
+
+def _deciders(plan: Plan, registry: Registry, groups: dict[str, list[tuple[str, str]]]) -> dict[str, list[str]]:
+    """Group -> the evaluations that decide it."""
+    by_cell = {
+        c.name: [e.key for e in c.evaluations if e.key and deciding(e.evaluator, registry)]
+        for c in plan.cells
+        if c.is_control
+    }
+    return {
+        group: sorted({k for pair in cells for name in pair if name for k in by_cell.get(name, ())})
+        for group, cells in groups.items()
+    }
 
 
 _UNKNOWN = object()

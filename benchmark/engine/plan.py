@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sleeperbench import PROTOCOL
 from sleeperbench.contracts.access import Access, Needs
+from sleeperbench.engine.graph import Cell, Dataset, Evaluation, Plan, Zoo
 from sleeperbench.engine.registry import Kind, Registry
 from sleeperbench.engine.suite import Suite, Variant
 from sleeperbench.engine.task import Task, attack_seed, canonical, digest, target_class
 from sleeperbench.errors import BadInput, nearest
+
+__all__ = ["Cell", "Dataset", "Evaluation", "Plan", "Planner", "restrict"]
 
 REFERENCE_REPLICAS = 100
 """Clean models that defenses get as references start here; replicas 0, 1, ... belong to the evaluators alone."""
@@ -20,66 +24,22 @@ ATTACK_REPLICAS = 200
 """Clean models that attacks get as surrogates start here."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dataset:
-    """What the planner knows of a data set after it has been prepared."""
-
-    name: str
-    shape: tuple[int, int, int]
-    classes: int
-    norm: tuple[tuple[float, ...], tuple[float, ...]]
-    pad: int
-    flip: bool
-    rows: Mapping[str, int]
-    digests: Mapping[str, str]
-    canonical: bool
-    note: str = ""
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-@dataclass(kw_only=True)
-class Evaluation:
-    """One evaluator on one cell: a task, or the reason why there is none."""
+def once(method: Callable[Concatenate[Planner, P], R]) -> Callable[Concatenate[Planner, P], R]:
+    """Answer a second call with equal arguments from memory; most of a graph is shared."""
 
-    evaluator: str
-    needs: Needs
-    key: str = ""
-    reason: str = ""
+    @functools.wraps(method)
+    def remembered(self: Planner, *args: P.args, **kwargs: P.kwargs) -> R:
+        call = (method.__name__, args, *kwargs.items())
+        if call not in self.memory:
+            self.memory[call] = method(self, *args, **kwargs)
+        answer: R = self.memory[call]
+        return answer
 
-
-@dataclass(kw_only=True)
-class Cell:
-    """One line of the board: data set x architecture x attack x defense x seed."""
-
-    identity: dict[str, Any]
-    attack_key: str
-    defense_key: str
-    attack_group: str
-    clean_cell: str
-    is_control: bool
-    evaluations: list[Evaluation] = field(default_factory=list)
-    blocked: str = ""
-
-    @property
-    def name(self) -> str:
-        """The cell's name, `dataset/arch/attack@rate/defense/s<seed>`."""
-        return str(self.identity["cell"])
-
-
-@dataclass(kw_only=True)
-class Plan:
-    """The whole graph. `tasks` is in an order in which every input precedes its users."""
-
-    suite: Suite
-    datasets: dict[str, Dataset]
-    tasks: dict[str, Task] = field(default_factory=dict)
-    cells: list[Cell] = field(default_factory=list)
-    users: dict[str, list[str]] = field(default_factory=dict)
-    gates: dict[str, str] = field(default_factory=dict)
-    """Task key -> attack group whose gate must open before it may run."""
-
-    def inputs(self, key: str) -> tuple[str, ...]:
-        """Keys of the artifacts that a task reads."""
-        return tuple(dict.fromkeys(self.tasks[key].inputs.values()))
+    return remembered
 
 
 class Planner:
@@ -88,13 +48,11 @@ class Planner:
     def __init__(self, suite: Suite, registry: Registry, datasets: dict[str, Dataset]) -> None:
         self.suite, self.registry = suite, registry
         self.plan = Plan(suite=suite, datasets=datasets)
+        self.memory: dict[Any, Any] = {}
 
     def add(self, task: Task, group: str = "") -> str:
         """Put a task into the graph; the same task twice is one task."""
-        if task.key not in self.plan.tasks:
-            self.plan.tasks[task.key] = task
-            for key in self.plan.inputs(task.key):
-                self.plan.users.setdefault(key, []).append(task.key)
+        if self.plan.add(task):
             if group:
                 self.plan.gates[task.key] = group
         elif self.plan.gates.get(task.key) != group:
@@ -102,15 +60,18 @@ class Planner:
             self.plan.gates.pop(task.key, None)
         return task.key
 
+    @once
     def info(self, kind: Kind, plugin: str) -> dict[str, Any]:
         """INFO of a plugin; of the wrapped one for `version`s of both, see `version`."""
         return dict(self.registry.get(kind, plugin).blueprint.info)
 
+    @once
     def version(self, kind: Kind, plugin: str) -> int:
         """A wrapper's result depends on its own version; the wrapped plugin's is in its own task."""
         wrapper, inner = Registry.split_wrapper(plugin)
         return int(self.info(kind, wrapper or inner)["version"])
 
+    @once
     def data(self, ds: str, seed: int) -> dict[str, Any]:
         """Everything that determines the rows of a task: source digests, subset, cut."""
         d = self.plan.datasets[ds]
@@ -127,6 +88,7 @@ class Planner:
             "clean_source": self.suite.access["clean_source"],
         }
 
+    @once
     def arch(self, ds: str, arch: str) -> dict[str, Any]:
         """The ModelSpec of an architecture on a data set, as JSON."""
         d = self.plan.datasets[ds]
@@ -140,15 +102,18 @@ class Planner:
             "wraps": [],
         }
 
+    @once
     def recipe(self, ds: str) -> dict[str, Any]:
         """The training recipe, with the data set's augmentation unless the suite says otherwise."""
         d = self.plan.datasets[ds]
         return {"pad": d.pad, "flip": d.flip} | self.suite.recipe
 
+    @once
     def numerics(self, precision: str = "fp32") -> dict[str, Any]:
         """Precision, threads and determinism of a task."""
         return {"precision": precision, "threads": self.suite.budget["threads"], "deterministic": True}
 
+    @once
     def attack(self, ds: str, arch: str, v: Variant, rate: float, seed: int, replica: int = 0) -> str:
         """Task that trains an attacked model; attack `none` trains a clean one."""
         inputs = {}
@@ -178,10 +143,23 @@ class Planner:
             )
         )
 
+    @once
     def clean(self, ds: str, arch: str, seed: int, replica: int) -> str:
         """Task that trains an independent clean model: replica 0 is attack `none` itself."""
-        return self.attack(ds, arch, self.suite.default("attack", "none", self.registry), 0.0, seed, replica)
+        return self.attack(ds, arch, self.default("attack", "none"), 0.0, seed, replica)
 
+    @once
+    def default(self, kind: Kind, plugin: str) -> Variant:
+        """The suite's variant of a plugin that need not be in the matrix."""
+        return self.suite.default(kind, plugin, self.registry)
+
+    @once
+    def inner(self, v: Variant) -> Variant:
+        """What a wrapper wraps."""
+        name = Registry.split_wrapper(v.id)[1]
+        return Variant(id=name, label=name, params=v.params["inner"])
+
+    @once
     def access(self, plugin: str) -> Access:
         """What a defense declares; a wrapper adds its own to the wrapped one's, which runs in a task of its own."""
         wrapper, inner = Registry.split_wrapper(plugin)
@@ -189,6 +167,7 @@ class Planner:
         assert isinstance(access, Access)
         return access
 
+    @once
     def track(self, plugin: str) -> str:
         """Access class shown on the board: of a wrapper, the wider of its own and the wrapped one's."""
         wrapper, inner = Registry.split_wrapper(plugin)
@@ -199,35 +178,27 @@ class Planner:
             return "T4"
         return "T3" if {"T1", "T2"} <= set(tracks) else max(tracks)
 
+    @once
     def defense(
         self, ds: str, arch: str, v: Variant, seed: int, attack: str, group: str, oracle: str | None = None
     ) -> str:
         """Task that repairs or inspects the model of `attack`; an oracle is told the backdoor of `oracle`."""
         access = self.access(v.id)
-        wrapper, inner = Registry.split_wrapper(v.id)
         inputs = {"attack": attack}
         if access.oracle:
             inputs["oracle"] = oracle or attack
         first = 0 if access.oracle else REFERENCE_REPLICAS
         for i in range(access.references):
             inputs[f"reference{i}"] = self.clean(ds, arch, seed, first + i)
-        params = dict(v.params)
-        if wrapper:
-            part = Variant(id=inner, label=inner, params=params.pop("inner"))
-            inputs["inner"] = self.defense(ds, arch, part, seed, attack, group, oracle)
+        if Registry.split_wrapper(v.id)[0]:
+            inputs["inner"] = self.defense(ds, arch, self.inner(v), seed, attack, group, oracle)
         return self.add(
             Task(
                 kind="defense",
                 name=v.id,
                 version=self.version("defense", v.id),
-                params={
-                    "method": params,
-                    "access": asdict(access),
-                    "data": self.data(ds, seed),
-                    "spec": self.arch(ds, arch),
-                    "recipe": self.recipe(ds),
-                },
-                seed=int(digest(["defense", v.id, ds, seed])[:15], 16),
+                params=self.defense_params(ds, arch, v, seed),
+                seed=self.seed("defense", v.id, ds, seed),
                 numerics=self.numerics(),
                 inputs=inputs,
                 role="view",
@@ -236,6 +207,33 @@ class Planner:
             group,
         )
 
+    @once
+    def seed(self, kind: str, plugin: str, ds: str, seed: int) -> int:
+        """Root of a defense's or an evaluator's randomness, apart from any attack's."""
+        return int(digest([kind, plugin, ds, seed])[:15], 16)
+
+    @once
+    def defense_params(self, ds: str, arch: str, v: Variant, seed: int) -> dict[str, Any]:
+        """What determines a defense's result beside its inputs: equal for all attacks."""
+        return {
+            "method": {k: value for k, value in v.params.items() if k != "inner" or ":" not in v.id},
+            "access": asdict(self.access(v.id)),
+            "data": self.data(ds, seed),
+            "spec": self.arch(ds, arch),
+            "recipe": self.recipe(ds),
+        }
+
+    @once
+    def evaluate_params(self, ds: str, v: Variant, seed: int) -> dict[str, Any]:
+        """What determines an evaluation beside its inputs."""
+        return {
+            "method": v.params,
+            "needs": asdict(self.needs(v)),
+            "data": self.data(ds, seed),
+            "recipe": self.recipe(ds),
+        }
+
+    @once
     def evaluate(self, ds: str, arch: str, v: Variant, seed: int, at: _At) -> str:
         """Task that measures one evaluator on one cell, with everything it needs before it."""
         needs = self.needs(v)
@@ -255,7 +253,7 @@ class Planner:
         if "scores" in needs.outcome:
             inputs["answer"] = self.answer(ds, arch, seed, at)
         for peer in (*needs.peers, *v.params.get("peers", ())):
-            d = self.suite.default("defense", peer, self.registry)
+            d = self.default("defense", peer)
             inputs[f"peer.{peer}"] = self.defense(ds, arch, d, seed, at.attack, at.group)
         for surrogate in (*needs.surrogates, *v.params.get("surrogates", ())):
             inputs[f"surrogate.{surrogate}"] = self.attack(ds, surrogate, at.attack_variant, at.rate, seed)
@@ -265,14 +263,8 @@ class Planner:
                 kind="evaluate",
                 name=v.id,
                 version=self.version("evaluator", v.id),
-                params={
-                    "method": v.params,
-                    "needs": asdict(needs),
-                    "data": self.data(ds, seed),
-                    "recipe": self.recipe(ds),
-                    "defended": at.variant.id != "none",
-                },
-                seed=int(digest(["evaluate", v.id, ds, seed])[:15], 16),
+                params=self.evaluate_params(ds, v, seed) | {"defended": at.variant.id != "none"},
+                seed=self.seed("evaluate", v.id, ds, seed),
                 numerics=self.numerics(),
                 inputs=inputs,
                 timeout=self.suite.budget["task_seconds"],
@@ -280,10 +272,12 @@ class Planner:
             "" if own else at.group,
         )
 
+    @once
     def answers(self, plugin: str) -> bool:
         """Whether a defense has a second phase: its INFO says `"scores": True`."""
         return bool(self.info("defense", plugin).get("scores")) if ":" not in plugin else False
 
+    @once
     def answer(self, ds: str, arch: str, seed: int, at: _At) -> str:
         """Task of a defense's second phase: scores for a mix that it has not seen."""
         first = self.plan.tasks[at.defense]
@@ -302,28 +296,31 @@ class Planner:
             at.group,
         )
 
+    @once
     def needs(self, v: Variant) -> Needs:
         """What an evaluator declares."""
         needs = self.registry.get("evaluator", v.id).blueprint.needs
         assert isinstance(needs, Needs)
         return needs
 
+    @once
     def support(self, ds: str, arch: str, evaluator: str, seed: int, at: _At) -> str:
         """Task of another evaluator that an evaluator reads; calibrated ones run on the suite's first seed."""
-        v = self.suite.default("evaluator", evaluator, self.registry)
+        v = self.default("evaluator", evaluator)
         needs = self.needs(v)
         if needs.calibration:
             seed = self.suite.calibration_seed
         if needs.scope == "attack":
             attack = self.attack(ds, arch, at.attack_variant, at.rate, seed)
-            at = self.control(ds, arch, seed, _At(**(vars(at) | {"attack": attack})), "none")
+            at = self.control(ds, arch, seed, replace(at, attack=attack), "none")
         return self.evaluate(ds, arch, v, seed, at)
 
+    @once
     def control(self, ds: str, arch: str, seed: int, at: _At, control: str) -> _At:
         """The same attack's cell of a control defense."""
-        v = self.suite.default("defense", control, self.registry)
+        v = self.default("defense", control)
         group = "" if control == "none" else at.group
-        return _At(**(vars(at) | {"variant": v, "defense": self.defense(ds, arch, v, seed, at.attack, group)}))
+        return replace(at, variant=v, defense=self.defense(ds, arch, v, seed, at.attack, group))
 
     def build(self) -> Plan:
         """All cells of the suite."""
@@ -334,32 +331,79 @@ class Planner:
                     for rate in (0.0,) if v.id == "none" else s.rates:
                         for seed in s.seeds:
                             self._attacked(ds, arch, v, rate, seed)
+                self._zoos(ds, arch)
         return self.plan
+
+    def _zoos(self, ds: str, arch: str) -> None:
+        """Evaluators of scope `zoo`, over every cell of a defense on a data set and an architecture."""
+        seed = self.suite.seeds[0]
+        for e in self.suite.evaluators:
+            needs = self.needs(e)
+            if needs.scope != "zoo":
+                continue
+            by_defense: dict[str, list[Cell]] = {}
+            for cell in self.plan.cells:
+                if (cell.identity["dataset"], cell.identity["arch"]) == (ds, arch) and not cell.is_control:
+                    by_defense.setdefault(cell.identity["defense"], []).append(cell)
+            for label, cells in by_defense.items():
+                name = f"{ds}/{arch}/zoo/{label}/s{seed}"
+                blank = {"attack": "zoo", "attack_params": "{}", "rate": 0.0, "seed": seed, "cell": name}
+                identity = cells[0].identity | blank
+                shell = Task(
+                    kind="evaluate",
+                    name=e.id,
+                    version=self.version("evaluator", e.id),
+                    params=self.evaluate_params(ds, e, seed),
+                    seed=self.seed("evaluate", e.id, ds, seed),
+                    numerics=self.numerics(),
+                    inputs={f"clean{i}": self.clean(ds, arch, seed, i) for i in range(needs.clean_models)},
+                    timeout=self.suite.budget["task_seconds"],
+                )
+                line = Cell(
+                    identity=identity,
+                    attack_key="",
+                    defense_key="",
+                    attack_group="",
+                    clean_cell="",
+                    is_control=False,
+                )
+                evaluation = Evaluation(evaluator=e.id, needs=needs)
+                members = [(c.defense_key, _told(c)) for c in cells if c.defense_key]
+                self.plan.zoos.append(Zoo(line=line, evaluation=evaluation, members=members, shell=shell))
+
+    @once
+    def data_digest(self, ds: str) -> str:
+        """What rows show of the data: a digest, with `!` when they differ from the release."""
+        return digest(self.data(ds, 0) | {"cut": None})[:16] + ("" if self.plan.datasets[ds].canonical else "!")
+
+    @once
+    def shown(self, v: Variant) -> str:
+        """Parameters as rows show them."""
+        return canonical(v.params)
 
     def _attacked(self, ds: str, arch: str, v: Variant, rate: float, seed: int) -> None:
         s = self.suite
         head = f"{ds}/{arch}"
         group = "" if v.id == "none" else f"{head}/{v.label}@{rate:g}"
         attack = self.attack(ds, arch, v, rate, seed)
-        data = self.plan.datasets[ds]
         snapshot = self.registry.get("attack", v.id).blueprint.snapshot
         defenses = list(s.defenses)
         if not any(d.id == "none" for d in defenses):
-            defenses.insert(0, s.default("defense", "none", self.registry))
+            defenses.insert(0, self.default("defense", "none"))
         for d in defenses:
             access = self.access(d.id)
             identity = {
                 "suite": s.name,
                 "protocol": str(PROTOCOL),
                 "dataset": ds,
-                "data_digest": digest(self.data(ds, 0) | {"cut": None})[:16] + ("" if data.canonical else "!"),
+                "data_digest": self.data_digest(ds),
                 "arch": arch,
                 "attack": v.label,
-                "attack_params": canonical(v.params),
+                "attack_params": self.shown(v),
                 "rate": rate,
                 "rate_actual": None,
                 "defense": d.label,
-                "defense_params": canonical(d.params),
+                "defense_params": self.shown(d),
                 "clean_source": s.access["clean_source"],
                 "access": self.track(d.id),
                 "seed": seed,
@@ -382,7 +426,7 @@ class Planner:
             at = _At(attack=attack, attack_variant=v, rate=rate, defense=cell.defense_key, variant=d, group=group)
             for e in s.evaluators:
                 needs = self.needs(e)
-                if needs.scope == "attack" and d.id != "none":
+                if needs.scope == "zoo" or (needs.scope == "attack" and d.id != "none"):
                     continue
                 if needs.calibration and seed != s.calibration_seed:
                     continue
@@ -400,7 +444,7 @@ def restrict(plan: Plan, glob: str) -> None:
     Raises:
         BadInput: no cell matches.
     """
-    names = [c.name for c in plan.cells]
+    names = [c.name for c in plan.cells] + [z.line.name for z in plan.zoos]
     matching = {n for n in names if fnmatch.fnmatchcase(n, glob)}
     if not matching:
         raise BadInput(f"--only {glob} matches none of {len(names)} cells: {nearest(glob, names)}")
@@ -408,17 +452,14 @@ def restrict(plan: Plan, glob: str) -> None:
     groups = {c.attack_group for c in plan.cells if c.name in matching} - {""}
     needed_cells = matching | {c.clean_cell for c in plan.cells if c.name in matching or c.attack_group in groups}
     kept = [c for c in plan.cells if c.name in needed_cells or (c.is_control and c.attack_group in groups)]
-    todo = [k for c in kept for k in (c.attack_key, c.defense_key, *(e.key for e in c.evaluations)) if k]
-    needed: set[str] = set()
-    while todo:
-        key = todo.pop()
-        if key not in needed:
-            needed.add(key)
-            todo += plan.inputs(key)
-    plan.cells = kept
-    plan.tasks = {k: t for k, t in plan.tasks.items() if k in needed}
-    plan.users = {k: [u for u in us if u in needed] for k, us in plan.users.items() if k in needed}
-    plan.gates = {k: g for k, g in plan.gates.items() if k in needed}
+    # A part of a zoo is another zoo, so one that is asked for keeps all its members.
+    plan.keep(kept, [z for z in plan.zoos if z.line.name in matching])
+
+
+def _told(cell: Cell) -> dict[str, Any]:
+    """What an evaluator of scope `zoo` is told of a cell."""
+    i = cell.identity
+    return {"cell": i["cell"], "attack": i["attack"], "seed": i["seed"], "backdoored": bool(cell.attack_group)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,54 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sleeperbench.engine.graph import Plan
+    from sleeperbench.engine.task import Task
+
+
+def ask(plan: Plan, tasks: Iterable[Task]) -> None:
+    """Have a process of its own import every plugin of these tasks and try its parameters.
+
+    Raises:
+        BadInput: parameters do not fit.
+        BrokenPlugin: a plugin cannot be imported, or ends the process.
+    """
+    from sleeperbench.errors import BadInput, BrokenPlugin, SleeperBenchError
+
+    fits = [[list(d.shape), d.classes] for d in plan.datasets.values()]
+    seen: dict[str, dict[str, Any]] = {}
+    specs: dict[str, Any] = {}
+    met: set[int] = set()  # parameters are shared by thousands of tasks
+    for task in tasks:
+        method = task.params["method"]
+        if id(method) not in met:
+            met.add(id(method))
+            kind = {"evaluate": "evaluator", "answer": "defense"}.get(task.kind, task.kind)
+            entry = {"kind": kind, "id": task.name, "params": method}
+            seen[json.dumps(entry, sort_keys=True)] = entry | {"fits": fits}
+        if "spec" in task.params and id(task.params["spec"]) not in met:
+            met.add(id(task.params["spec"]))
+            specs[json.dumps(task.params["spec"], sort_keys=True)] = task.params["spec"]
+    request = {"plugins": [seen[k] for k in sorted(seen)], "specs": [specs[k] for k in sorted(specs)]}
+    answer = subprocess.run(
+        [sys.executable, "-m", "sleeperbench.engine.preflight"],
+        input=json.dumps(request),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    if answer.returncode:
+        raise BrokenPlugin("a plugin ended the process that imported it; its output stands above")
+    problems = json.loads(answer.stdout)
+    if problems:
+        error: type[SleeperBenchError] = BrokenPlugin if any(p["code"] == 3 for p in problems) else BadInput
+        raise error("; ".join(p["message"] for p in problems))
 
 
 def main() -> None:

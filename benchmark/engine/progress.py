@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from sleeperbench.engine.graph import Plan
 from sleeperbench.engine.pool import Slot
 
 PLAIN_SECONDS = 15.0
+LIVE_SECONDS = 0.1
+
+
+def names(plan: Plan) -> dict[str, str]:
+    """Task key -> what progress lines and messages call it."""
+    found = {}
+    for k, t in plan.tasks.items():
+        replica = t.params.get("replica", 0)
+        found[k] = f"clean model {replica}" if t.name == "none" and replica else f"{t.name} (control)"
+    for cell in plan.cells:
+        short = cell.name
+        found[cell.attack_key] = "/".join([*short.split("/")[:3], short.split("/")[-1]])
+        if cell.defense_key:
+            found[cell.defense_key] = short
+        for e in cell.evaluations:
+            if e.key:
+                found[e.key] = f"{e.evaluator} {short}"
+    return found
 
 
 class Progress:
-    """Counts done tasks and estimates the time left from the pace so far."""
+    """Counts tasks that ended; the time left is what the others are expected to take, at the pace so far."""
 
-    def __init__(self, total: int, quiet: bool) -> None:
-        self.total, self.done, self.quiet = total, 0, quiet
+    def __init__(self, quiet: bool) -> None:
+        self.done, self.seconds, self.quiet = 0, 0.0, quiet
         self.start = self.last = time.monotonic()
         self.live = sys.stderr.isatty() and not quiet
         self.lines = 0
+
+    def finished(self, seconds: float) -> None:
+        """A task ended that was expected to take so long."""
+        self.done += 1
+        self.seconds += seconds
 
     def clear(self) -> None:
         """Remove the live lines, so that something else can be printed."""
         if self.lines:
             sys.stderr.write(f"\x1b[{self.lines}F\x1b[J")
+            sys.stderr.flush()
             self.lines = 0
 
     def say(self, text: str) -> None:
@@ -32,28 +58,38 @@ class Progress:
             self.clear()
             print(text, file=sys.stderr, flush=True)
 
-    def left(self) -> str:
-        """Time left, as the finished tasks suggest."""
-        if not self.done:
+    def left(self, ahead: float) -> str:
+        """Time left for tasks that are expected to take `ahead` seconds, as the finished ones suggest."""
+        if not self.seconds:
             return ""
-        s = (time.monotonic() - self.start) / self.done * (self.total - self.done)
+        s = (time.monotonic() - self.start) / self.seconds * ahead
         return f", about {s / 60:.0f} min left" if s > 90 else f", about {s:.0f} s left"
 
-    def show(self, slots: Sequence[Slot], names: dict[str, str]) -> None:
-        """Renew the live lines, or print a plain one now and then."""
+    def show(self, slots: Sequence[Slot], names: Mapping[str, str], more: int, ahead: float) -> None:
+        """Renew the live lines, or print a plain one now and then.
+
+        Args:
+            slots: What runs.
+            names: Task key -> what to call it.
+            more: Tasks that have not ended.
+            ahead: Seconds that these are expected to take.
+        """
         now = time.monotonic()
-        head = f"{self.done}/{self.total} tasks{self.left()}"
-        texts = []
+        if self.quiet or now - self.last < (LIVE_SECONDS if self.live else PLAIN_SECONDS):
+            return
+        self.last = now
+        lines = [f"{self.done}/{self.done + more} tasks{self.left(ahead)}"]
         for s in slots:
             if s.task is not None:
                 d, t, what = s.progress
                 step = f" {what} {d}/{t}" if t else ""
-                texts.append(f"  {s.task.kind} {names.get(s.task.key, s.task.name)}{step} {now - s.started:.0f} s")
+                lines.append(f"  {s.task.kind} {names.get(s.task.key, s.task.name)}{step} {now - s.started:.0f} s")
         if self.live:
             self.clear()
-            sys.stderr.write("\n".join([head, *texts]) + "\n")
+            # A line that wraps would be two when they are removed.
+            width = shutil.get_terminal_size().columns - 1
+            sys.stderr.write("".join(f"{line[:width]}\n" for line in lines))
             sys.stderr.flush()
-            self.lines = 1 + len(texts)
-        elif not self.quiet and now - self.last > PLAIN_SECONDS:
-            self.last = now
-            print("; ".join([head, *(x.strip() for x in texts)]), file=sys.stderr, flush=True)
+            self.lines = len(lines)
+        else:
+            print("; ".join(x.strip() for x in lines), file=sys.stderr, flush=True)

@@ -50,7 +50,7 @@ def measured(
     rows = []
     for m in findings["rows"]:
         value = m["value"]
-        bad = value is not None and not math.isfinite(value)
+        bad = m["reason"].startswith("nan") or (value is not None and not math.isfinite(value))
         share = m["count"] is not None and m["total"] is not None and value is not None and not bad
         lower, upper = wilson(m["count"], m["total"]) if share else (None, None)
         reason = "nan: the figure is not finite" if bad else m["reason"]
@@ -108,8 +108,8 @@ def _row(cell: Cell, evaluation: Evaluation, facts: Mapping[str, Any]) -> dict[s
 
 
 def save(run: Path, key: str, rows: list[dict[str, Any]]) -> None:
-    """Write `RUN/rows/<key>.json`."""
-    write_atomic(run / "rows" / f"{key}.json", json.dumps(rows, sort_keys=True).encode())
+    """Write `RUN/rows/<key>.json`, not synced: a file lost to a power cut is made again from the store."""
+    write_atomic(run / "rows" / f"{key}.json", json.dumps(rows, sort_keys=True).encode(), sync=False)
 
 
 def load_all(run: Path) -> list[dict[str, Any]]:
@@ -141,9 +141,9 @@ def drop_superseded(run: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def cells_table(rows: list[dict[str, Any]], collapse_points: float = 10) -> list[dict[str, Any]]:
-    """One line per cell with its headline figures and the reason of each that is missing."""
+    """One line per cell with its headline figures and the reason of each that is missing; a zoo is no cell."""
     by_cell: dict[str, list[dict[str, Any]]] = {}
-    for r in rows:
+    for r in (r for r in rows if r["scope"] != "zoo"):
         by_cell.setdefault(r["cell"], []).append(r)
     heads = {name: _headline(name, group) for name, group in by_cell.items()}
     for line in heads.values():
@@ -210,14 +210,20 @@ def _relate(line: dict[str, Any], heads: Mapping[str, dict[str, Any]], collapse_
 
 
 def _collapsed(line: Mapping[str, Any], control: Mapping[str, Any], points: float) -> bool:
-    """C-Acc fell by more than `points`, or robust accuracy is below half of what a clean model reaches."""
+    """C-Acc fell by more than `points`, or triggered images go neither to the attacker nor to their true class.
+
+    The second means: purified, yet robust accuracy is below half of what a clean model reaches on the same images.
+    A backdoor that still answers takes robust accuracy away too, but that is `not_purified`, not a collapse.
+    """
     if line["defense"].split("~")[0] in ("none", "clean_model"):
         return False
     c, before = line["c_acc"], line["c_acc_attacked"]
     if c is not None and before is not None and before - c > points / 100 + ROUNDING:
         return True
-    r, reach = line["r_acc"], control.get("r_acc")
-    return r is not None and reach is not None and r < R_ACC_SHARE * reach
+    r, reach, asr = line["r_acc"], control.get("r_acc"), line["asr"]
+    if r is None or reach is None or asr is None or asr > NOT_PURIFIED:
+        return False
+    return r < R_ACC_SHARE * reach
 
 
 def write_tables(run: Path, rows: list[dict[str, Any]], collapse_points: float = 10) -> None:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
-import os
-import subprocess
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sleeperbench.engine import finish, rows
+from sleeperbench.engine import finish, preflight
+from sleeperbench.engine.costs import Costs
 from sleeperbench.engine.gate import Gate
+from sleeperbench.engine.graph import Cell, Plan, Zoo
+from sleeperbench.engine.ledger import Ledger
 from sleeperbench.engine.lock import locked
-from sleeperbench.engine.plan import Cell, Evaluation, Plan
 from sleeperbench.engine.pool import Pool
-from sleeperbench.engine.progress import Progress
+from sleeperbench.engine.progress import Progress, names
 from sleeperbench.engine.registry import Registry
+from sleeperbench.engine.schedule import Queue
 from sleeperbench.engine.store import Damaged, Store
 from sleeperbench.engine.task import Task
-from sleeperbench.errors import BadInput, BrokenPlugin, SleeperBenchError
+from sleeperbench.errors import BadInput
 
 ATTEMPTS = 3
 """Times a task is tried whose worker was lost."""
@@ -35,14 +39,17 @@ class Options:
     """How to run a plan; nothing here changes a figure."""
 
     out: Path
-    store: Path
+    store: str
     devices: list[str]
+    sandbox: str = "process"
     rerun: str = ""
     only_stage: str = ""
+    shard: str = ""
     fail_fast: bool = False
     keep_unimplanted: bool = False
     quiet: bool = False
     site: bool = True
+    verify_store: bool = False
 
 
 @dataclass(kw_only=True)
@@ -53,63 +60,73 @@ class Run:
     registry: Registry
     options: Options
     text: str
-    pending: set[str] = field(default_factory=set)
     running: set[str] = field(default_factory=set)
     failed: dict[str, tuple[str, str]] = field(default_factory=dict)
     attempts: dict[str, int] = field(default_factory=dict)
-    settled: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """Evaluate key -> its rows."""
+    crowded: set[str] = field(default_factory=set)
+    """Tasks that ran out of memory once; they are tried once more, with nothing beside them."""
+    elsewhere: set[str] = field(default_factory=set)
+    """Tasks that another run on this store was seen computing."""
     computed: int = 0
+    stopped: bool = False
 
     def __post_init__(self) -> None:
-        self.store = Store(self.options.store)
-        self.index = {key: i for i, key in enumerate(self.plan.tasks)}
-        self.cells_of: dict[str, list[tuple[Cell, Evaluation]]] = {}
-        for cell in self.plan.cells:
-            for e in cell.evaluations:
-                if e.key:
-                    self.cells_of.setdefault(e.key, []).append((cell, e))
+        self.store = Store(self.options.store, verify=self.options.verify_store)
         self.gate = Gate(self.plan, self.registry)
-        self.names = self._names()
+        self.ledger = Ledger(self.plan, self.registry, self.store, self.options.out, self.gate.learn)
+        self.costs = Costs(self.store.root)
+        self.queue = Queue(self.plan, self.has, self._open, self.gate.deciders, self.costs)
+        self.zoos = list(self.plan.zoos)
+        self.names = names(self.plan)
+        self._there: dict[str, bool] = {}
 
-    def _names(self) -> dict[str, str]:
-        """Task key -> what the progress lines call it."""
-        names = {}
-        for k, t in self.plan.tasks.items():
-            replica = t.params.get("replica", 0)
-            names[k] = f"clean model {replica}" if t.name == "none" and replica else f"{t.name} (control)"
-        for cell in self.plan.cells:
-            short = cell.name
-            names[cell.attack_key] = "/".join([*short.split("/")[:3], short.split("/")[-1]])
-            if cell.defense_key:
-                names[cell.defense_key] = short
-            for e in cell.evaluations:
-                if e.key:
-                    names[e.key] = f"{e.evaluator} {short}"
-        return names
+    def has(self, key: str) -> bool:
+        """Whether an artifact is in the store, asked once; commits and damage are noted by this run."""
+        if key not in self._there:
+            self._there[key] = self.store.has(key)
+        return self._there[key]
+
+    def _open(self, group: str) -> bool:
+        return self.options.keep_unimplanted or self.gate.open(group)
 
     # ---- what there is to do ---------------------------------------------------------------------------------------
     def resume(self) -> None:
         """Take over what earlier runs finished and find the tasks that are missing."""
-        (self.options.out / "rows").mkdir(exist_ok=True)
         (self.options.out / "logs").mkdir(exist_ok=True)
         again = self._rerun()
-        for key, uses in self.cells_of.items():
-            found = None if key in again else self._saved(key, {c.name for c, _ in uses})
-            if found is not None:
-                self.settled[key] = found
-                self.gate.learn(found)
+        damaged = self._verify() if self.options.verify_store else set()
+        todo = [k for k in self.ledger.uses if k in again | damaged or not self.ledger.take(k)]
         for cell in self.plan.cells:
             if cell.blocked:
                 status, _, reason = cell.blocked.partition(" ")
-                for e in cell.evaluations:
-                    self._settle_missing([(cell, e)], status, reason)
+                self.ledger.missing([(cell, e) for e in cell.evaluations], status, reason)
             for e in cell.evaluations:
                 if e.reason:
-                    self._settle_missing([(cell, e)], "not_applicable", e.reason)
-        for key in self.cells_of:
-            if key not in self.settled:
-                self.require(key)
+                    self.ledger.missing([(cell, e)], "not_applicable", e.reason)
+        for key in todo:
+            self._take_or_want(key)
+        for key in damaged:
+            self.queue.want(key)
+        self._resume_zoos()
+
+    def _take_or_want(self, key: str) -> None:
+        """Rows of an evaluation whose artifact is in the store already; else it is computed."""
+        try:
+            if self.has(key):
+                self.ledger.settle(key)
+            else:
+                self.queue.want(key)
+        except Damaged:
+            self._gone(key)
+
+    def _verify(self) -> set[str]:
+        """Keys of the plan whose artifact is damaged, after taking those out, whether or not their rows exist."""
+        found = {key for key in self.plan.tasks if self.has(key) and self.store.check(key)}
+        for key in sorted(found):
+            print(f"artifact {key[:12]} ({self.names[key]}) is damaged: computing it again", file=sys.stderr)
+            self.store.discard_damaged(key)
+            self._there[key] = False
+        return found
 
     def _rerun(self) -> set[str]:
         """Evaluate keys whose rows --rerun throws away, after discarding what they stand on."""
@@ -117,192 +134,234 @@ class Run:
         if not what:
             return set()
         chosen = set()
-        for key, uses in self.cells_of.items():
-            saved = self._saved(key, set()) or []
-            bad = any(r["status"] in (*BAD, "not_run") for r in saved)
+        for key, uses in self.ledger.uses.items():
+            bad = any(r["status"] in (*BAD, "not_run") for r in self.ledger.rows.get(key, ()))
             matches = what == "all" or any(fnmatch.fnmatchcase(c.name, what) for c, _ in uses)
             if (what == "failed" and bad) or (what != "failed" and matches):
                 chosen.add(key)
-        if what != "failed":
-            for key in chosen:
-                for cell, _ in self.cells_of[key]:
-                    if what == "all":
-                        self.store.discard(cell.attack_key)
-                    self.store.discard(cell.defense_key)
-                self.store.discard(key)
-            if what == "all":
-                for key in self.plan.tasks:
-                    self.store.discard(key)
+        drop = set(self.plan.tasks) if what == "all" else set()
+        if what not in ("all", "failed"):
+            drop = chosen | {c.defense_key for k in chosen for c, _ in self.ledger.uses[k]}
+        for key in drop:
+            self.store.discard(key)
         return chosen
 
-    def _saved(self, key: str, cells: set[str]) -> list[dict[str, Any]] | None:
-        try:
-            found: list[dict[str, Any]] = json.loads((self.options.out / "rows" / f"{key}.json").read_bytes())
-            have = {r["cell"] for r in found}
-            gated = any(r["reason"].startswith("attack_did_not_implant") for r in found)
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return found if cells <= have and not gated else None
+    # ---- zoos: which cells have an outcome is known when all else is done ------------------------------------------
+    def _resume_zoos(self) -> None:
+        """Settle zoos that an earlier run finished; have the members of the others computed."""
+        given_up = {c.defense_key for c in self.plan.cells if self._given_up(c)}
+        for zoo in list(self.zoos):
+            task = zoo.task(without={k for k, _ in zoo.members if k in given_up and not self.has(k)})
+            if task is not None:
+                self.ledger.add(zoo, task.key)
+                if not self._again(zoo) and self.ledger.take(task.key):
+                    self.zoos.remove(zoo)
+                    continue
+            for key in (*(k for k, _ in zoo.members if k not in given_up), *zoo.shell.inputs.values()):
+                if not self.has(key):
+                    self.queue.want(key)
 
-    def require(self, key: str) -> None:
-        """Put a task that is not in the store, and everything it needs, on the list."""
-        todo = [key]
-        while todo:
-            k = todo.pop()
-            if k in self.pending or k in self.running or k not in self.plan.tasks:
-                continue
-            if self.store.has(k):
-                if k == key:
-                    self.pending.add(k)
-                continue
-            self.pending.add(k)
-            todo += self.plan.inputs(k)
+    def _again(self, zoo: Zoo) -> bool:
+        """Whether --rerun asks for a zoo."""
+        what, key = self.options.rerun, zoo.evaluation.key
+        bad = any(r["status"] in (*BAD, "not_run") for r in self.ledger.rows.get(key, ()))
+        matches = bool(what) and fnmatch.fnmatchcase(zoo.line.name, what)
+        return bad if what == "failed" else what == "all" or matches
 
-    def ready(self) -> list[str]:
-        """Pending tasks whose inputs are there and whose gate is open; trainings first."""
-        keys = []
-        for k in self.pending:
-            group = self.plan.gates.get(k)
-            if group and not (self.gate.open(group) or self.options.keep_unimplanted):
+    def _given_up(self, cell: Cell) -> bool:
+        """Whether an earlier run tried a cell's defense in vain: all its rows are there and none has a figure."""
+        keys = [e.key for e in cell.evaluations if e.key]
+        tried = bool(keys) and all(k in self.ledger.settled for k in keys)
+        return tried and all(r["status"] != "ok" for k in keys for r in self.ledger.rows[k] if r["cell"] == cell.name)
+
+    def _form_zoos(self) -> None:
+        """Make the tasks of the zoos over the cells that have an outcome now."""
+        for zoo in self.zoos:
+            task = zoo.task(without={k for k, _ in zoo.members if not self.has(k)})
+            missing = [k for k in zoo.shell.inputs.values() if not self.has(k)]
+            if task is None or missing:
+                self.ledger.add(zoo, "")
+                what = f"{self.names[missing[0]]} has no result" if missing else "no cell of the zoo has an outcome"
+                self.ledger.missing([(zoo.line, zoo.evaluation)], "not_run", f"input_failed: {what}")
                 continue
-            if all(self.store.has(i) for i in self.plan.inputs(k)):
-                keys.append(k)
-        return sorted(keys, key=lambda k: (_ORDER[self.plan.tasks[k].kind], self.index[k]))
+            self.plan.add(task)
+            self.names[task.key] = f"{task.name} {zoo.line.name}"
+            self.ledger.add(zoo, task.key)
+            if self._again(zoo):
+                self.store.discard(task.key)
+            if self._again(zoo) or not self.ledger.take(task.key):
+                self._take_or_want(task.key)
+        self.zoos = []
 
     # ---- doing it --------------------------------------------------------------------------------------------------
     def work(self) -> None:
         """Run everything that is pending."""
-        self._settle_stored()
         stage = self.options.only_stage
         if stage:
-            self.pending = {k for k in self.pending if _ORDER[self.plan.tasks[k].kind] <= _ORDER[stage]}
-        self._close_gates()
-        if not self.pending:
+            for k in [k for k in self.queue.pending if _ORDER[self.plan.tasks[k].kind] > _ORDER[stage]]:
+                self.queue.drop(k)
+            self.zoos = [] if stage != "evaluate" else self.zoos
+        self._gates()
+        if not self.queue.pending:
+            self._form_zoos()
+        if not self.queue.pending:
             return
-        self._preflight()
+        self.store.probe()
+        pending = [self.plan.tasks[k] for k in self.queue.pending] + [z.shell for z in self.zoos]
+        preflight.ask(self.plan, pending)
+        self.queue.rank()
+        progress = Progress(self.options.quiet)
         budget = self.plan.suite.budget
-        progress = Progress(len(self.pending), self.options.quiet)
-        pool = Pool(self.options.store, self.options.devices, budget["threads"], int(budget["memory_gb"] * 2**30))
+        pool = Pool(
+            self.store.where,
+            self.options.out,
+            self.options.devices,
+            budget["threads"],
+            int(budget["memory_gb"] * 2**30),
+            verify=self.options.verify_store,
+            level=self.options.sandbox,
+        )
         try:
-            while self.pending or self.running:
-                self._fill(pool)
-                if not self.running:
-                    self._stuck()
-                    break
-                for task, answer in pool.wait(0.2):
-                    self._answered(task, answer, progress)
-                progress.show(pool.slots, self.names)
-                if self.options.fail_fast and self.failed:
-                    progress.say("stopped at the first failure, as --fail-fast asks")
-                    break
+            with (self.options.out / "tasks.jsonl").open("a") as journal:
+                self._drain(pool, progress, journal)
+                if not self.stopped:
+                    self._form_zoos()
+                    self._drain(pool, progress, journal)
         finally:
             progress.clear()
             pool.close()
+            self.costs.save()
+
+    def _drain(self, pool: Pool, progress: Progress, journal: Any) -> None:
+        while (self.queue.pending or self.running) and not self.stopped:
+            for key in self.queue.due():
+                self._there.pop(key, None)
+                if self.has(key):
+                    self._found(key)
+            self._fill(pool)
+            if not self.running and not self.queue.later:
+                self._stuck()
+                return
+            for task, answer in pool.wait(0.2):
+                self._answered(task, answer, progress)
+                self._journal(journal, task, answer)
+                self._gates(progress)
+            ahead = self.queue.ahead + sum(self.queue.seconds.get(k, 0.0) for k in self.running)
+            progress.show(pool.slots, self.names, len(self.queue.pending) + len(self.running), ahead)
+            if self.options.fail_fast and any(status in BAD for status, _ in self.failed.values()):
+                progress.say("stopped at the first failure, as --fail-fast asks")
+                self.stopped = True
 
     def _fill(self, pool: Pool) -> None:
-        for key in self.ready():
-            slot = pool.free()
-            if slot is None:
+        while (slot := pool.free()) is not None and not self.running & self.crowded:
+            job = self.queue.pop()
+            alone = [k for k in job if k in self.crowded][:1]
+            back = [k for k in job if k not in alone] if alone else []
+            if alone and self.running:
+                back, job = job, []
+            for key in back:
+                self.queue.want(key)
+            job = [k for k in job if k not in back]
+            if not job:
                 return
-            task = self.plan.tasks[key]
-            self.pending.remove(key)
-            self.running.add(key)
-            pool.submit(slot, task, self.values(task), self.options.out / "logs" / f"{key}.log")
+            self.running.update(job)
+            tasks = [self.plan.tasks[k] for k in job]
+            logs = [self.options.out / "logs" / f"{k}.log" for k in job]
+            pool.submit(slot, [(t, self.values(t), log) for t, log in zip(tasks, logs, strict=True)], bool(alone))
 
     def _stuck(self) -> None:
         """Nothing runs and nothing can: what is left waits for a gate that cannot be decided."""
-        for key in sorted(self.pending, key=self.index.__getitem__):
+        for key in sorted(self.queue.pending):
             self.fail(key, "not_run", "input_failed: what this task waits for did not finish")
-        self.pending.clear()
 
-    def _settle_stored(self) -> None:
-        """Rows of evaluations whose artifact is in the store already."""
-        for key in [k for k in self.pending if self.plan.tasks[k].kind == "evaluate" and self.store.has(k)]:
-            try:
-                if key in self.cells_of:
-                    self._settle(key)
-                self.pending.discard(key)
-            except Damaged:
-                self.pending.discard(key)
-                self.require(key)
+    def _found(self, key: str) -> None:
+        """An artifact is there: note it, make rows of it, let its users start."""
+        self._there[key] = True
+        self.queue.drop(key)
+        try:
+            if key in self.ledger.uses:
+                self.ledger.settle(key)
+            self.queue.done(key)
+        except Damaged:
+            self._gone(key)
+
+    def _gone(self, key: str) -> None:
+        self._there[key] = False
+        self.queue.gone(key)
 
     def _answered(self, task: Task, answer: dict[str, Any], progress: Progress) -> None:
         key, status = task.key, answer["status"]
         self.running.discard(key)
-        if status == "ok":
-            self.computed += 1
-            progress.done += 1
-            if task.kind == "evaluate" and key in self.cells_of:
-                try:
-                    self._settle(key)
-                except Damaged:
-                    self.require(key)
+        if status == "leased":
+            if key not in self.elsewhere:
+                self.elsewhere.add(key)
+                progress.say(f"{self.names[key]}: another run on this store computes it")
+            self.queue.postpone(key)
+        elif status == "returned":  # it waited in a worker that was lost over another task
+            self.queue.want(key)
+        elif status == "ok":
+            if answer["computed"]:
+                self.computed += 1
+                self.costs.learn(self.plan, task, answer["result"])
+            progress.finished(self.queue.seconds.get(key, 0.0))
+            self._found(key)
         elif status == "damaged":
             progress.say(f"{answer['reason']}: computing it again")
-            self.require(answer["key"])
-            self.pending.add(key)
-            progress.total += 1
+            self._gone(answer["key"])
+            self.queue.want(key)
         elif status == "no_space":
             raise BadInput(
-                f"cannot write the store {self.options.store}: {answer['reason']}; free space or give another --store"
+                f"cannot write the store {self.store.where}: {answer['reason']}; free space or give another --store"
             )
         elif status == "lost" and self.attempts.get(key, 0) + 1 < ATTEMPTS:
             self.attempts[key] = self.attempts.get(key, 0) + 1
             progress.say(f"{answer['reason']} during {self.names[key]}: trying it again")
-            self.pending.add(key)
+            self.queue.want(key)
+        elif status == "out_of_memory" and key not in self.crowded:
+            self.crowded.add(key)
+            progress.say(f"out of memory: {self.names[key]}: trying it again with nothing beside it")
+            self.queue.want(key)
         else:
             status = "failed" if status == "lost" else status
             if status != "not_applicable":
                 progress.say(f"{status}: {self.names[key]}: {answer['reason']}")
-            dropped = self.fail(key, status, answer["reason"])
-            progress.done += 1 + dropped
-        self._journal(task, answer)
-        self._close_gates(progress)
+            self.fail(key, status, answer["reason"])
+            progress.finished(self.queue.seconds.get(key, 0.0))
 
-    def _journal(self, task: Task, answer: dict[str, Any]) -> None:
-        line = {
-            "key": task.key,
-            "kind": task.kind,
-            "plugin": task.name,
-            "name": self.names[task.key],
-            "status": answer["status"],
-        }
-        line |= {"reason": answer["reason"], "result": answer.get("result"), "time": time.time()}
-        with (self.options.out / "tasks.jsonl").open("a") as f:
-            f.write(json.dumps(line) + "\n")
+    def _journal(self, journal: Any, task: Task, answer: dict[str, Any]) -> None:
+        line = {"key": task.key, "kind": task.kind, "plugin": task.name, "name": self.names[task.key]}
+        line |= {k: answer.get(k) for k in ("status", "reason", "result")} | {"time": time.time()}
+        journal.write(json.dumps(line) + "\n")
+        journal.flush()
 
-    def fail(self, key: str, status: str, reason: str) -> int:
+    def fail(self, key: str, status: str, reason: str) -> None:
         """Record that a task has no artifact, and say so on every row that would have needed it."""
         self.failed[key] = (status, reason)
-        self.pending.discard(key)
-        dropped = 0
-        if key in self.cells_of:
-            self._settle_missing(self.cells_of[key], status, reason)
+        self.queue.drop(key)
+        if key in self.ledger.uses:
+            self.ledger.missing(self.ledger.uses[key], status, reason)
         for user in self.plan.users.get(key, ()):
-            if user in self.failed or user in self.settled:
-                continue
-            if user not in self.pending:
+            if user not in self.queue.pending:
                 continue
             own = [r for r, k in self.plan.tasks[user].inputs.items() if k == key]
-            chain = any(r in ("attack", "defense", "inner", "oracle", "answer") for r in own)
-            what = f"{self.plan.tasks[key].kind} {self.names[key]}: {reason}"
-            dropped += 1 + (
-                self.fail(user, status, reason) if chain else self.fail(user, "not_run", f"input_failed: {what}")
-            )
-        return dropped
+            if any(r in ("attack", "defense", "inner", "oracle", "answer") for r in own):
+                self.fail(user, status, reason)
+            else:
+                what = f"{self.plan.tasks[key].kind} {self.names[key]}: {reason}"
+                self.fail(user, "not_run", f"input_failed: {what}")
 
-    def _close_gates(self, progress: Progress | None = None) -> None:
-        """Drop what waits for an attack that did not implant."""
-        if self.options.keep_unimplanted:
-            return
-        for group in self.gate.closed():
-            waiting = [k for k in self.pending if self.plan.gates.get(k) == group]
+    def _gates(self, progress: Progress | None = None) -> None:
+        """Let go what waits behind gates that were decided since, or drop it."""
+        for group in self.gate.decided():
+            if self._open(group):
+                self.queue.opened(group)
+                continue
+            waiting = self.queue.behind(group)
             for key in waiting:
-                if key in self.pending:
+                if key in self.queue.pending:
                     self.fail(key, "not_run", f"attack_did_not_implant: {self.gate.why(group)}")
             if progress and waiting:
                 progress.say(f"{group} did not implant ({self.gate.why(group)}): its defenses are not run")
-                progress.done += len(waiting)
 
     def values(self, task: Task) -> dict[str, str]:
         """Entry-point values that the worker of a task needs: its plugin's, and that of a live attack."""
@@ -319,85 +378,18 @@ class Run:
                 values[name] = self.registry.get("attack", name).value
         return values
 
-    def _preflight(self) -> None:
-        """Import every plugin of the run and try its parameters before anything is trained."""
-        fits = [[list(d.shape), d.classes] for d in self.plan.datasets.values()]
-        seen: dict[str, dict[str, Any]] = {}
-        specs: dict[str, Any] = {}
-        for key in self.pending:
-            task = self.plan.tasks[key]
-            kind = {"evaluate": "evaluator", "answer": "defense"}.get(task.kind, task.kind)
-            entry = {
-                "kind": kind,
-                "id": task.name,
-                "params": task.params["method"],
-            }
-            seen[json.dumps(entry, sort_keys=True)] = entry | {"fits": fits}
-            if "spec" in task.params:
-                specs[json.dumps(task.params["spec"], sort_keys=True)] = task.params["spec"]
-        request = {"plugins": [seen[k] for k in sorted(seen)], "specs": [specs[k] for k in sorted(specs)]}
-        answer = subprocess.run(
-            [sys.executable, "-m", "sleeperbench.engine.preflight"],
-            input=json.dumps(request),
-            stdout=subprocess.PIPE,
-            text=True,
-            check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )
-        if answer.returncode:
-            raise BrokenPlugin("a plugin ended the process that imported it; its output stands above")
-        problems = json.loads(answer.stdout)
-        if problems:
-            error: type[SleeperBenchError] = BrokenPlugin if any(p["code"] == 3 for p in problems) else BadInput
-            raise error("; ".join(p["message"] for p in problems))
 
-    # ---- rows ------------------------------------------------------------------------------------------------------
-    def facts(self, cell: Cell, evaluator: str) -> dict[str, Any]:
-        """What every row of a cell carries beside its figure."""
-        plugin = self.registry.get("evaluator", evaluator)
-        flags = set()
-        rate = None
-        if self.store.has(cell.attack_key):
-            rate = self.store.manifest(cell.attack_key)["result"]["rate_actual"]
-        if not self.registry.get("attack", self.plan.tasks[cell.attack_key].name).blueprint.snapshot:
-            flags.add("snapshot")
-        if any(self._reduced(key) for key in (cell.attack_key, cell.defense_key) if key in self.plan.tasks):
-            flags.add("reduced")
-        facts = {"rate_actual": rate, "flag": ";".join(sorted(flags))}
-        facts |= {"dist": plugin.dist, "dist_version": plugin.dist_version, "defense_version": None}
-        if cell.defense_key in self.plan.tasks:
-            facts["defense_version"] = self.plan.tasks[cell.defense_key].version
-        return facts
-
-    def _reduced(self, key: str) -> bool:
-        """Whether a method runs on less than its published effort: below the default of what INFO calls `effort`."""
-        task = self.plan.tasks[key]
-        wrapper, inner = Registry.split_wrapper(task.name)
-        b = self.registry.get("attack" if task.kind == "attack" else "defense", wrapper or inner).blueprint
-        return any(task.params["method"][n] < b.fields[n].default for n in b.info.get("effort", ()))
-
-    def _settle(self, key: str) -> None:
-        folder = self.store.fetch(key)
-        manifest = self.store.manifest(key)
-        findings = json.loads((folder / "findings.json").read_bytes())
-        found: list[dict[str, Any]] = []
-        for cell, e in self.cells_of[key]:
-            found += rows.measured(cell, e, findings, manifest, self.facts(cell, e.evaluator))
-        self._keep(key, found)
-
-    def _settle_missing(self, uses: Iterable[tuple[Cell, Evaluation]], status: str, reason: str) -> None:
-        by_key: dict[str, list[dict[str, Any]]] = {}
-        for cell, e in uses:
-            metrics = [m.name for m in self.registry.get("evaluator", e.evaluator).blueprint.metrics]
-            made = rows.missing(cell, e, metrics, status, reason, self.facts(cell, e.evaluator))
-            by_key.setdefault(made[0]["task_key"], []).extend(made)
-        for key, made in by_key.items():
-            self._keep(key, made)
-
-    def _keep(self, key: str, found: list[dict[str, Any]]) -> None:
-        self.settled[key] = found
-        rows.save(self.options.out, key, found)
-        self.gate.learn(found)
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Take SIGTERM like Ctrl-C, so that what is finished is written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def execute(plan: Plan, registry: Registry, options: Options, text: str) -> int:
@@ -407,20 +399,22 @@ def execute(plan: Plan, registry: Registry, options: Options, text: str) -> int:
         BadInput: the folder is locked or cannot be written, or parameters do not fit.
         BrokenPlugin: a plugin that the run needs cannot be imported.
     """
-    with locked(options.out):
+    with locked(options.out), terminable():
         code = 0
-        run = Run(plan=plan, registry=registry, options=options, text=text)
         try:
-            run.resume()
-            run.work()
-        except KeyboardInterrupt:
-            code = 130
+            (options.out / "rows").mkdir(exist_ok=True)
+            run = Run(plan=plan, registry=registry, options=options, text=text)
+            try:
+                run.resume()
+                run.work()
+            except KeyboardInterrupt:
+                code = 130
         except OSError as e:
             raise BadInput(
                 f"cannot write the run folder {options.out}: {e.strerror}; mend that, then run this again"
             ) from e
-        counts = finish.finish(run, code)
+        failures = finish.finish(run, code)
         if code == 130:
             print("interrupted; run the same command again to go on", file=sys.stderr)
             return 130
-        return 1 if counts["failed"] else 0
+        return 1 if failures else 0

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -17,23 +15,23 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sleeperbench.engine.lease import LeaseFolder, LeasePlace
+from sleeperbench.engine.manifest import digest_of_manifest, dump_manifest, file_digest, parse_manifest, problem_in
 from sleeperbench.errors import BadInput
 
 VERSION = "1"
 
 
 class Damaged(Exception):
-    """A payload does not match its manifest; the artifact has been set aside and must be recomputed."""
+    """An artifact is gone or does not match its manifest; it has been taken out and must be computed again."""
 
     def __init__(self, key: str, detail: str) -> None:
         super().__init__(f"artifact {key[:12]}: {detail}")
         self.key = key
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+class NoStore(BadInput):
+    """There is no store at the place that was named."""
 
 
 def _sync(path: Path) -> None:
@@ -44,14 +42,15 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old or the new content, also after a power cut."""
+def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """Write a file so that a reader sees the old or the new content, with `sync` also after a power cut."""
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(fd, "wb") as f:
             f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
+            if sync:
+                f.flush()
+                os.fsync(f.fileno())
         os.replace(tmp, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -60,88 +59,132 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 class Store:
-    """A folder of artifacts.
+    """A folder of artifacts, or an fsspec URL and the folder that caches it on this machine.
 
     Args:
-        root: Created when missing.
+        where: A folder, created when missing, or a URL such as `s3://bucket/store`.
+        verify: Check an artifact every time it is fetched, not once per process.
+        create: Make a new store where there is none.
 
     Raises:
-        BadInput: the folder cannot be written, or holds a store of another version.
+        NoStore: there is none, and none may be made.
+        BadInput: it cannot be written, or is of another version.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = Path(root).absolute()
+    def __init__(self, where: Path | str, *, verify: bool = False, create: bool = True) -> None:
+        self.where, self.verify = str(where), verify
+        self.remote = None
+        if "://" in self.where:
+            from sleeperbench.engine.remote import Remote
+
+            self.remote = Remote(self.where, VERSION, create=create)
+            where, create = self.remote.cache, True
+        self.root = Path(where).absolute()
+        self.leases: LeasePlace = self.remote or LeaseFolder(self.root / "leases")
         self._verified: set[str] = set()
+        version = self.root / "VERSION"
+        if not create and not version.is_file():
+            raise NoStore(f"there is no store at {self.root}; name one with --store")
         try:
-            (self.root / "tmp").mkdir(parents=True, exist_ok=True)
-            version = self.root / "VERSION"
             if not version.exists():
+                self.root.mkdir(parents=True, exist_ok=True)
                 write_atomic(version, VERSION.encode())
             found = version.read_text(errors="replace").strip()
         except OSError as e:
-            raise BadInput(f"cannot write the store {self.root}: {e.strerror}; give another folder with --store") from e
+            raise self.unwritable(e) from e
         if found != VERSION:
             raise BadInput(f"the store {self.root} is of version {found}, this is {VERSION}; give another --store")
 
+    def unwritable(self, e: OSError) -> BadInput:
+        """The error that a user reads when the store cannot be written."""
+        return BadInput(
+            f"cannot write the store {self.where}: {e.strerror or e}; mend that, or give another folder with --store"
+        )
+
+    def probe(self) -> None:
+        """Write and remove a file.
+
+        Raises:
+            BadInput: the store is full, read-only or somebody else's.
+        """
+        try:
+            with self.scratch() as folder:
+                (folder / "probe").write_bytes(b"probe")
+        except OSError as e:
+            raise self.unwritable(e) from e
+
     def path(self, key: str) -> Path:
-        """Folder of an artifact, present or not."""
+        """Folder of an artifact on this machine, present or not."""
         return self.root / key[:2] / key
 
     def has(self, key: str) -> bool:
         """Whether the artifact is committed."""
+        if self.remote:
+            return self.remote.read(key) is not None
         return (self.path(key) / "manifest.json").is_file()
 
     def manifest(self, key: str) -> dict[str, Any]:
         """The manifest: key, inputs, task, files, env, result.
 
         Raises:
-            Damaged: it cannot be read; the artifact has been set aside.
+            Damaged: it cannot be read; the artifact has been taken out.
         """
+        if self.remote:
+            data = self.remote.read(key)
+            if data is None:
+                raise Damaged(key, "it is missing")
+            return parse_manifest(data, key)
         try:
-            m: dict[str, Any] = json.loads((self.path(key) / "manifest.json").read_bytes())
-            if m["key"] != key:
-                raise ValueError("manifest of another key")
-            m["files"], m["result"]
-            if digest_of_manifest(m) != m["digest"]:
-                raise ValueError("manifest does not match its own digest")
-            return m
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            self.discard(key)
-            raise Damaged(key, f"manifest unreadable ({e})") from e
+            return parse_manifest((self.path(key) / "manifest.json").read_bytes(), key)
+        except (OSError, ValueError) as e:
+            self.discard_damaged(key)
+            raise Damaged(key, str(e)) from e
 
     def check(self, key: str) -> str:
         """What is wrong with an artifact, or an empty string. Reads every byte."""
-        try:
-            m = json.loads((self.path(key) / "manifest.json").read_bytes())
-            if m["key"] != key or digest_of_manifest(m) != m["digest"]:
-                return "manifest does not match its own digest"
-            folder = self.path(key)
-            for name, want in m["files"].items():
-                file = folder / name
-                if not file.is_file():
-                    return f"{name} is missing"
-                if file.stat().st_size != want["size"] or file_digest(file) != want["sha256"]:
-                    return f"{name} does not match its digest"
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            return f"manifest unreadable ({e})"
-        return ""
+        if not self.remote:
+            return problem_in(self.path(key), key)
+        with self.scratch() as folder:
+            self.remote.download(key, folder)
+            return problem_in(folder, key)
 
     def fetch(self, key: str) -> Path:
-        """The folder of an artifact whose bytes match its manifest; checked once per process.
+        """The folder of an artifact whose bytes match its manifest; checked once per process unless `verify`.
 
         Raises:
-            Damaged: they do not; the artifact has been set aside.
+            Damaged: they do not; the artifact has been taken out.
         """
-        if key not in self._verified:
-            problem = self.check(key)
-            if problem:
+        path = self.path(key)
+        if key in self._verified and not self.verify and (path / "manifest.json").is_file():
+            return path
+        if self.remote:
+            self._cache(key)
+        elif problem := problem_in(path, key):
+            self.discard_damaged(key)
+            raise Damaged(key, problem)
+        self._verified.add(key)
+        return path
+
+    def _cache(self, key: str) -> None:
+        """Bring an artifact of the remote store onto this machine unless the same one is here intact."""
+        assert self.remote
+        manifest = self.path(key) / "manifest.json"
+        same = manifest.is_file() and manifest.read_bytes() == self.remote.read(key)
+        if same and not problem_in(self.path(key), key):
+            return
+        with self.scratch() as folder:
+            self.remote.download(key, folder)
+            if problem := problem_in(folder, key):
                 self.discard(key)
                 raise Damaged(key, problem)
-            self._verified.add(key)
-        return self.path(key)
+            self._remove(key)
+            self._place(key, folder)
 
     def keys(self) -> Iterator[str]:
         """Keys of all committed artifacts, sorted."""
+        if self.remote:
+            yield from self.remote.keys()
+            return
         for sub in sorted(self.root.glob("[0-9a-f][0-9a-f]")):
             for folder in sorted(sub.iterdir()):
                 if (folder / "manifest.json").is_file():
@@ -151,7 +194,7 @@ class Store:
     def scratch(self) -> Iterator[Path]:
         """A new folder on the store's file system, removed afterwards unless committed."""
         folder = self.root / "tmp" / uuid.uuid4().hex
-        folder.mkdir()
+        folder.mkdir(parents=True)
         try:
             yield folder
         finally:
@@ -165,7 +208,24 @@ class Store:
             files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": file_digest(file)}
         m = {"key": key, "task": task, "files": files, "env": env, "result": result}
         m["digest"] = digest_of_manifest(m)
-        write_atomic(folder / "manifest.json", json.dumps(m, indent=1, sort_keys=True).encode())
+        write_atomic(folder / "manifest.json", dump_manifest(m))
+        self.adopt(key, folder)
+        return self.manifest(key)
+
+    def adopt(self, key: str, folder: Path) -> bool:
+        """Take in a folder that has its manifest; False when another writer was first."""
+        for place in {folder, *(p for p in folder.rglob("*") if p.is_dir())}:
+            _sync(place)
+        if self.remote:
+            if not self.remote.push(key, folder):
+                return False
+            self._remove(key)
+        if self._place(key, folder):
+            self._verified.add(key)
+            return True
+        return False
+
+    def _place(self, key: str, folder: Path) -> bool:
         target = self.path(key)
         target.parent.mkdir(exist_ok=True)
         try:
@@ -173,24 +233,32 @@ class Store:
         except OSError as e:
             if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            if self.has(key):
-                return self.manifest(key)
-            self.discard(key)  # a folder without manifest cannot come from us; set it aside and try once more
+            if (target / "manifest.json").is_file():
+                return False
+            self._remove(key)  # a folder without manifest cannot come from us; take it out and try once more
             os.rename(folder, target)
         _sync(target.parent)
-        self._verified.add(key)
-        return self.manifest(key)
+        return True
 
     def discard(self, key: str) -> None:
         """Take an artifact out of the store, atomically."""
+        if self.remote:
+            self.remote.discard(key)
+        self._remove(key)
+
+    def discard_damaged(self, key: str) -> None:
+        """Take a damaged artifact out, but not the good one that another process put in its place meanwhile."""
+        if self.remote:
+            self.discard(key)
+        else:
+            self._remove(key, only_damaged=True)
+
+    def _remove(self, key: str, *, only_damaged: bool = False) -> None:
         self._verified.discard(key)
         aside = self.root / "tmp" / f"aside-{uuid.uuid4().hex}"
         with contextlib.suppress(OSError):
+            aside.parent.mkdir(exist_ok=True)
             os.rename(self.path(key), aside)
+            if only_damaged and not problem_in(aside, key):
+                os.rename(aside, self.path(key))
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def digest_of_manifest(m: Mapping[str, Any]) -> str:
-    """sha256 of a manifest without its `digest`."""
-    body = {k: v for k, v in m.items() if k != "digest"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

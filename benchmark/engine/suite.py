@@ -88,9 +88,12 @@ _RANGES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Variant:
-    """A plugin with its full parameters; its `label` in rows carries a digest unless they are the suite's."""
+    """A plugin with its full parameters; its `label` in rows carries a digest unless they are the suite's.
+
+    Compared and hashed by identity, which lets the planner remember what it made of it.
+    """
 
     id: str
     label: str

@@ -25,7 +25,9 @@ from sleeperbench.contracts.method import NotApplicable
 from sleeperbench.contracts.models import Model, ModelSpec
 from sleeperbench.data.images import ImageSet
 from sleeperbench.engine import artifacts
+from sleeperbench.engine.casefiles import Unusable, answer_bytes, check_answer, read_plain, remove
 from sleeperbench.engine.cases import EVAL_PARTS, Declared
+from sleeperbench.engine.lease import Leases
 from sleeperbench.engine.loading import load_class
 from sleeperbench.engine.store import Store
 from sleeperbench.engine.task import Task
@@ -37,6 +39,10 @@ DECOY_ASR = 0.10
 ASKED_ROWS = 1000
 """Clean and triggered test images each that an input detector is asked about."""
 Fork = Callable[[Path, Path, float], dict[str, Any]]
+
+
+class Leased(Exception):
+    """Another living process computes this task."""
 
 
 class Failed(Exception):
@@ -99,10 +105,13 @@ class Work:
 
     def __init__(self, store: Store, device: torch.device, fork: Fork) -> None:
         self.store, self.device, self.fork = store, device, fork
+        self.leases = Leases(store.leases)
         self.progress: Callable[[int, int, str], None] = lambda done, total, what: None
+        self.cases = Path(tempfile.gettempdir())
+        self.memory = 0
 
-    def run(self, task: Task, values: Mapping[str, str], log: Path) -> dict[str, Any]:
-        """Do the task unless its artifact is there; returns the manifest's `result`.
+    def run(self, task: Task, values: Mapping[str, str], log: Path) -> tuple[dict[str, Any], bool]:
+        """Do the task unless its artifact is there; returns the manifest's `result` and whether it was computed now.
 
         Args:
             task: What to do.
@@ -112,9 +121,18 @@ class Work:
         Raises:
             Failed: with status and reason for the rows.
             Damaged: an input is damaged and was set aside.
+            Leased: another process computes it.
         """
         if self.store.has(task.key):
-            return dict(self.store.manifest(task.key)["result"])
+            return dict(self.store.manifest(task.key)["result"]), False
+        with self.leases.hold(task.key) as held:
+            if not held:
+                raise Leased
+            if self.store.has(task.key):  # committed between the look above and the lease
+                return dict(self.store.manifest(task.key)["result"]), False
+            return self._compute(task, values, log), True
+
+    def _compute(self, task: Task, values: Mapping[str, str], log: Path) -> dict[str, Any]:
         start, cpu = time.time(), time.process_time()
         cost = Cost()
         with self.store.scratch() as out:
@@ -165,7 +183,7 @@ class Work:
         p = task.params
         rows = self.rows(p["data"])
         recipe = Recipe(**p["recipe"])
-        with tempfile.TemporaryDirectory(prefix="attack-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="attack-", dir=self.cases) as scratch:
             ctx = Ctx(
                 seed=task.seed,
                 target=p["target"],
@@ -261,19 +279,19 @@ class Work:
         missing = sorted(set(values.get("requires", "").split()) - traits(spec))
         if missing:
             raise Failed("not_applicable", f"needs_{missing[0]}")
-        # The system's temporary folder, not the store's: the path of a case must lead nowhere.
-        folder = Path(tempfile.mkdtemp(prefix="case-"))
+        # Below the system's temporary folder, not the store's: the path of a case must lead nowhere.
+        folder = Path(tempfile.mkdtemp(prefix="case-", dir=self.cases))
         try:
             about = self._stage(task, values, folder)
             artifacts.write_json(folder / "in" / "case.json", about | {"what": "run"})
             answer, usage = self._child(folder, log, task.timeout)
             outcome = self._checked(artifacts.read_outcome(folder / "out"), spec, access, folder)
             artifacts.write_outcome(out, outcome)
-            for name, n in answer["cost"].items():
-                setattr(cost, name, int(n))
+            for name in vars(cost):
+                setattr(cost, name, max(0, int(answer["cost"].get(name, 0))))
             return {"child_cpu": usage["cpu_seconds"], "child_mb": usage["peak_mb"]}
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
 
     def _child(self, folder: Path, log: Path, seconds: float) -> tuple[dict[str, Any], dict[str, Any]]:
         """Fork for a staged folder; returns the child's answer and what it used.
@@ -281,16 +299,25 @@ class Work:
         Raises:
             Failed: it timed out, died, declined or raised.
         """
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the child's share is as large as this process's
         usage = self.fork(folder, log, seconds)
-        done = folder / "done.json"
         if usage["timeout"]:
             raise Failed("timeout", f"budget: no answer after {seconds:g} s")
-        if not done.exists():
-            how = f"signal {usage['signal']}" if usage["signal"] else f"exit code {usage['code']}"
-            raise Failed("failed", f"raised: the process ended with {how}; see its log")
-        answer = json.loads(done.read_text())
-        if answer["status"] != "ok":
-            raise Failed(answer["status"], answer["reason"])
+        try:
+            done = read_plain(folder / "done.json")
+            if done is None:
+                how = f"signal {usage['signal']}" if usage["signal"] else f"exit code {usage['code']}"
+                raise Failed("failed", f"raised: the process ended with {how}; see its log")
+            answer = json.loads(done)
+            if answer["status"] != "ok":
+                known = answer["status"] in ("not_applicable", "failed", "out_of_memory")
+                raise Failed(answer["status"] if known else "failed", str(answer["reason"])[:400])
+            check_answer(folder / "out", answer_bytes(self.memory))
+        except Unusable as e:
+            raise Failed("failed", str(e)) from e
+        except (ValueError, KeyError, TypeError) as e:
+            raise Failed("failed", "raised: done.json is not what the process writes") from e
         return answer, usage
 
     def _stage(self, task: Task, values: Mapping[str, str], folder: Path) -> dict[str, Any]:
@@ -354,7 +381,7 @@ class Work:
         images = torch.cat([clean, bd.data.images[torch.randperm(len(bd), generator=gen)[:n]]])
         triggered = torch.arange(2 * n) >= n
         order = torch.randperm(2 * n, generator=gen)
-        folder = Path(tempfile.mkdtemp(prefix="case-"))
+        folder = Path(tempfile.mkdtemp(prefix="case-", dir=self.cases))
         try:
             about = self._stage(task, values, folder)
             artifacts.write_outcome(
@@ -366,7 +393,7 @@ class Work:
             _, usage = self._child(folder, log, task.timeout)
             scores = artifacts.read_tensors(folder / "out" / "scores.safetensors")["scores"]
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
         if scores.shape != (2 * n,):
             raise Failed("failed", f"wrong_shape: scores are {tuple(scores.shape)} for {2 * n} images")
         if not bool(scores.isfinite().all()):
@@ -376,16 +403,26 @@ class Work:
 
     def _checked(self, o: Any, spec: ModelSpec, access: Mapping[str, Any], folder: Path) -> Any:
         """The outcome, after checks that its tensors have the right shapes and are finite."""
-        if o.model is not None:
-            if (o.model.spec.classes, o.model.spec.shape) != (spec.classes, spec.shape):
-                raise Failed("failed", f"wrong_shape: model for {o.model.spec.classes} classes {o.model.spec.shape}")
-            bad = [k for k, v in o.model.state.items() if v.is_floating_point() and not bool(v.isfinite().all())]
+        for name, model in [("the repaired model", o.model), *((f"candidate {n}", m) for n, m in o.path.items())]:
+            if model is None:
+                continue
+            if (model.spec.classes, model.spec.shape) != (spec.classes, spec.shape):
+                raise Failed("failed", f"wrong_shape: {name} is for {model.spec.classes} classes {model.spec.shape}")
+            # Another's architecture would be imported here, where the store is within reach.
+            if model.spec.arch != spec.arch and (":" in model.spec.arch or "/" in model.spec.arch):
+                raise Failed("failed", f"wrong_shape: {name} is a {model.spec.arch}, neither built in nor {spec.arch}")
+            bad = [k for k, v in model.state.items() if v.is_floating_point() and not bool(v.isfinite().all())]
             if bad:
-                raise Failed("failed", f"nan: the repaired model's {bad[0]} is not finite")
+                raise Failed("failed", f"nan: {name}'s {bad[0]} is not finite")
             try:
-                load(o.model)
+                load(model)
             except Exception as e:
-                raise Failed("failed", f"wrong_shape: the repaired model cannot be rebuilt: {e}") from e
+                raise Failed("failed", f"wrong_shape: {name} cannot be rebuilt: {e}") from e
+        figures = [o.suspicion, *(getattr(i, n) for i in o.inverted for n in ("mask", "pattern", "delta"))]
+        if o.verdict is not None:
+            figures += [torch.tensor([o.verdict.score, o.verdict.threshold]), o.verdict.label_scores]
+        if any(f is not None and f.is_floating_point() and not bool(f.isfinite().all()) for f in figures):
+            raise Failed("failed", "nan: a figure of the answer is not finite")
         for name in ("keep", "relabel", "suspicion"):
             value = getattr(o, name)
             if value is None:
@@ -397,7 +434,7 @@ class Work:
 
     # ---- evaluate --------------------------------------------------------------------------------------------------
     def _evaluate(self, task: Task, values: Mapping[str, str], out: Path, cost: Cost, log: Path) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory(prefix="evaluate-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="evaluate-", dir=self.cases) as scratch:
             case = self.eval_case(task, values, Path(scratch), cost)
             method = load_class(values[task.name]).from_params(task.params["method"])
             try:
@@ -411,13 +448,15 @@ class Work:
                         "failed", f"raised: {task.name} wrote metric {row.metric!r}, which METRICS does not name"
                     )
             artifacts.write_findings(out, findings)
-        return {}
+        # Beside the findings, so that rows need no other artifact, which may be gone by then.
+        if "attack" not in task.inputs:  # a zoo has many
+            return {"rate_actual": None}
+        return {"rate_actual": self.store.manifest(task.inputs["attack"])["result"]["rate_actual"]}
 
     def eval_case(self, task: Task, values: Mapping[str, str], scratch: Path, cost: Cost) -> Any:
         """What the evaluator declared, opened when asked for."""
         p, inputs, needs = task.params, task.inputs, task.params["needs"]
         rows = self.rows(p["data"])
-        attack = self.store.fetch(inputs["attack"])
         outcome = functools.cache(lambda: artifacts.read_outcome(self.store.fetch(inputs["defense"])))
         recipe = Recipe(**p["recipe"] | {"precision": task.numerics["precision"]})
 
@@ -445,6 +484,15 @@ class Work:
             "controls": lambda: findings("control."),
             "evaluators": lambda: findings("evaluator."),
         }
+        if needs["scope"] == "zoo":
+            clean = part("clean").values()
+            keys = [inputs[f"zoo.{i}"] for i in range(len(p["cells"]))]
+            own = ("test", "probe", "recipe", "ctx")
+            parts = {name: parts[name] for name in own} | {"cells": lambda: Zoo(self.store, p["cells"], keys)}
+            if clean:
+                parts["clean_models"] = lambda: tuple(self.net(k) for k in clean)
+            return Declared(f"NEEDS of {task.name}", parts, EVAL_PARTS)
+        attack = self.store.fetch(inputs["attack"])
         if "model" in needs["outcome"]:
             if outcome().opaque:
                 raise Failed("not_applicable", "opaque_model")
@@ -478,6 +526,19 @@ class Work:
         if needs["trigger"] == "live":
             parts["oracle"] = lambda: self.backdoor(inputs["attack"], values)
         return Declared(f"NEEDS of {task.name}", parts, EVAL_PARTS)
+
+
+class Zoo(Sequence[dict[str, Any]]):
+    """The cells of a zoo: what is told of each, and its outcome, which is read when asked for and not kept."""
+
+    def __init__(self, store: Store, told: Sequence[dict[str, Any]], keys: Sequence[str]) -> None:
+        self.store, self.told, self.keys = store, told, keys
+
+    def __len__(self) -> int:
+        return len(self.told)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.told[i] | {"outcome": artifacts.read_outcome(self.store.fetch(self.keys[i]))}
 
 
 def _made(path: Path) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from sleeperbench.contracts.models import Model, ModelSpec
@@ -112,7 +112,8 @@ def save_model(model: Model, folder: Path | str) -> None:
     """Write `model.safetensors` and `model.json`; equal models give equal bytes."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.state.items()}, folder / "model.safetensors")
+    data = save({k: v.detach().cpu().contiguous() for k, v in model.state.items()})
+    (folder / "model.safetensors").write_bytes(data)  # raises OSError when the disk is full, save_file does not
     text = json.dumps(model.spec.to_json(), sort_keys=True, indent=1, allow_nan=False)
     (folder / "model.json").write_text(text + "\n", encoding="utf-8")
 

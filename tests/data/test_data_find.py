@@ -193,18 +193,29 @@ def test_get_tells_the_bytes_before_it_downloads(
         write_toy(root, "toy")
 
     source = toy_source(download=download, download_bytes=12_345)
-    monkeypatch.setattr(command, "find_source", lambda *_: source)
+    monkeypatch.setattr(find, "find_source", lambda *_: source)
     assert run("get", "toy") == 0
     assert "downloading 12,345 bytes" in told[0]
     out = capsys.readouterr().out
     assert "toy train: 30 rows, sha256 " + prepare(source).digests["train"] in out
     assert "not canonical: no release to compare with" in out
-    run("get", "toy", "--again")
     assert len(told) == 1
 
 
+@pytest.mark.parametrize("kind", ["images", "ids"])
+def test_get_again_mends_what_get_finds_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    write_toy(tmp_path / "root")
+    monkeypatch.setattr(find, "find_source", lambda *_: toy_source())
+    run("get", "toy")
+    (prepare(toy_source()).folder / f"test.{kind}.npy").write_bytes(b"")
+    with pytest.raises(DataError, match=r"data get toy --again"):
+        run("get", "toy")
+    run("get", "toy", "--again")
+    run("get", "toy")
+
+
 def test_get_without_a_download_says_where_to_put_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "find_source", lambda *_: toy_source())
+    monkeypatch.setattr(find, "find_source", lambda *_: toy_source())
     with pytest.raises(DataError, match="put the files there"):
         run("get", "toy")
 

@@ -21,7 +21,7 @@ def mapped(path: Path) -> bool:
     return str(path) in Path("/proc/self/maps").read_text()
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="allowed: needs /proc")
 @pytest.mark.parametrize(("share", "stays"), [(0.25, False), (1e-12, True)])
 def test_large_images_stay_mapped(root: Path, monkeypatch: pytest.MonkeyPatch, share: float, stays: bool) -> None:
     monkeypatch.setattr(load, "MEMORY_SHARE", share)

@@ -16,7 +16,9 @@ ROOT = Path(os.environ.get("SLEEPERBENCH_DATA") or "/nonexistent")
 
 
 def real(name: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(not (ROOT / name / "train.npz").is_file(), reason=f"no {name} under SLEEPERBENCH_DATA")
+    return pytest.mark.skipif(
+        not (ROOT / name / "train.npz").is_file(), reason=f"allowed: no {name} under SLEEPERBENCH_DATA"
+    )
 
 
 @pytest.mark.real
@@ -42,7 +44,9 @@ def test_real_set(name: str, note: str) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.skipif(not (ROOT / "cifar10" / "train.npz").is_file(), reason="no cifar10 under SLEEPERBENCH_DATA")
+@pytest.mark.skipif(
+    not (ROOT / "cifar10" / "train.npz").is_file(), reason="allowed: no cifar10 under SLEEPERBENCH_DATA"
+)
 def test_cifar10_has_its_published_mean() -> None:
     images = load("cifar10", "train", ROOT).images
     mean = [images[:, c].float().mean().item() / 255 for c in range(3)]

@@ -79,3 +79,11 @@ def read(path: Path) -> Page:
     reader.close()
     left = [t.name for t in reader.stack[1:]]
     return Page(reader.root, reader.tags, reader.wrong + [f"<{t}> is never closed" for t in left], text)
+
+
+def board_rows(page: Page) -> list[Tag]:
+    return [r for r in page.by_id("board").all("tr") if "data-cell" in r.attrs]
+
+
+def figures(row: Tag) -> dict[str, Tag]:
+    return {t.attrs["data-metric"]: t for t in row.all("td") if "data-metric" in t.attrs}

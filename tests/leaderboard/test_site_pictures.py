@@ -35,6 +35,7 @@ def test_small_pictures_are_blown_up_by_whole_pixels(tmp_path: Path) -> None:
         ("missing.png", None),
         ("evil.svg", b"<svg onload=alert(1)>"),
         ("evil.png", b"<svg onload=alert(1)>" + b" " * 40),
+        ("other.png", b"\x89PNG\n\n\n\n" + png(2, 2, 1)[8:]),
         ("short.png", b"\x89PNG\r\n\x1a\n"),
         ("huge.png", png(1, 1, 1).replace(b"\0\0\0\1\0\0\0\1", b"\0\1\0\0\0\0\0\1", 1)),
         ("", None),

@@ -41,6 +41,13 @@ def test_rows_of_a_zoo_are_kept_though_no_cell_is_called_so(run: Path, tmp_path:
     assert [m["value"] for m in load([run, other, again]).measured("digits/zoo")] == [0.9]
 
 
+def test_a_cell_takes_no_measurement_from_a_run_that_does_not_own_it(tmp_path: Path) -> None:
+    cells, rows = tables(1, ["badnets"], ["none"], 1)
+    bare, full = write_run(tmp_path / "bare", cells, []), write_run(tmp_path / "full", cells, rows)
+    assert load([bare, full]).measured(cells[0]["cell"]) == []
+    assert load([full, bare]).measured(cells[0]["cell"])
+
+
 def test_a_method_of_two_versions_is_noted(tmp_path: Path) -> None:
     made = tables(1, ["badnets"], ["none"], 1)
     a = write_run(tmp_path / "a", *made, [{"kind": "defense", "id": "ft", "method_version": 1}])

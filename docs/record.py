@@ -1,0 +1,74 @@
+"""Writes what a run measured into docs/measured: one JSON with provenance, one table to read.
+
+`python docs/record.py RUN NAME "COMMAND"` writes docs/measured/NAME.json and NAME.md from the run's tables alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from sleeperbench.engine.rows import read_table
+
+ROOT = Path(__file__).resolve().parent / "measured"
+SHOWN = ("c_acc", "asr", "r_acc", "der", "p_asr_ra", "p_asr_net", "c_acc_ra")
+CONTROLS = ("clean_model", "clean_defended", "placebo", "k0")
+
+
+def record(run: Path, name: str, command: str) -> None:
+    """Write both files."""
+    about = json.loads((run / "run.json").read_text())
+    cells = read_table(run / "cells.parquet")
+    rows = read_table(run / "measurements.parquet")
+    kept = ("cell", "evaluator", "metric", "qualifier", "value", "count", "total", "lower", "upper", "status", "reason")
+    env = json.loads(next(r["env"] for r in rows if r["env"]))
+    cpu = {r["task_key"]: r["cpu_seconds"] for r in rows if r["cpu_seconds"] is not None}
+    out = {
+        "command": command,
+        "suite": about["suite"]["name"],
+        "protocol": about["protocol"],
+        "versions": env,
+        "host": about["host"],
+        "datasets": about["datasets"],
+        "recipe": about["suite"]["recipe"],
+        "evaluation_core_seconds": round(sum(cpu.values())),
+        "measurements": [{k: r[k] for k in kept} for r in rows],
+    }
+    ROOT.mkdir(exist_ok=True)
+    (ROOT / f"{name}.json").write_text(json.dumps(out, indent=1) + "\n")
+    (ROOT / f"{name}.md").write_text(_page(name, out, cells, rows))
+
+
+def _page(name: str, out: dict, cells: list[dict], rows: list[dict]) -> str:
+    text = [f"# Measured: {name}", "", f"`{out['command']}`", ""]
+    host, v = out["host"], out["versions"]
+    text.append(
+        f"{host['cores']} cores ({host['machine']}, {v['cpu']}), torch {v['torch']}, Python {v['python']}. In %."
+    )
+    for n, d in out["datasets"].items():
+        if not d["canonical"]:
+            text.append(f"The copy of {n} differs from its release: {d['note']}.")
+    controls: dict[tuple[str, str], float] = {}
+    for r in rows:
+        if r["metric"] == "p_asr_ra" and r["qualifier"].startswith("control=") and r["value"] is not None:
+            controls[r["cell"], r["qualifier"].removeprefix("control=")] = r["value"]
+    head = ["cell", *SHOWN, *(f"RA: {c}" for c in CONTROLS), "flags"]
+    text += ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for c in cells:
+        values = [c[m] if m in c else None for m in SHOWN] + [controls.get((c["cell"], k)) for k in CONTROLS]
+        shown = ["" if x is None else f"{100 * x:.1f}" for x in values]
+        text.append("| " + " | ".join([c["cell"], *shown, c["flag"]]) + " |")
+    budgets = [r for r in rows if r["metric"] == "ra_k"]
+    if budgets:
+        text += ["", "RA's number of poisoned images, by the rule on clean models:", ""]
+        for r in budgets:
+            k = f"none: {r['reason']}" if r["value"] is None else f"k = {r['value']:.0f}"
+            text.append(f"- {r['cell']}: {k}")
+    return "\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
+    record(Path(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -1,0 +1,166 @@
+"""Kills at random moments: what was finished stays, the rest is computed, the tables are those of a quiet run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import shorts
+
+KILLS = int(os.environ.get("KILLS", "20"))
+
+
+@pytest.fixture(scope="module")
+def env(clean_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    return clean_env | {"PYTHONPATH": str(shorts.install(tmp_path_factory.mktemp("short")))}
+
+
+@pytest.fixture(scope="module")
+def quiet(env: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, float]:
+    """The suite, a run folder that nothing disturbed, and how long it took in seconds."""
+    folder = tmp_path_factory.mktemp("quiet")
+    file = shorts.suite(folder / "short.toml")
+    begin = time.monotonic()
+    done = subprocess.run(
+        shorts.command(file, folder / "out", "--store", folder / "store"), env=env, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return file, folder / "out", time.monotonic() - begin
+
+
+def computed(store: Path) -> int:
+    return len(list(store.glob("[0-9a-f][0-9a-f]/*/manifest.json")))
+
+
+def test_kills_of_the_whole_group(env: Mapping[str, str], quiet: tuple[Path, Path, float], tmp_path: Path) -> None:
+    file, undisturbed, seconds = quiet
+    rng = random.Random(1)
+    whole = computed(undisturbed.parent / "store")
+    out, store = tmp_path / "out", tmp_path / "store"
+    killed = partial = 0
+    while killed < KILLS:
+        process = shorts.start(shorts.command(file, out, "--store", store), env)
+        deadline = time.monotonic() + rng.uniform(0.05, 0.9) * seconds
+        seen: dict[int, str] = {}
+        while process.poll() is None and time.monotonic() < deadline:
+            seen |= shorts.family(process.pid)
+            shorts.select_pause()
+        if process.poll() is None:
+            seen |= shorts.family(process.pid)
+            shorts.kill_group(process)
+            killed += 1
+        del seen[process.pid]
+        assert shorts.until(lambda processes=seen: not shorts.alive(processes), 20), shorts.alive(seen)
+        partial += 0 < computed(store) < whole
+        if process.returncode == 0:  # it came to its end before its time: begin anew
+            assert shorts.tables(out) == shorts.tables(undisturbed)
+            out, store = tmp_path / f"out{killed}", tmp_path / f"store{killed}"
+        else:
+            assert process.returncode == -signal.SIGKILL
+    done = subprocess.run(shorts.command(file, out, "--store", store), env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert shorts.tables(out) == shorts.tables(undisturbed)
+    assert partial, "no kill fell between the first and the last task"
+    assert list((store / "leases").glob("[0-9a-f]*")) == []
+    assert computed(store) == whole
+
+
+def children(pid: int, what: str) -> list[int]:
+    found = []
+    for p in shorts.family(pid):
+        try:
+            line = Path(f"/proc/{p}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if what.encode() in line:
+            found.append(p)
+    return found
+
+
+def test_kills_of_workers_and_fork_servers(
+    env: Mapping[str, str], quiet: tuple[Path, Path, float], tmp_path: Path
+) -> None:
+    file, undisturbed, _ = quiet
+    out = tmp_path / "out"
+    process = shorts.start(
+        shorts.command(file, out, "--store", tmp_path / "store"), env, stderr=subprocess.PIPE, text=False
+    )
+    for what in ("sleeperbench.engine.worker", "sleeperbench.engine.forkserver"):
+        victims = shorts.until(lambda name=what: children(process.pid, name))
+        assert victims, what
+        os.kill(victims[0], signal.SIGKILL)
+    _, err = process.communicate()
+    assert process.returncode == 0, err.decode()
+    assert shorts.tables(out) == shorts.tables(undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt(
+    number: signal.Signals, env: Mapping[str, str], quiet: tuple[Path, Path, float], tmp_path: Path
+) -> None:
+    hold, out, store = tmp_path / "hold", tmp_path / "out", tmp_path / "store"
+    hold.touch()
+    file = shorts.suite(tmp_path / "short.toml", f'[defense."short/idle"]\nwait = "{hold}"\n', seeds=[0])
+    process = shorts.start(shorts.command(file, out, "--store", store), env, stderr=subprocess.PIPE)
+    assert shorts.until(lambda: "short/n4" in _journal(out))
+    seen = shorts.family(process.pid)
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert "run the same command again" in err.decode()
+    assert shorts.until(lambda: not shorts.alive({k: v for k, v in seen.items() if k != process.pid}), 20)
+    cells = {c["cell"]: c["status"] for c in shorts.tables(out)[1]}
+    assert cells["digits/small_cnn/badnets@0.1/none/s0"] == "ok"
+    assert json.loads((out / "run.json").read_bytes())["exit"] == 130
+    hold.unlink()
+    before = computed(store)
+    again = subprocess.run(shorts.command(file, out, "--store", store), env=env, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert f"computed {computed(store) - before} tasks" in again.stderr
+    assert computed(store) > before
+
+
+def _journal(out: Path) -> str:
+    try:
+        return (out / "tasks.jsonl").read_text()
+    except OSError:
+        return ""
+
+
+def test_lost_workers_are_tried_three_times_and_raising_ones_once(env: Mapping[str, str], tmp_path: Path) -> None:
+    notes = {n: tmp_path / n for n in ("twice", "thrice", "raised")}
+    for name, times in (("twice", 2), ("thrice", 3)):
+        tail = f'[evaluator."short/dies"]\nnote = "{notes[name]}"\ntimes = {times}\n'
+        tail += f'[defense."short/fails"]\nnote = "{notes["raised"]}"\n'
+        file = shorts.suite(
+            tmp_path / f"{name}.toml",
+            tail,
+            attacks=["none"],
+            defenses=["none", "short/fails"] if name == "twice" else ["none"],
+            evaluators=["short/dies", "short/n0"],
+            seeds=[0],
+        )
+        out = tmp_path / f"out-{name}"
+        done = subprocess.run(
+            shorts.command(file, out, "--store", tmp_path / "store"), env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 1, done.stderr
+        rows: Any = {(r["defense"], r["metric"]): r for r in shorts.tables(out)[0]}
+        row = rows["none", "lives"]
+        assert notes[name].read_text() == "xxx"
+        assert rows["none", "number"]["status"] == "ok"  # it shared the job, or not: it is not lost with the other
+        if name == "twice":
+            assert (row["status"], row["value"]) == ("ok", 3.0)
+            assert rows["short/fails", "number"]["status"] == "failed"
+            assert notes["raised"].read_text() == "tried "
+        else:
+            assert row["status"] == "failed"
+            assert row["reason"] == "raised: the worker process ended (signal 9)"

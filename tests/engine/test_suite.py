@@ -1,0 +1,150 @@
+"""Suites: what a TOML file and the command line resolve to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeperbench.engine.suite import RECIPES, Changes, build, read, shipped
+from sleeperbench.engine.task import PUBLIC_SECRET
+from sleeperbench.errors import BadInput
+
+
+def labels(variants: Any) -> list[str]:
+    return [v.label for v in variants]
+
+
+def test_every_value_is_resolved(make_suite: Any) -> None:
+    s = make_suite(
+        tail='[train]\nepochs = 3\nrecipe = "bb"\npad = 2\ncurves = true\n[access]\nclean = 40\n'
+        "[budget]\nthreads = 2\n[gate]\nimplant_asr = 0.5\n[dataset.digits]\ntrain = 500\n"
+        "[model.small_cnn]\nwidth = 8\n[attack.badnets]\nsize = 4\n[defense.ft]\nlr = 1\n",
+        seeds=[2, 5],
+    )
+    assert s.name == "tiny"
+    assert s.secret == PUBLIC_SECRET
+    assert s.datasets == ("digits",)
+    assert s.dataset_rows == {"digits": {"train": 500}}
+    assert s.arch_args == {"small_cnn": {"width": 8}}
+    assert s.rates == (0.1,)
+    assert s.seeds == (2, 5)
+    assert s.calibration_seed == 2
+    assert s.recipe == RECIPES["bb"] | {"epochs": 3, "pad": 2, "precision": "fp32"}
+    assert s.curves is True
+    assert s.access == {"clean": 40, "clean_source": "heldout"}
+    assert (s.budget["threads"], s.budget["task_seconds"], s.budget["memory_gb"]) == (2, 7200, 4)
+    assert (s.gate["implant_asr"], s.gate["implant_asr_low"], s.gate["collapse_points"]) == (0.5, 0.7, 10)
+    badnets, ft = s.attacks[1], s.defenses[1]
+    assert (badnets.id, badnets.label, badnets.params["size"]) == ("badnets", "badnets", 4)
+    assert badnets.params["pattern"] == "checker3"
+    assert ft.params["lr"] == 1.0
+    assert type(ft.params["lr"]) is float  # so that 1 and 1.0 are one task
+
+
+def test_defaults_fill_what_a_suite_leaves_out(make_suite: Any) -> None:
+    s = make_suite(rates=None, evaluators=None, seeds=None)
+    assert (s.rates, s.seeds, labels(s.evaluators)) == ((0.05,), (0,), ["accuracy"])
+    assert s.recipe == RECIPES["s3"] | {"precision": "fp32"}
+    assert s.curves is False
+
+
+def test_every_shipped_suite_can_be_built(registry: Any) -> None:
+    assert {"smoke", "quick", "cpu"} <= set(shipped())
+    for name, text in shipped().items():
+        suite, same = build(name, registry)
+        assert (suite.name, same) == (name, text)
+
+
+def test_a_list_is_swept_and_the_first_keeps_the_bare_label(make_suite: Any) -> None:
+    s = make_suite(tail="[attack.badnets]\nsize = [3, 5]\n", attacks=["badnets"])
+    first, second = s.attacks
+    assert (first.label, first.params["size"]) == ("badnets", 3)
+    # The digest of the full parameters, written out here once more.
+    text = json.dumps(second.params, sort_keys=True, separators=(",", ":"))
+    assert second.label == f"badnets~{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    assert second.params == first.params | {"size": 5}
+    assert s.default("attack", "badnets", None).params == first.params
+
+
+def test_a_sweep_of_two_parameters_is_their_product(make_suite: Any) -> None:
+    s = make_suite(tail='[attack.badnets]\nsize = [3, 5]\ncorner = ["upper_left", "lower_left"]\n', attacks=["badnets"])
+    assert [(v.params["size"], v.params["corner"]) for v in s.attacks] == [
+        (3, "upper_left"),
+        (3, "lower_left"),
+        (5, "upper_left"),
+        (5, "lower_left"),
+    ]
+    assert len(set(labels(s.attacks))) == 4
+
+
+def test_a_tuple_parameter_is_not_swept(make_suite: Any) -> None:
+    s = make_suite(tail="[evaluator.ra_budget]\nks = [1, 2]\n", evaluators=["ra_budget"])
+    assert [v.params["ks"] for v in s.evaluators] == [(1, 2)]
+    assert labels(s.evaluators) == ["ra_budget"]
+
+
+def test_set_changes_a_parameter_and_the_label(make_suite: Any) -> None:
+    s = make_suite(Changes(settings=["defense.ft.steps=7", "train.epochs=2", "attack.badnets.pattern=white"]))
+    assert s.recipe["epochs"] == 2
+    assert s.attacks[1].params["pattern"] == "white"
+    assert s.defenses[1].params["steps"] == 7
+    assert re.fullmatch(r"ft~[0-9a-f]{6}", s.defenses[1].label)
+    assert s.defenses[0].label == "none"
+
+
+def test_set_to_the_suites_own_value_keeps_the_bare_label(make_suite: Any) -> None:
+    s = make_suite(Changes(settings=["attack.badnets.size=4"]), tail="[attack.badnets]\nsize = 4\n")
+    assert labels(s.attacks) == ["none", "badnets"]
+
+
+def test_set_of_a_list_sweeps(make_suite: Any) -> None:
+    s = make_suite(Changes(settings=["attack.badnets.size=[0, 5]"]))
+    assert [v.params.get("size") for v in s.attacks] == [None, 0, 5]
+    assert s.attacks[1].label == "badnets"
+
+
+def test_lists_restrict_the_matrix_but_keep_the_controls(make_suite: Any) -> None:
+    s = make_suite(
+        Changes(attacks=["blended"], defenses=["ft"], evaluators=["accuracy"], seeds=[3, 4], rates=[0.2]),
+        attacks=["none", "badnets", "blended"],
+        defenses=["none", "bn_refresh", "ft"],
+        evaluators=["accuracy", "stealth"],
+    )
+    assert labels(s.attacks) == ["none", "blended"]
+    assert labels(s.defenses) == ["none", "ft"]
+    assert labels(s.evaluators) == ["accuracy"]
+    assert (s.seeds, s.rates) == ((3, 4), (0.2,))
+    assert s.calibration_seed == 0  # the suite's first, so that a slice of it shares its calibration
+
+
+def test_an_id_that_is_not_in_the_matrix_is_added(make_suite: Any) -> None:
+    s = make_suite(Changes(defenses=["bn_refresh"], archs=["small_resnet"]))
+    assert labels(s.defenses) == ["none", "bn_refresh"]
+    assert s.archs == ("small_resnet",)
+
+
+def test_a_suite_file_that_is_not_text(tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    file.write_bytes(b"name = \xff\xfe")
+    with pytest.raises(BadInput, match="UTF-8"):
+        read(str(file))
+
+
+def test_a_data_set_of_the_users_own_can_be_named(make_suite: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    import numpy as np
+
+    from sleeperbench.data.added import add_arrays
+
+    arrays = tmp_path / "arrays"
+    arrays.mkdir()
+    images = np.zeros((20, 16, 16, 3), np.uint8)
+    for split in ("train", "test"):
+        np.savez(arrays / f"{split}.npz", images=images, labels=np.arange(20, dtype=np.int64) % 2)
+    monkeypatch.setenv("SLEEPERBENCH_DATA", str(tmp_path / "root"))
+    add_arrays(tmp_path / "root", "mine", arrays)
+    assert make_suite(datasets=["mine"]).datasets == ("mine",)
