@@ -24,7 +24,7 @@ class Column:
 
 
 STATUSES = ("ok", "not_applicable", "failed", "timeout", "out_of_memory", "not_run")
-FLAGS = ("weak", "collapsed", "snapshot", "reduced", "stale", "nondeterministic")
+FLAGS = ("weak", "collapsed", "snapshot", "reduced", "stale", "nondeterministic", "tuned")
 
 _IDENTITY = (
     Column("suite", "str", "Suite that asked for the figure"),

@@ -56,7 +56,7 @@ def _page(name: str, out: dict, cells: list[dict], rows: list[dict]) -> str:
     head = ["cell", *SHOWN, *(f"RA: {c}" for c in CONTROLS), "flags"]
     text += ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for c in cells:
-        values = [c[m] if m in c else None for m in SHOWN] + [controls.get((c["cell"], k)) for k in CONTROLS]
+        values = [c.get(m) for m in SHOWN] + [controls.get((c["cell"], k)) for k in CONTROLS]
         shown = ["" if x is None else f"{100 * x:.1f}" for x in values]
         text.append("| " + " | ".join([c["cell"], *shown, c["flag"]]) + " |")
     budgets = [r for r in rows if r["metric"] == "ra_k"]

@@ -80,6 +80,7 @@ STATUS_WORDS = {
 
 FLAG_WORDS = {
     "weak": "the attack did not reach the implant gate",
+    "tuned": "a setting of this row was found by trying; its suite says which",
     "collapsed": "the defense ruined the model: its figures count as the undefended model's in every mean",
     "snapshot": "the training set is a snapshot that the attack declared",
     "reduced": "fewer images, steps or draws than the protocol asks for",

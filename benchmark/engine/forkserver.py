@@ -36,6 +36,7 @@ def main() -> None:
     """Serve until standard input closes; the argument is the level."""
     if sys.argv[1:] == ["process"]:
         import torch
+        import torch._dynamo  # the first optimiser imports it, which takes longer than many a defense
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if sys.path[0] == os.getcwd():  # `-m` put it there; it is no place to import from
@@ -85,7 +86,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     timeout = _watch(pid, output, log, job["seconds"])
     _kill(pid)  # on a time-out the child itself, else whatever it left running
     _, status, usage = os.wait4(pid, 0)
-    _kill_orphans()
+    usages = [usage, *_kill_orphans()]
     _drain(output, log)
     log.close()
     os.close(output)
@@ -93,8 +94,8 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         "timeout": timeout,
         "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0,
         "code": os.WEXITSTATUS(status) if os.WIFEXITED(status) else -1,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_mb": usage.ru_maxrss / 1024,
+        "cpu_seconds": sum(u.ru_utime + u.ru_stime for u in usages),
+        "peak_mb": max(u.ru_maxrss for u in usages) / 1024,
     }
 
 
@@ -134,8 +135,12 @@ def _kill(pid: int) -> None:
             kill(pid, signal.SIGKILL)
 
 
-def _kill_orphans() -> None:
-    """End what the child left in other groups and sessions: a subreaper inherits it."""
+def _kill_orphans() -> list[resource.struct_rusage]:
+    """End what the child left in other groups and sessions, for a subreaper inherits it; returns what it used.
+
+    Bubblewrap leaves the process that did the work, so without this its cost would be missing.
+    """
+    usages: list[resource.struct_rusage] = []
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     while True:
         pids = []
@@ -144,11 +149,12 @@ def _kill_orphans() -> None:
         for pid in pids:
             _kill(pid)
         try:
-            found, _ = os.waitpid(-1, 0 if pids else os.WNOHANG)
+            found, _, usage = os.wait4(-1, 0 if pids else os.WNOHANG)
         except ChildProcessError:
-            return
-        if not found and not pids:
-            return
+            return usages
+        if not found:
+            return usages
+        usages.append(usage)
 
 
 def _child(job: dict[str, Any], output: int) -> None:

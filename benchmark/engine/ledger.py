@@ -107,6 +107,9 @@ class Ledger:
         zoo = [k for r, k in tasks[e.key].inputs.items() if r.startswith("zoo.")] if e.key in tasks else []
         if any(self._reduced(key) for key in (cell.attack_key, cell.defense_key, *zoo) if key in tasks):
             flags.add("reduced")
+        named = {f"{tasks[k].kind}.{tasks[k].name}" for k in (cell.attack_key, cell.defense_key) if k in tasks}
+        if named & set(self.plan.suite.tuned):
+            flags.add("tuned")
         facts: dict[str, Any] = {"flag": ";".join(sorted(flags))}
         facts |= {"dist": plugin.dist, "dist_version": plugin.dist_version, "defense_version": None}
         if cell.defense_key in tasks:

@@ -123,6 +123,8 @@ class Suite:
     budget: dict[str, Any]
     gate: dict[str, Any]
     defaults: dict[str, dict[str, dict[str, Any]]]
+    tuned: tuple[str, ...] = ()
+    """`attack.badnets` and the like: plugins with a setting that was found by trying; their rows say so."""
 
     def default(self, kind: str, plugin: str, registry: Registry) -> Variant:
         """The suite's variant of a plugin that need not be in the matrix, such as a control."""
@@ -270,6 +272,18 @@ def _sweep(registry: Registry, kind: str, plugin: str, raw: Mapping[str, Any]) -
     return found
 
 
+def _tuned(where: str, raw: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """The suite's own word on which of its plugin tables hold a setting that was found by trying."""
+    known = [f"{kind}.{plugin}" for kind, plugins in defaults.items() for plugin in plugins]
+    names = raw.get("tuned", [])
+    if not isinstance(names, list):
+        raise BadInput(f'{where}: tuned = {_shown(names)}: give a list such as ["attack.badnets"]')
+    for name in names:
+        if name not in known:
+            raise BadInput(f"{where}: tuned names {_shown(name)}, which has no table here: {nearest(str(name), known)}")
+    return tuple(names)
+
+
 def _plugin_table(where: str, raw: Mapping[str, Any], kind: str) -> dict[str, dict[str, Any]]:
     """The tables [kind.*] of a suite."""
     given = raw.get(kind, {})
@@ -300,7 +314,7 @@ def build(name: str, registry: Registry, changes: Changes = Changes()) -> tuple[
     for setting in changes.settings:
         _set(raw, setting)
     where = f"suite {name}"
-    top = ("schema", "name", "title", "secret", *_TABLES, *_PLUGIN_TABLES)
+    top = ("schema", "name", "title", "secret", "tuned", *_TABLES, *_PLUGIN_TABLES)
     for key in raw:
         if key not in top:
             raise BadInput(f"{where}: unknown key `{key}`: {nearest(key, top)}")
@@ -396,5 +410,6 @@ def build(name: str, registry: Registry, changes: Changes = Changes()) -> tuple[
         budget=t["budget"],
         gate=t["gate"],
         defaults=defaults,
+        tuned=_tuned(where, raw, defaults),
     )
     return suite, text

@@ -44,7 +44,16 @@ def looked(tmp_path_factory: pytest.TempPathFactory, sleeper: Callable) -> Looke
     out, store = folder / "runofthisleak", folder / "storeofthisleak"
     answer = sleeper(
         # A seed and a pattern of this test's own: other runs on this machine may lie in the same places.
-        *("run", "smoke", "--seeds", 73101, "--set", "attack.badnets.pattern='random'"),
+        *(
+            "run",
+            "smoke",
+            "--seeds",
+            73101,
+            "--set",
+            "attack.badnets.pattern='random'",
+            "--set",
+            "attack.badnets.size=5",
+        ),
         *("--set", "train.epochs=1", "--attack", "badnets", "--jobs", 1, "--device", "cpu"),
         *("--defense", "snoop/snoop", "--defense", "snoop/oracle", "--evaluator", "accuracy"),
         *("--keep-unimplanted", "--no-site", "--out", out, "--store", store),

@@ -148,3 +148,10 @@ def test_a_data_set_of_the_users_own_can_be_named(make_suite: Any, tmp_path: Pat
     monkeypatch.setenv("SLEEPERBENCH_DATA", str(tmp_path / "root"))
     add_arrays(tmp_path / "root", "mine", arrays)
     assert make_suite(datasets=["mine"]).datasets == ("mine",)
+
+
+def test_tuned_settings_are_named_by_the_suite(make_suite: Any) -> None:
+    head = 'schema = 1\nname = "tiny"\ntuned = ["attack.badnets"]\n'
+    assert make_suite(head=head, tail="[attack.badnets]\nsize = 4\n", attacks=["badnets"]).tuned == ("attack.badnets",)
+    with pytest.raises(BadInput, match="no table here"):
+        make_suite(head=head, attacks=["badnets"])
