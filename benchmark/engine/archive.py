@@ -81,7 +81,8 @@ def take_in(store: Store, file: Path) -> tuple[list[str], list[str]]:
             found = _artifacts(zf, file)
             for key, names in found.items():
                 _verify(zf, key, names)
-            new, known = [], []
+            new: list[str] = []
+            known: list[str] = []
             for key, names in found.items():
                 with store.scratch() as folder:
                     (known if store.has(key) or not _commit(store, zf, key, names, folder) else new).append(key)

@@ -82,7 +82,7 @@ class Zoo:
         return replace(
             self.shell,
             params=self.shell.params | {"cells": [about for _, about in left]},
-            inputs=self.shell.inputs | {f"zoo.{i}": key for i, (key, _) in enumerate(left)},
+            inputs={**self.shell.inputs, **{f"zoo.{i}": key for i, (key, _) in enumerate(left)}},
         )
 
 

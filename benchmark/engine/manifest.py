@@ -23,7 +23,7 @@ def digest_of_manifest(m: Mapping[str, Any]) -> str:
 
 def dump_manifest(m: Mapping[str, Any]) -> bytes:
     """The bytes of `manifest.json`."""
-    return json.dumps(m, indent=1, sort_keys=True).encode()
+    return json.dumps(m, sort_keys=True).encode()
 
 
 def parse_manifest(data: bytes, key: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import fnmatch
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from sleeperbench import PROTOCOL
 from sleeperbench.contracts.access import Access, Needs
@@ -39,7 +39,7 @@ def once(method: Callable[Concatenate[Planner, P], R]) -> Callable[Concatenate[P
         answer: R = self.memory[call]
         return answer
 
-    return remembered
+    return cast("Callable[Concatenate[Planner, P], R]", remembered)
 
 
 class Planner:

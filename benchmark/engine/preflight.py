@@ -50,7 +50,7 @@ def ask(plan: Plan, tasks: Iterable[Task]) -> None:
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
-    if answer.returncode:
+    if answer.returncode or not answer.stdout:
         raise BrokenPlugin("a plugin ended the process that imported it; its output stands above")
     problems = json.loads(answer.stdout)
     if problems:

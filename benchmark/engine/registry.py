@@ -24,7 +24,10 @@ class Registry:
 
     def __init__(self, plugins: Sequence[Plugin]) -> None:
         kinds = list(GROUPS.values())
+        self._known: dict[str, dict[str, Plugin]] = {}
         self.plugins = sorted(plugins, key=lambda p: (kinds.index(p.kind), not p.builtin, p.id))
+        for p in self.plugins:
+            self._known.setdefault(p.kind, {})[p.id] = p
 
     @classmethod
     def discover(cls, plugins: str | None = None) -> Registry:
@@ -60,7 +63,7 @@ class Registry:
         """
         if kind == "model" and id.startswith(TIMM) and id != TIMM:
             return Plugin(kind, id, "timm", metadata.version("timm"), "", builtin=True)
-        known = {p.id: p for p in self.of(kind)}
+        known = self._known.get(kind, {})
         plugin = known.get(id.removesuffix(":"))
         if plugin is None:
             raise BadInput(f"no {kind} `{id}`: {nearest(id, known)} If it is a plugin: is the package installed?")

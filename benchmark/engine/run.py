@@ -26,7 +26,7 @@ from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.schedule import Queue
 from sleeperbench.engine.store import Damaged, Store
 from sleeperbench.engine.task import Task
-from sleeperbench.errors import BadInput
+from sleeperbench.errors import BadInput, nearest
 
 ATTEMPTS = 3
 """Times a task is tried whose worker was lost."""
@@ -139,6 +139,9 @@ class Run:
             matches = what == "all" or any(fnmatch.fnmatchcase(c.name, what) for c, _ in uses)
             if (what == "failed" and bad) or (what != "failed" and matches):
                 chosen.add(key)
+        if not chosen and what not in ("all", "failed"):
+            names = [c.name for c in self.plan.cells]
+            raise BadInput(f"--rerun {what} matches no cell: {nearest(what, names)} (a pattern of cell names)")
         drop = set(self.plan.tasks) if what == "all" else set()
         if what not in ("all", "failed"):
             drop = chosen | {c.defense_key for k in chosen for c, _ in self.ledger.uses[k]}
@@ -329,7 +332,7 @@ class Run:
             progress.finished(self.queue.seconds.get(key, 0.0))
 
     def _journal(self, journal: Any, task: Task, answer: dict[str, Any]) -> None:
-        line = {"key": task.key, "kind": task.kind, "plugin": task.name, "name": self.names[task.key]}
+        line: dict[str, Any] = {"key": task.key, "kind": task.kind, "plugin": task.name, "name": self.names[task.key]}
         line |= {k: answer.get(k) for k in ("status", "reason", "result")} | {"time": time.time()}
         journal.write(json.dumps(line) + "\n")
         journal.flush()

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from sleeperbench.engine.registry import Registry
+from sleeperbench.engine.registry import Kind, Registry
 from sleeperbench.engine.task import PUBLIC_SECRET, digest
 from sleeperbench.errors import BadInput, nearest
 
 SCHEMA = 1
+METHODS: tuple[Kind, ...] = ("attack", "defense", "evaluator")
 RECIPES: dict[str, dict[str, Any]] = {
     "s3": {"epochs": 100, "lr": 0.1, "batch": 128, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine"},
     "bb": {"epochs": 100, "lr": 0.01, "batch": 128, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine"},
@@ -71,7 +72,7 @@ _CHOICES = {
     ("train", "recipe"): tuple(RECIPES),
     ("access", "clean_source"): ("heldout", "training"),
 }
-_RANGES = {
+_RANGES: dict[tuple[str, str], tuple[float, float]] = {
     ("train", "epochs"): (1, 100_000),
     ("train", "lr"): (1e-9, 100),
     ("train", "batch"): (1, 1_000_000),
@@ -126,7 +127,7 @@ class Suite:
     tuned: tuple[str, ...] = ()
     """`attack.badnets` and the like: plugins with a setting that was found by trying; their rows say so."""
 
-    def default(self, kind: str, plugin: str, registry: Registry) -> Variant:
+    def default(self, kind: Kind, plugin: str, registry: Registry) -> Variant:
         """The suite's variant of a plugin that need not be in the matrix, such as a control."""
         params = self.defaults.get(kind, {}).get(plugin)
         return Variant(
@@ -181,7 +182,7 @@ def read(name: str) -> tuple[dict[str, Any], str]:
         raise BadInput(f"suite {name} is not valid TOML: {e}") from e
 
 
-def resolve(registry: Registry, kind: str, plugin: str, params: Mapping[str, Any]) -> dict[str, Any]:
+def resolve(registry: Registry, kind: Kind, plugin: str, params: Mapping[str, Any]) -> dict[str, Any]:
     """Full parameters of a plugin; a wrapper's hold the wrapped plugin's under `inner`."""
     registry.chain(kind, plugin)
     wrapper, inner = Registry.split_wrapper(plugin)
@@ -207,7 +208,7 @@ def _typed(where: str, table: str, key: str, value: Any, types: tuple[type, ...]
         raise BadInput(f"{where}: [{table}] {key} = {_shown(value)}: {nearest(str(value), _CHOICES[table, key])}")
     if (table, key) in _RANGES:
         low, high = _RANGES[table, key]
-        if not low <= value <= high:
+        if not low <= cast(float, value) <= high:
             raise BadInput(f"{where}: [{table}] {key} = {value} is outside {low:g} to {high:g}; correct it")
     return value
 
@@ -253,7 +254,7 @@ def _pick(kind: str, have: list[Any], want: Sequence[Any], keep: Iterable[Any] =
     return [v for v in have if v in want or v in keep] + [v for v in want if v not in have]
 
 
-def _sweep(registry: Registry, kind: str, plugin: str, raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _sweep(registry: Registry, kind: Kind, plugin: str, raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Parameter sets of a plugin: a list where the parameter is not one is swept."""
     fields = {k: f for p in registry.chain(kind, plugin) for k, f in p.blueprint.fields.items()}
     axes: list[list[tuple[str, Any]]] = []
@@ -367,7 +368,7 @@ def build(name: str, registry: Registry, changes: Changes = Changes()) -> tuple[
 
     variants: dict[str, list[Variant]] = {}
     defaults: dict[str, dict[str, dict[str, Any]]] = {}
-    for kind in ("attack", "defense", "evaluator"):
+    for kind in METHODS:
         given, said = _plugin_table(where, raw, kind), _plugin_table(where, base, kind)
         for plugin, params in given.items():
             defaults.setdefault(kind, {})[plugin] = _sweep(registry, kind, plugin, params)[0]
