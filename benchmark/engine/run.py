@@ -63,6 +63,8 @@ class Run:
     running: set[str] = field(default_factory=set)
     failed: dict[str, tuple[str, str]] = field(default_factory=dict)
     attempts: dict[str, int] = field(default_factory=dict)
+    damage: dict[str, int] = field(default_factory=dict)
+    """Task -> times its artifact was found damaged."""
     crowded: set[str] = field(default_factory=set)
     """Tasks that ran out of memory once; they are tried once more, with nothing beside them."""
     elsewhere: set[str] = field(default_factory=set)
@@ -289,8 +291,13 @@ class Run:
             self._gone(key)
 
     def _gone(self, key: str) -> None:
+        """An artifact is damaged: have it computed again, but not for ever."""
         self._there[key] = False
-        self.queue.gone(key)
+        self.damage[key] = self.damage.get(key, 0) + 1
+        if self.damage[key] < ATTEMPTS:
+            self.queue.gone(key)
+        else:
+            self.fail(key, "failed", f"raised: its artifact was damaged {ATTEMPTS} times; check the store's disk")
 
     def _answered(self, task: Task, answer: dict[str, Any], progress: Progress) -> None:
         key, status = task.key, answer["status"]
@@ -311,7 +318,10 @@ class Run:
         elif status == "damaged":
             progress.say(f"{answer['reason']}: computing it again")
             self._gone(answer["key"])
-            self.queue.want(key)
+            if answer["key"] in self.failed:
+                self.fail(key, *self.failed[answer["key"]])
+            else:
+                self.queue.want(key)
         elif status == "no_space":
             raise BadInput(
                 f"cannot write the store {self.store.where}: {answer['reason']}; free space or give another --store"

@@ -239,3 +239,24 @@ def test_a_run_on_a_full_disk_goes_on_when_there_is_space(
     answer = cli(*smoke.args, "--seeds", "1", "--out", tmp_path / "more", "--store", store, "--no-site")
     assert answer.code == 2
     assert f"cannot write the store {store}: Read-only file system" in answer.err
+
+
+def test_what_is_damaged_again_and_again_fails_its_own_cells(make_plan: Any, registry: Any, tmp_path: Path) -> None:
+    """A disk that spoils the same artifact every time must not keep a run busy for ever."""
+    from sleeperbench.engine.run import ATTEMPTS, Options, Run
+
+    out = tmp_path / "out"
+    (out / "rows").mkdir(parents=True)
+    plan = make_plan()
+    run = Run(
+        plan=plan, registry=registry, options=Options(out=out, store=str(tmp_path / "store"), devices=["cpu"]), text=""
+    )
+    key = sorted(run.ledger.uses)[0]
+    run.queue.want(key)
+    for _ in range(ATTEMPTS - 1):
+        run._gone(key)
+        assert key not in run.failed
+    run._gone(key)
+    assert run.failed[key][0] == "failed"
+    assert {r["status"] for r in run.ledger.rows[key]} == {"failed"}
+    assert all("damaged" in r["reason"] for r in run.ledger.rows[key])
