@@ -22,10 +22,15 @@ defenses = ["none", "exact_purification"]
 evaluators = ["accuracy", "ra", "stealth"]
 seeds = [0]
 [train]
-epochs = 6
+epochs = 15
 [dataset.cifar10]
 train = 4000
 test = 1000
+[attack.badnets]
+pattern = "random"
+size = 6
+corner = "upper_left"
+offset = 2
 [evaluator.ra]
 k = 1
 draws = 1
