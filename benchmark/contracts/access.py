@@ -12,7 +12,8 @@ class Access:
 
     Args:
         model: `none`, or answers as `labels` or `scores` (queries are counted), or the `weights`.
-        clean: Clean labelled rows: a share of the training rows (float) or a count (int), at most the suite's pool.
+        clean: Clean labelled rows. As a share (float), 0.05 is all that the suite grants (5 % of the training rows by
+            default) and other shares are in proportion; as a count (int), so many, at most the suite's pool.
         train: The training set as the defender finds it: shuffled, poisoned, without marks.
         control: Trains its own model from `train`.
         references: Number of independent clean models.
@@ -47,7 +48,8 @@ class Needs:
 
     Args:
         scope: `attack` (once per attacked model), `cell` (per defense) or `zoo` (over all cells of a suite).
-        outcome: Parts of the defense's outcome it reads: `model`, `verdict`, `inverted`, `keep`, `scores`.
+        outcome: Parts of the defense's outcome it reads: `model`, `verdict`, `inverted`, `keep`, `scores`. One that
+            reads `scores` alone is not applicable to defenses without a second phase.
         white_box: Needs weights and activations, so an opaque model has no such figure.
         clean_models: Independent clean models (replicas 0, 1, ... of attack `none`).
         controls: Defenses on whose cells (same attack and seed) it reads its own findings: `none`, `clean_model`.

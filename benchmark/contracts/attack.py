@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum, auto
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
@@ -140,9 +140,11 @@ class TrainHooks:
     def __init__(self) -> None:
         self.aux: dict[str, nn.Module] = {}
         """Networks trained beside the classifier (generators); their states are stored with the backdoor."""
+        self.augments = False
+        """`batch` gets the images as they are and does the recipe's crop and flip itself, after its trigger."""
 
     def batch(self, x: Tensor, y: Tensor, ids: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Images [0, 1], labels and marks to train on, from an augmented clean batch."""
+        """Images [0, 1], labels and marks to train on, from a batch of training rows, augmented unless `augments`."""
         return x, y, torch.zeros_like(y)
 
     def loss(self, net: nn.Module, x: Tensor, y: Tensor, mark: Tensor) -> Tensor:
@@ -165,12 +167,15 @@ class TrainHooks:
 class Attack(Method):
     """A backdoor attack.
 
-    `NEEDS` names further inputs, such as `{"clean_models": 1}`; they reach `ctx.clean_models`. `SNAPSHOT` is False for
-    attacks that control training and leave no set that stands for what they trained on.
+    `NEEDS` names further inputs, such as `{"clean_models": 1}`; they reach `ctx.clean_models`. `SNAPSHOT` says what the
+    set of `poison` is: `exact`, what was trained on; `declared`, one that stands for it, where `hooks` poison the
+    batches of the clean training rows; `none`, the clean rows themselves: nothing stands for what was trained on.
+    Defenses of the training set get what `poison` gave, under flag `snapshot` if it was declared; with `none` they are
+    not applicable.
     """
 
     NEEDS: ClassVar[Mapping[str, int]] = {}
-    SNAPSHOT: ClassVar[bool] = True
+    SNAPSHOT: ClassVar[Literal["exact", "declared", "none"]] = "exact"
 
     @abstractmethod
     def prepare(self, train: ImageSet, ctx: Ctx) -> Backdoor:
@@ -180,8 +185,8 @@ class Attack(Method):
     def poison(self, train: ImageSet, b: Backdoor, eligible: Tensor, rate: float, ctx: Ctx) -> PoisonedSet:
         """The training set, with at most `rate` of all rows poisoned, chosen among `eligible` (bool, (N,))."""
 
-    def hooks(self, b: Backdoor, ctx: Ctx) -> TrainHooks | None:
-        """Training control, or None for plain training on the poisoned set."""
+    def hooks(self, train: ImageSet, b: Backdoor, eligible: Tensor, rate: float, ctx: Ctx) -> TrainHooks | None:
+        """Training control, or None for plain training on the poisoned set. The first four are those of `poison`."""
         return None
 
     @classmethod

@@ -106,7 +106,8 @@ class EvalCase(Protocol):
     defense has seen. `bd_test` and `bd_probe` are the same rows triggered, None for attack `none`; `decoy_test` and
     `decoy_probe` carry the placebo trigger, None when no placebo stays below 10 % ASR on the attacked model. `oracle`
     is the live backdoor. `controls` are this evaluator's own findings on the control cells it names. `answers` (N,) are
-    an input detector's second-phase scores, `asked` (N,) says which of those images were triggered.
+    an input detector's second-phase scores, `asked` (N,) says which of those images were triggered; both are None where
+    the defense has no second phase or the attack no trigger.
     """
 
     net: nn.Module
@@ -127,8 +128,8 @@ class EvalCase(Protocol):
     surrogates: Sequence[Peer]
     evaluators: Mapping[str, Findings]
     cells: Sequence[Mapping[str, Any]]
-    answers: Tensor
-    asked: Tensor
+    answers: Tensor | None
+    asked: Tensor | None
     recipe: Recipe
     is_defended: bool
     ctx: Ctx

@@ -18,6 +18,7 @@ from sleeperbench.engine.parameters import Misfit, checker
 from sleeperbench.engine.source import Found, Source, linearise
 from sleeperbench.errors import BadInput, BrokenPlugin, nearest
 
+SNAPSHOTS = ("exact", "declared", "none")
 DECLARED = ("INFO", "ACCESS", "NEEDS", "SNAPSHOT", "REQUIRES", "METRICS")
 
 
@@ -61,7 +62,7 @@ class Blueprint:
     info: Mapping[str, Any] = field(default_factory=dict)
     access: Access | None = None
     needs: Needs | Mapping[str, int] | None = None
-    snapshot: bool = True
+    snapshot: str = "exact"
     requires: frozenset[str] = frozenset()
     metrics: tuple[MetricSpec, ...] = ()
     fields: Mapping[str, Parameter] = field(default_factory=dict)
@@ -136,7 +137,7 @@ def _read_method(source: Source, found: Found, value: str) -> Blueprint:
     if not isinstance(found.node, ast.ClassDef):
         raise BrokenPlugin(f"{value} is not a class: point the entry point at one")
     chain, base = linearise(source, found)
-    declared: dict[str, Any] = {"INFO": {}, "SNAPSHOT": True, "REQUIRES": frozenset(), "METRICS": ()}
+    declared: dict[str, Any] = {"INFO": {}, "SNAPSHOT": "exact", "REQUIRES": frozenset(), "METRICS": ()}
     own: dict[str, dict[str, Any]] = {
         "Attack": {"NEEDS": {}},
         "Defense": {"ACCESS": Access()},
@@ -149,7 +150,7 @@ def _read_method(source: Source, found: Found, value: str) -> Blueprint:
         "INFO": (dict, "a dict"),
         "ACCESS": (Access, "Access(...)"),
         "NEEDS": (dict, "a dict") if base == "Attack" else (Needs, "Needs(...)"),
-        "SNAPSHOT": (bool, "True or False"),
+        "SNAPSHOT": (str, "a string"),
         "REQUIRES": (frozenset, "frozenset({...})"),
         "METRICS": (tuple, "a tuple of Metric(...)"),
     }
@@ -158,6 +159,8 @@ def _read_method(source: Source, found: Found, value: str) -> Blueprint:
         metrics = given if name == "METRICS" and isinstance(given, tuple) else ()
         if not isinstance(given, form) or not all(isinstance(m, MetricSpec) for m in metrics):
             raise BrokenPlugin(f"{found.path}: `{name}` must be {words}, not {given!r}")
+    if declared["SNAPSHOT"] not in SNAPSHOTS:
+        raise BrokenPlugin(f"{found.path}: `SNAPSHOT` is {declared['SNAPSHOT']!r}; it may be {', '.join(SNAPSHOTS)}")
     docstring = inspect.cleandoc(ast.get_docstring(found.node) or "")
     info = declared["INFO"]
     try:

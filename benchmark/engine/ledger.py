@@ -102,8 +102,10 @@ class Ledger:
         plugin = self.registry.get("evaluator", e.evaluator)
         tasks = self.plan.tasks
         flags = set()
-        if cell.attack_key and not self.registry.get("attack", tasks[cell.attack_key].name).blueprint.snapshot:
-            flags.add("snapshot")
+        if cell.attack_key in tasks and cell.defense_key in tasks:
+            attack = self.registry.get("attack", tasks[cell.attack_key].name).blueprint
+            if attack.snapshot == "declared" and self._trains(tasks[cell.defense_key].name):
+                flags.add("snapshot")
         zoo = [k for r, k in tasks[e.key].inputs.items() if r.startswith("zoo.")] if e.key in tasks else []
         if any(self._reduced(key) for key in (cell.attack_key, cell.defense_key, *zoo) if key in tasks):
             flags.add("reduced")
@@ -115,6 +117,11 @@ class Ledger:
         if cell.defense_key in tasks:
             facts["defense_version"] = tasks[cell.defense_key].version
         return facts
+
+    def _trains(self, defense: str) -> bool:
+        """Whether a defense, or what it wraps, reads the training set."""
+        chain = [p.blueprint.access for p in self.registry.chain("defense", defense)]
+        return any(a is not None and a.train for a in chain)
 
     def _reduced(self, key: str) -> bool:
         """Whether a method runs on less than its published effort: below the default of what INFO calls `effort`."""

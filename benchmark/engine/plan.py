@@ -250,7 +250,7 @@ class Planner:
                 )
         for other in needs.evaluators:
             inputs[f"evaluator.{other}"] = self.support(ds, arch, other, seed, at)
-        if "scores" in needs.outcome:
+        if "scores" in needs.outcome and at.group and self.answers(at.variant.id):
             inputs["answer"] = self.answer(ds, arch, seed, at)
         for peer in (*needs.peers, *v.params.get("peers", ())):
             d = self.default("defense", peer)
@@ -419,7 +419,7 @@ class Planner:
             )
             self.plan.cells.append(cell)
             own_group = "" if d.id == "none" else group
-            if access.train and not snapshot:
+            if access.train and snapshot == "none":
                 cell.blocked = "not_applicable attack_controls_training"
             else:
                 cell.defense_key = self.defense(ds, arch, d, seed, attack, own_group)
@@ -432,8 +432,10 @@ class Planner:
                     continue
                 evaluation = Evaluation(evaluator=e.id, needs=needs)
                 cell.evaluations.append(evaluation)
-                if "scores" in needs.outcome and not self.answers(d.id):
+                if needs.outcome == ("scores",) and not self.answers(d.id):
                     evaluation.reason = "no_scores: the defense has no second phase"
+                elif needs.outcome == ("scores",) and not group:
+                    evaluation.reason = "no_trigger"
                 elif not cell.blocked:
                     evaluation.key = self.evaluate(ds, arch, e, seed, at)
 

@@ -138,7 +138,7 @@ def _differs(cls: Any, blueprint: Blueprint) -> str:
         "INFO": (blueprint.info, cls.INFO),
         "ACCESS": (blueprint.access, getattr(cls, "ACCESS", None)),
         "NEEDS": (blueprint.needs, getattr(cls, "NEEDS", None)),
-        "SNAPSHOT": (blueprint.snapshot, getattr(cls, "SNAPSHOT", True)),
+        "SNAPSHOT": (blueprint.snapshot, getattr(cls, "SNAPSHOT", "exact")),
         "REQUIRES": (blueprint.requires, getattr(cls, "REQUIRES", frozenset())),
         "METRICS": (
             list(blueprint.metrics),

@@ -346,6 +346,9 @@ def build(name: str, registry: Registry, changes: Changes = Changes()) -> tuple[
     m["attacks"] = _pick("attack", m["attacks"], changes.attacks, keep=("none",))
     m["defenses"] = _pick("defense", m["defenses"], changes.defenses, keep=("none",))
     m["evaluators"] = _pick("evaluator", m["evaluators"], changes.evaluators)
+    for plugin in tuple(m["evaluators"]):
+        brought = registry.get("evaluator", plugin).blueprint.info.get("brings", ()) if isinstance(plugin, str) else ()
+        m["evaluators"] = [*m["evaluators"], *(e for e in brought if e not in m["evaluators"])]
     m["rates"] = list(changes.rates) or m["rates"]
     calibration = m["seeds"][0] if m["seeds"] else 0
     m["seeds"] = list(changes.seeds) or m["seeds"]

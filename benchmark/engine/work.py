@@ -36,6 +36,7 @@ from sleeperbench.kit.classifier import Classifier, build, load, pack, read_mode
 DECOY_ROWS = 2000
 DECOY_TRIES = 5
 DECOY_ASR = 0.10
+STANDARD_CLEAN = 0.05
 ASKED_ROWS = 1000
 """Clean and triggered test images each that an input detector is asked about."""
 Fork = Callable[[Path, Path, float], dict[str, Any]]
@@ -200,9 +201,10 @@ class Work:
             poisoned = method.poison(rows.train, b, rows.eligible, p["rate"], ctx)
             self._check_poisoned(poisoned, rows)
             train_ctx = replace(ctx, seed=derive(task.seed, "train", p["replica"]))
-            hooks = method.hooks(b, train_ctx)
+            hooks = method.hooks(rows.train, b, rows.eligible, p["rate"], train_ctx)
             net = build(ModelSpec.from_json(p["spec"]), seed=train_ctx.derive("init")).to(self.device)
-            history = fit(net, poisoned.data, recipe, train_ctx, hooks=hooks, keep_epochs=p["curves"])
+            seen = poisoned.data if cls.SNAPSHOT == "exact" else rows.train
+            history = fit(net, seen, recipe, train_ctx, hooks=hooks, keep_epochs=p["curves"])
             aux = {
                 f"aux.{n}.{k}": v for n, m in (hooks.aux if hooks else {}).items() for k, v in m.state_dict().items()
             }
@@ -342,8 +344,7 @@ class Work:
         if access["model"] == "weights":
             save_model(self.model(task.inputs["attack"]), box / "model")
         if access["clean"]:
-            own = access["clean"]
-            n = round(own * len(rows.source)) if isinstance(own, float) else own
+            n = clean_rows(access["clean"], p["data"]["cut"]["clean"], len(rows.source))
             clean = rows.pool.rows(torch.arange(min(n, len(rows.pool))))
             clean = replace(clean, ids=torch.arange(len(clean)), digest="")
             artifacts.write_images(box / "clean.safetensors", clean)
@@ -505,13 +506,12 @@ class Work:
             parts["clean_models"] = lambda: tuple(self.net(k) for k in part("clean").values())
         if needs["defended_clean"]:
             parts["defended_clean"] = lambda: self.net(inputs["defended_clean"])
-        if "answer" in inputs:
-            parts["answers"] = lambda: artifacts.read_tensors(
-                self.store.fetch(inputs["answer"]) / "scores.safetensors"
-            )["scores"]
-            parts["asked"] = lambda: artifacts.read_tensors(self.store.fetch(inputs["answer"]) / "scores.safetensors")[
-                "triggered"
-            ]
+        if "scores" in needs["outcome"]:
+            answer = functools.cache(
+                lambda: artifacts.read_tensors(self.store.fetch(inputs["answer"]) / "scores.safetensors")
+            )
+            parts["answers"] = lambda: answer()["scores"] if "answer" in inputs else None
+            parts["asked"] = lambda: answer()["triggered"] if "answer" in inputs else None
         if part("peer."):
             parts["peers"] = lambda: peers("peer.")
         if part("surrogate."):
@@ -526,6 +526,20 @@ class Work:
         if needs["trigger"] == "live":
             parts["oracle"] = lambda: self.backdoor(inputs["attack"], values)
         return Declared(f"NEEDS of {task.name}", parts, EVAL_PARTS)
+
+
+def clean_rows(asked: float | int, granted: float | int, total: int) -> int:
+    """Clean rows that a defense gets: a declared 0.05 is all that the suite grants, other shares are in proportion.
+
+    Args:
+        asked: The defense's ACCESS: a share, or a count that no suite changes.
+        granted: The suite's [access] clean: a share of all training rows, or a count.
+        total: All training rows.
+    """
+    if not isinstance(asked, float):
+        return asked
+    pool = granted * total if isinstance(granted, float) else granted
+    return round(pool * asked / STANDARD_CLEAN)
 
 
 class Zoo(Sequence[dict[str, Any]]):

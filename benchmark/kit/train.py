@@ -60,11 +60,11 @@ def fit(
 ) -> FitLog:
     """Train `net` in place with SGD and leave it in eval mode.
 
-    Rows are shuffled anew in each epoch, cropped and mirrored in 8 bit, and go to `hooks.batch` as float [0, 1]. An
-    epoch drops its last short batch; fewer rows than a batch make one batch of all rows. Parameters whose
-    `requires_grad` is False stay as they are. Nothing is evaluated. Order, views and the networks' own draws (dropout)
-    derive from `ctx`: two fits under the same ctx see the same ones, so give a second fit that shall differ a ctx with
-    another seed. The global random state is left as it was.
+    Rows are shuffled anew in each epoch, cropped and mirrored in 8 bit (unless the hooks augment), and go to
+    `hooks.batch` as float [0, 1]. An epoch drops its last short batch; fewer rows than a batch make one batch of all
+    rows. Parameters whose `requires_grad` is False stay as they are. Nothing is evaluated. Order, views and the
+    networks' own draws (dropout) derive from `ctx`: two fits under the same ctx see the same ones, so give a second fit
+    that shall differ a ctx with another seed. The global random state is left as it was.
 
     Args:
         net: Classifier of [0, 1] images; moved to `ctx.device` in channels-last layout.
@@ -99,7 +99,8 @@ def fit(
     epochs = math.ceil(total / per_epoch)
 
     net.to(device=ctx.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = pad_zero(data.images.to(ctx.device), recipe.pad)
+    pad, flip = (0, False) if hooks.augments else (recipe.pad, recipe.flip)
+    images = pad_zero(data.images.to(ctx.device), pad)
     labels, ids = data.labels.to(ctx.device), data.ids.to(ctx.device)
     opt = torch.optim.SGD(
         weights, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, foreach=True
@@ -111,7 +112,7 @@ def fit(
         for epoch in range(epochs):
             net.train()  # anew in each epoch: `epoch_end` may have looked at the net in eval mode
             order = torch.randperm(len(data), generator=ctx.generator("order", epoch)).to(ctx.device)
-            views = draw_views(len(data), recipe.pad, recipe.flip, ctx.generator("views", epoch), ctx.device)
+            views = draw_views(len(data), pad, flip, ctx.generator("views", epoch), ctx.device)
             now = min(per_epoch, total - step)
             summed = torch.zeros((), device=ctx.device)
             with _counting(net, ctx.cost):
@@ -119,7 +120,7 @@ def fit(
                     for group in opt.param_groups:
                         group["lr"] = learning_rate(recipe, step, total)
                     rows = order[part]
-                    seen = look(images, rows, views.rows(part), recipe.pad)
+                    seen = look(images, rows, views.rows(part), pad)
                     x = to_float(seen.contiguous(memory_format=torch.channels_last))
                     x, y, mark = hooks.batch(x, labels[rows], ids[rows], step)
                     summed += hooks.step(net, opt, x, y, mark).detach()

@@ -90,7 +90,6 @@ def test_strip_answers_in_a_second_phase_about_unlabelled_rows(run: Path) -> Non
 def test_lira_trains_two_networks_and_its_generator_is_restored(run: Path) -> None:
     (row,) = rows(run, "toys/lira", "none", "asr")
     assert row["status"] == "ok"
-    assert row["flag"] == "snapshot"
     from safetensors.torch import load_file
 
     made = load_file(artifact(run, row["attack_key"]) / "backdoor.safetensors")

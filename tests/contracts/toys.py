@@ -135,7 +135,7 @@ class Lira(Attack):
     """A generator learns the trigger while the classifier learns to obey it."""
 
     INFO = {"title": "toy LIRA", "version": 1, "api": 1, "kind": "toy", "paper": "", "bibtex": "", "micro": {}}
-    SNAPSHOT = False
+    SNAPSHOT = "none"
 
     def prepare(self, train, ctx):
         with torch.random.fork_rng(devices=[]):
@@ -148,7 +148,7 @@ class Lira(Attack):
     def poison(self, train, b, eligible, rate, ctx):
         return PoisonedSet.clean(train)
 
-    def hooks(self, b, ctx):
+    def hooks(self, train, b, eligible, rate, ctx):
         return LiraHooks(b)
 
     @classmethod

@@ -86,16 +86,16 @@ def test_reads_everything_of_an_evaluator(parse):
 
 def test_defaults_are_those_of_the_contracts(parse):
     b = parse("class Thing(Defense): pass")
-    assert (b.access, b.needs, b.snapshot, b.requires) == (Access(), None, True, frozenset())
+    assert (b.access, b.needs, b.snapshot, b.requires) == (Access(), None, "exact", frozenset())
     b = parse("class Thing(Attack): pass")
     assert (b.access, b.needs) == (None, {})
     assert parse("class Thing(Evaluator): pass").needs == Needs()
 
 
 def test_attack_and_defense_declarations(parse):
-    b = parse('class Thing(Attack):\n    NEEDS = {"clean_models": 1}\n    SNAPSHOT = False')
+    b = parse('class Thing(Attack):\n    NEEDS = {"clean_models": 1}\n    SNAPSHOT = "none"')
     assert b.needs == {"clean_models": 1}
-    assert b.snapshot is False
+    assert b.snapshot == "none"
     b = parse('class Thing(Defense):\n    REQUIRES = frozenset({"bn"})\n    ACCESS = Access(clean=100, train=True)')
     assert b.requires == {"bn"}
     assert b.access == Access(clean=100, train=True)
@@ -150,7 +150,8 @@ def test_no_parent_is_executed_and_namespaces_work(tmp_path, monkeypatch):
         ("    ACCESS = Access(clean=True)", "`clean` is True"),
         ('    ACCESS = Access("weights")', "takes keywords only"),
         ("    ACCESS = None", "`ACCESS` must be Access(...)"),
-        ("    SNAPSHOT = 1", "`SNAPSHOT` must be True or False"),
+        ("    SNAPSHOT = 1", "`SNAPSHOT` must be a string"),
+        ("    SNAPSHOT = 'some'", "`SNAPSHOT` is 'some'; it may be exact, declared, none"),
         ("    REQUIRES = {'bn'}", "`REQUIRES` must be frozenset"),
         ("    NEEDS = {}", "`NEEDS` must be Needs(...)"),
         ("    METRICS = tuple(Metric(n) for n in 'ab')", "`METRICS` must be literal"),

@@ -214,7 +214,7 @@ from sleeperbench import Access, Attack, Defense
 class Stream(Attack):
     """Poisons batches, so there is no training set to hand over."""
     INFO = {"title": "Stream", "version": 1, "api": 1, "kind": "training_control", "paper": "", "micro": {}}
-    SNAPSHOT = False
+    SNAPSHOT = "none"
 
 @dataclass(frozen=True, kw_only=True)
 class Sift(Defense):
