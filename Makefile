@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
 
-.PHONY: help quick test test-real lint docs speed clean
+.PHONY: help quick test test-real lint versions measure docs speed clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -39,6 +39,13 @@ lint: $(VENV)/.dev ## ruff and mypy
 	@rm -rf build/typed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/typed . >&2
 	@MYPYPATH=build/typed $(BIN)/mypy --config-file pyproject.toml -p sleeperbench
+
+versions: $(VENV)/.installed ## fail when a method's code changed and its version did not; ARGS=--write enters new ones
+	@$(BIN)/python tests/versions.py $(ARGS)
+
+measure: $(VENV)/.installed ## a method's figures on CIFAR-10, beside the published ones: METHOD=defense/ft (needs SLEEPERBENCH_DATA)
+	@test -n "$(METHOD)" || { echo "name a method: make measure METHOD=defense/ft" >&2; exit 2; }
+	@$(BIN)/python docs/measure.py $(METHOD) $(ARGS)
 
 docs: $(VENV)/.installed ## renew the generated parts of README.md and docs/; with ARGS=--check only compare
 	@$(BIN)/python docs/generate.py $(ARGS)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,6 +25,8 @@ class Column:
     volatile: bool = False
 
 
+JUDGES = ("detection", "inversion", "cleansing")
+"""INFO kinds of defenses that answer about a model, its trigger or its training rows and leave the model as it is."""
 STATUSES = ("ok", "not_applicable", "failed", "timeout", "out_of_memory", "not_run")
 FLAGS = ("weak", "collapsed", "snapshot", "reduced", "stale", "nondeterministic", "tuned")
 
@@ -142,3 +146,29 @@ def arrow(columns: tuple[Column, ...]) -> pa.Schema:
     }
     fields = [pa.field(c.name, types[c.type], metadata={"doc": c.doc, "unit": c.unit}) for c in columns]
     return pa.schema(fields, metadata={"sleeperbench.schema": SCHEMA_VERSION})
+
+
+def reproduce(cell: Mapping[str, Any], suite: str) -> list[str]:
+    """The arguments of `sleeperbench` that compute a cell again, also one that flags or --set added to its suite.
+
+    Args:
+        cell: Its row of cells.parquet.
+        suite: Name of a shipped suite, or path of a suite file.
+    """
+    argv = ["run", suite, "--dataset", cell["dataset"], "--arch", cell["arch"]]
+    for kind in ("attack", "defense"):
+        plugin, changed, _ = cell[kind].partition("~")
+        argv += [f"--{kind}", plugin]
+        if changed:
+            argv += [part for s in _settings(kind, plugin, json.loads(cell[f"{kind}_params"])) for part in ("--set", s)]
+    if cell["rate"]:
+        argv += ["--rate", f"{cell['rate']:g}"]
+    return [*argv, "--seeds", str(cell["seed"])]
+
+
+def _settings(kind: str, plugin: str, params: Mapping[str, Any]) -> list[str]:
+    """KIND.ID.KEY=VALUE of every parameter; a wrapped plugin's stand beside its wrapper's."""
+    own = {k: v for k, v in params.items() if not (k == "inner" and ":" in plugin)}
+    inner = params["inner"] if ":" in plugin else {}
+    found = [f"{kind}.{plugin}.{k}={json.dumps(v)}" for k, v in sorted(own.items()) if v is not None]
+    return found + (_settings(kind, plugin, inner) if inner else [])

@@ -18,14 +18,22 @@ CONTROLS = ("clean_model", "clean_defended", "placebo", "k0")
 
 def record(run: Path, name: str, command: str) -> None:
     """Write both files."""
-    about = json.loads((run / "run.json").read_text())
     cells = read_table(run / "cells.parquet")
     rows = read_table(run / "measurements.parquet")
     kept = ("cell", "evaluator", "metric", "qualifier", "value", "count", "total", "lower", "upper", "status", "reason")
+    out = {"command": command} | provenance(run, rows) | {"measurements": [{k: r[k] for k in kept} for r in rows]}
+    ROOT.mkdir(exist_ok=True)
+    (ROOT / f"{name}.json").write_text(json.dumps(out, indent=1) + "\n")
+    (ROOT / f"{name}.md").write_text(_page(name, out, cells, rows))
+
+
+def provenance(run: Path, rows: list[dict]) -> dict:
+    """Where figures come from: suite, versions, machine, data, recipe, and the time their evaluation took."""
+    about = json.loads((run / "run.json").read_text())
     env = json.loads(next(r["env"] for r in rows if r["env"]))
+    env.pop("source", None)  # of one method alone
     cpu = {r["task_key"]: r["cpu_seconds"] for r in rows if r["cpu_seconds"] is not None}
-    out = {
-        "command": command,
+    return {
         "suite": about["suite"]["name"],
         "protocol": about["protocol"],
         "versions": env,
@@ -33,11 +41,7 @@ def record(run: Path, name: str, command: str) -> None:
         "datasets": about["datasets"],
         "recipe": about["suite"]["recipe"],
         "evaluation_core_seconds": round(sum(cpu.values())),
-        "measurements": [{k: r[k] for k in kept} for r in rows],
     }
-    ROOT.mkdir(exist_ok=True)
-    (ROOT / f"{name}.json").write_text(json.dumps(out, indent=1) + "\n")
-    (ROOT / f"{name}.md").write_text(_page(name, out, cells, rows))
 
 
 def _page(name: str, out: dict, cells: list[dict], rows: list[dict]) -> str:

@@ -19,6 +19,9 @@ class Accuracy(Evaluator):
 
     Triggered images whose true label is already the target count nowhere. With several triggers the headline is the
     mean over triggers; each stands beside it as `trigger=i`, and the largest and smallest as `stat`.
+
+    Two more figures of triggered images that should keep their label, where an attack has them: those of classes that a
+    source-specific backdoor spares, and those as the attack covers them.
     """
 
     INFO = {
@@ -28,7 +31,7 @@ class Accuracy(Evaluator):
         "Learning}, author={Wu, Baoyuan and Chen, Hongrui and Zhang, Mingda and Zhu, Zihao and Wei, Shaokui and Yuan, "
         "Danni and Shen, Chao}, booktitle={NeurIPS Datasets and Benchmarks Track}, year={2022}}",
         "kind": "accuracy",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {},
     }
@@ -59,6 +62,22 @@ class Accuracy(Evaluator):
             doc="The same triggered images that get their true label",
         ),
         Metric(
+            name="asr_leak",
+            unit="fraction",
+            low=0.0,
+            high=1.0,
+            better="none",
+            doc="Triggered images of classes that the attack spares which get the wanted label all the same",
+        ),
+        Metric(
+            name="cover_acc",
+            unit="fraction",
+            low=0.0,
+            high=1.0,
+            better="none",
+            doc="Images as the attack covers them that get their true label",
+        ),
+        Metric(
             name="der",
             unit="fraction",
             low=0.0,
@@ -84,12 +103,14 @@ class Accuracy(Evaluator):
         hit = answers(case.net, case.test.images, case.ctx) == case.test.labels.cpu()
         rows = [share("c_acc", hit)]
         if case.bd_test is None:
-            rows += [Measurement(metric=m, value=None, reason="no_trigger") for m in ("asr", "r_acc", "der", "rir")]
+            others = (m.name for m in self.METRICS if m.name != "c_acc")
+            rows += [Measurement(metric=m, value=None, reason="no_trigger") for m in others]
             return Findings(rows=tuple(rows))
 
         answer = answers(case.net, case.bd_test.data.images, case.ctx)
         for metric, wanted in (("asr", case.bd_test.targets), ("r_acc", case.bd_test.data.labels)):
             rows += over_triggers(metric, answer == wanted.cpu(), case.bd_test.trigger_id)
+        rows += self._kept(case)
 
         after = headline(Findings(rows=tuple(rows)))
         if not case.is_defended:
@@ -105,6 +126,17 @@ class Accuracy(Evaluator):
             else:
                 rows.append(Measurement(metric=metric, value=rating(gain * (now - was), acc_was - acc_now)))
         return Findings(rows=tuple(rows))
+
+    def _kept(self, case: EvalCase) -> list[Measurement]:
+        rows: list[Measurement] = []
+        for metric, seen in (("asr_leak", case.leak_test), ("cover_acc", case.cover_test)):
+            if seen is None:
+                rows.append(Measurement(metric=metric, value=None, reason="no_such_rows"))
+                continue
+            wanted = seen.targets if metric == "asr_leak" else seen.data.labels
+            hit = answers(case.net, seen.data.images, case.ctx) == wanted.cpu()
+            rows += over_triggers(metric, hit, seen.trigger_id)
+        return rows
 
 
 def rating(gain: float, loss: float) -> float:

@@ -13,7 +13,10 @@ from sleeperbench import EvalCase, Evaluator, Findings, ImageSet, Measurement, M
 from sleeperbench.contracts import Ctx, Rendered
 from sleeperbench.evaluators.accuracy import answers, headline, over_triggers, share
 from sleeperbench.kit.classifier import Classifier, load
+from sleeperbench.kit.predict import spread
 from sleeperbench.kit.tune import tune
+
+CONTROL_ROWS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,8 @@ class RetuningAttack(Evaluator):
     Triggered rows are made from probe rows too, of classes that count, instead of from the attacker's poisoned rows.
     Augmentation is drawn anew in every epoch, on triggered rows too, instead of once and on clean rows alone, and an
     epoch drops its last short batch, so that 40 steps on 1,000 rows are 5.7 epochs instead of 5. k comes
-    from `ra_budget`'s rule on clean models instead of a table per attack. Each figure is the mean over draws.
+    from `ra_budget`'s rule on clean models instead of a table per attack. Each figure is the mean over draws; controls
+    are measured on up to 2,000 of the triggered test images.
 
     Args:
         k: Triggered rows; 0 takes `ra_budget`'s figure.
@@ -48,7 +52,7 @@ class RetuningAttack(Evaluator):
         "Safety of Backdoor Defense}, author={Min, Rui and Qin, Zeyu and Zhang, Nevin L. and Shen, Li and Cheng, "
         "Minhao}, booktitle={Advances in Neural Information Processing Systems}, year={2024}}",
         "kind": "reactivation",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"draws": 1, "k": 1},
     }
@@ -149,6 +153,7 @@ class RetuningAttack(Evaluator):
     ) -> float | None:
         if net is None or probe is None or test is None:
             return None
+        test = thinned(test)
         tuned = (retune(net, case.probe, probe, k, d, case.ctx, lr=self.lr) for d in range(self.draws))
         return _mean([measure_asr(t, test, case.ctx).value for t in tuned])
 
@@ -195,6 +200,18 @@ def retune(
     # What an evaluator is handed was rebuilt from a stored model, hence a Classifier.
     model = tune(cast(Classifier, net), data, ctx=replace(ctx, seed=ctx.derive("retune order", draw)), lr=lr, steps=40)
     return load(model, ctx.device)
+
+
+def thinned(test: Rendered) -> Rendered:
+    """At most `CONTROL_ROWS` of the triggered rows, evenly spread: what controls are measured on."""
+    rows = spread(len(test), CONTROL_ROWS)
+    return replace(
+        test,
+        data=test.data.rows(rows),
+        clean=test.clean.rows(rows),
+        targets=test.targets[rows],
+        trigger_id=test.trigger_id[rows],
+    )
 
 
 def measure_asr(net: nn.Module, test: Rendered, ctx: Ctx) -> Measurement:

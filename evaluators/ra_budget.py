@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sleeperbench import EvalCase, Evaluator, Findings, Measurement, Metric, Needs
-from sleeperbench.evaluators.ra import measure_asr, retune, tuning_rows
+from sleeperbench.evaluators.ra import measure_asr, retune, thinned, tuning_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,8 @@ class RetuningBudget(Evaluator):
     first k whose mean ASR afterwards is at most `limit` is the budget of this data set, architecture and attack.
     Beyond it RA implants a backdoor instead of waking one.
 
-    Differs: Min et al. (NeurIPS 2024) give k per attack in a table and check it on one clean model.
+    Differs: Min et al. (NeurIPS 2024) give k per attack in a table and check it on one clean model. Measured on up to
+    2,000 of the triggered test images.
 
     Args:
         ks: Numbers of triggered rows to try.
@@ -33,7 +34,7 @@ class RetuningBudget(Evaluator):
         "Safety of Backdoor Defense}, author={Min, Rui and Qin, Zeyu and Zhang, Nevin L. and Shen, Li and Cheng, "
         "Minhao}, booktitle={Advances in Neural Information Processing Systems}, year={2024}}",
         "kind": "reactivation",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"ks": [1], "draws": 1},
     }
@@ -71,6 +72,7 @@ class RetuningBudget(Evaluator):
             return Findings(
                 rows=tuple(Measurement(metric=m.name, value=None, reason="no_trigger") for m in self.METRICS)
             )
+        test = thinned(case.bd_test)
         runs = [(draw, i) for draw in range(self.draws) for i in range(len(case.clean_models))]
         rows: list[Measurement] = []
         curve: list[tuple[int, float, float, float]] = []
@@ -82,7 +84,7 @@ class RetuningBudget(Evaluator):
             values: list[float] = []
             for draw, i in runs:
                 net = retune(case.clean_models[i], case.probe, case.bd_probe, k, draw, case.ctx, lr=self.lr)
-                found = measure_asr(net, case.bd_test, case.ctx)
+                found = measure_asr(net, test, case.ctx)
                 rows.append(
                     replace(found, metric="p_asr_clean", qualifier=f"draw={draw};k={k};model={i}", stage="reactivated")
                 )

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sleeperbench import EvalCase, Evaluator, Findings, Measurement, Metric, Needs
+from sleeperbench.kit.predict import spread
 
 _ROWS = 500
 _GALLERY = 8
@@ -67,7 +68,7 @@ class Stealth(Evaluator):
             return Findings(
                 rows=tuple(Measurement(metric=m.name, value=None, reason="no_trigger") for m in self.METRICS)
             )
-        some = _spread(len(case.bd_test), _ROWS)
+        some = spread(len(case.bd_test), _ROWS)
         clean, triggered = case.bd_test.clean.images[some].cpu(), case.bd_test.data.images[some].cpu()
         decibel = psnr(clean, triggered)
         finite = decibel[decibel.isfinite()]
@@ -78,7 +79,7 @@ class Stealth(Evaluator):
             Measurement(metric="ssim", value=float(ssim(clean, triggered).mean())),
             Measurement(metric="linf", value=float(_difference(clean, triggered).abs().amax((1, 2, 3)).mean() / 255)),
         )
-        shown = _spread(len(some), _GALLERY)
+        shown = spread(len(some), _GALLERY)
         picture, factor = gallery(clean[shown], triggered[shown])
         return Findings(rows=rows, pictures={"gallery": picture}, curves={"gallery": {"residual_factor": factor}})
 
@@ -128,7 +129,3 @@ def gallery(clean: Tensor, triggered: Tensor) -> tuple[Tensor, int]:
 
 def _difference(clean: Tensor, triggered: Tensor) -> Tensor:
     return triggered.double() - clean.double()
-
-
-def _spread(n: int, at_most: int) -> Tensor:
-    return torch.linspace(0, n - 1, min(n, at_most)).round().long()

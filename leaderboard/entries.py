@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import shlex
 import statistics
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +13,7 @@ from sleeperbench.leaderboard import media, words
 from sleeperbench.leaderboard.names import plugin_id
 from sleeperbench.leaderboard.summary import Cell, setting, tally
 from sleeperbench.leaderboard.views import Views, href, params
-from sleeperbench.schema import HEADLINE_METRICS
+from sleeperbench.schema import HEADLINE_METRICS, reproduce
 
 Page = tuple[str, str, dict[str, Any]]
 """Path, template, and what the template shows."""
@@ -92,7 +91,6 @@ def cells(views: Views, write: Callable[[str, bytes], None]) -> Iterator[Page]:
         c = r.cell
         measured = views.results.measured(c["cell"])
         run = views.results.owner[c["cell"]]
-        only = shlex.quote(glob.escape(c["cell"]))
         tasks = {m["task_key"]: m for m in measured}
         siblings = of_attack[c["suite"], c["dataset"], c["arch"], setting(c), str(c["seed"])]
         attack = views.plugin("attack", plugin_id(c["attack"]))
@@ -108,7 +106,7 @@ def cells(views: Views, write: Callable[[str, bytes], None]) -> Iterator[Page]:
             "defense_params": params(c["defense_params"], defense["fields"]),
             "attack": attack,
             "defense": defense,
-            "command": f"sleeperbench run {shlex.quote(c['suite'])} --only {only} --out DIR",
+            "command": shlex.join(["sleeperbench", *reproduce(c, c["suite"]), "--out", "DIR"]),
             "siblings": [s for s in siblings if s is not r],
         }
         yield r.href, "cell.html.j2", context

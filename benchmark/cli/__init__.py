@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from sleeperbench import __version__
 
-COMMANDS = ("run", "list", "show", "site", "merge", "store", "data", "doctor")
+COMMANDS = ("run", "list", "show", "site", "merge", "store", "data", "check", "doctor")
 
 
 def parser() -> argparse.ArgumentParser:

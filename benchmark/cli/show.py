@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> int:
     """Print the cell."""
     from sleeperbench.engine.rows import read_table
     from sleeperbench.engine.suite import shipped
-    from sleeperbench.schema import CELLS
+    from sleeperbench.schema import CELLS, reproduce
 
     cells = {r["cell"]: r for r in read_table(args.results / "cells.parquet")}
     if args.cell not in cells:
@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> int:
     line = cells[args.cell]
     # A suite of the user's own is known by its file alone, of which the run folder has a copy.
     suite = line["suite"] if line["suite"] in shipped() else args.results / "suite.toml"
-    command = shlex.join(["sleeperbench", "run", str(suite), "--only", args.cell, "--out", "runs/one"])
+    command = shlex.join(["sleeperbench", *reproduce(line, str(suite)), "--out", "runs/one"])
     if args.json:
         answer = {"cell": args.cell, "identity": line, "measurements": rows, "media": media, "command": command}
         print(json.dumps(answer, indent=1, default=str))

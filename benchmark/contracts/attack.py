@@ -170,6 +170,8 @@ class Attack(Method):
     `NEEDS` names further inputs, such as `{"clean_models": 1}`; they reach `ctx.clean_models`. `SNAPSHOT` says what the
     set of `poison` is: `exact`, what was trained on; `declared`, one that stands for it, where `hooks` poison the
     batches of the clean training rows; `none`, the clean rows themselves: nothing stands for what was trained on.
+    With `"covers": True` in INFO the engine also renders test images with `Role.COVER`, whose true label should stand.
+    An attack with `"wrapper": True` in INFO is named `<id>:<inner id>` and finds the wrapped one as `ctx.inner`.
     Defenses of the training set get what `poison` gave, under flag `snapshot` if it was declared; with `none` they are
     not applicable.
     """
@@ -192,7 +194,10 @@ class Attack(Method):
     @classmethod
     @abstractmethod
     def restore(cls, tensors: Mapping[str, Tensor], info: Any) -> Backdoor:
-        """The backdoor from what `prepare` (and the hooks' aux networks) stored."""
+        """The backdoor from what `prepare` (and the hooks' aux networks) stored.
+
+        An attack that wraps another takes the wrapped class as a third argument.
+        """
 
     def decoy(self, train: ImageSet, b: Backdoor, ctx: Ctx) -> Backdoor:
         """A trigger of the same family, with the same target, that the model never saw: RA's placebo.

@@ -76,6 +76,7 @@ class Ctx:
         cost: Counters; the kit fills them.
         progress: `progress(done, total, what)` for long work.
         clean_models: For attacks that declare NEEDS clean_models: independent clean models.
+        inner: For an attack that wraps another: the wrapped attack.
     """
 
     seed: int
@@ -86,6 +87,7 @@ class Ctx:
     cost: Cost = field(default_factory=Cost)
     progress: Callable[[int, int, str], None] = _silent
     clean_models: tuple[Any, ...] = ()
+    inner: Any = None
 
     def derive(self, *labels: object) -> int:
         """A seed for one named use, independent of every other name."""

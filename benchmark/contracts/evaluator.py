@@ -104,8 +104,10 @@ class EvalCase(Protocol):
 
     `net` is the defended model in eval mode; `attacked` the undefended one. `test` and `probe` are clean rows that no
     defense has seen. `bd_test` and `bd_probe` are the same rows triggered, None for attack `none`; `decoy_test` and
-    `decoy_probe` carry the placebo trigger, None when no placebo stays below 10 % ASR on the attacked model. `oracle`
-    is the live backdoor. `controls` are this evaluator's own findings on the control cells it names. `answers` (N,) are
+    `decoy_probe` carry the placebo trigger, None when no placebo stays below 10 % ASR on the attacked model.
+    `leak_test` are triggered rows of classes that a source-specific backdoor spares, `cover_test` rows as the attack
+    covers them, which both should keep their label; None where an attack has none. `oracle` is the live backdoor.
+    `controls` are this evaluator's own findings on the control cells it names. `answers` (N,) are
     an input detector's second-phase scores, `asked` (N,) says which of those images were triggered; both are None where
     the defense has no second phase or the attack no trigger.
     """
@@ -120,6 +122,8 @@ class EvalCase(Protocol):
     bd_probe: Rendered | None
     decoy_test: Rendered | None
     decoy_probe: Rendered | None
+    leak_test: Rendered | None
+    cover_test: Rendered | None
     oracle: Backdoor
     clean_models: Sequence[nn.Module]
     defended_clean: nn.Module | None

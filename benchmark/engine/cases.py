@@ -44,6 +44,8 @@ EVAL_PARTS = (
     "bd_probe",
     "decoy_test",
     "decoy_probe",
+    "leak_test",
+    "cover_test",
     "oracle",
     "clean_models",
     "defended_clean",

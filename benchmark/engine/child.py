@@ -54,7 +54,7 @@ def open_case(folder: Path, about: dict[str, Any]) -> Any:
     from sleeperbench.contracts.models import ModelSpec
     from sleeperbench.engine import artifacts
     from sleeperbench.engine.cases import DEFENSE_PARTS, Declared
-    from sleeperbench.engine.loading import load_class
+    from sleeperbench.engine.loading import load_attack
     from sleeperbench.kit.classifier import load, read_model
 
     box, access = folder / "in", about["access"]
@@ -85,7 +85,7 @@ def open_case(folder: Path, about: dict[str, Any]) -> Any:
     if access["references"]:
         parts["references"] = lambda: tuple(read_model(box / f"reference{i}") for i in range(access["references"]))
     if access["oracle"]:
-        parts["oracle"] = lambda: artifacts.read_backdoor(box / "oracle", load_class(about["oracle"]))
+        parts["oracle"] = lambda: artifacts.read_backdoor(box / "oracle", load_attack(about["oracle"]))
     if access["inner"]:
         parts["inner"] = lambda: artifacts.read_outcome(box / "inner")
     return Declared(f"ACCESS of {about['plugin']}", parts, DEFENSE_PARTS)

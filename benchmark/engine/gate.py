@@ -27,7 +27,7 @@ class Gate:
             if cell.is_control and cell.attack_group:
                 clean = cell.clean_cell if cell.clean_cell in clean_cells else ""
                 self.groups.setdefault(cell.attack_group, []).append((cell.name, clean))
-                info = registry.get("attack", plan.tasks[cell.attack_key].name).blueprint.info
+                info = registry.chain("attack", plan.tasks[cell.attack_key].name)[-1].blueprint.info
                 low = bool(info.get("clean_label")) or cell.identity["rate"] <= LOW_RATE
                 gate = plan.suite.gate
                 self.bars[cell.attack_group] = gate["implant_asr_low"] if low else gate["implant_asr"]

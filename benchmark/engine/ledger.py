@@ -102,10 +102,9 @@ class Ledger:
         plugin = self.registry.get("evaluator", e.evaluator)
         tasks = self.plan.tasks
         flags = set()
-        if cell.attack_key in tasks and cell.defense_key in tasks:
-            attack = self.registry.get("attack", tasks[cell.attack_key].name).blueprint
-            if attack.snapshot == "declared" and self._trains(tasks[cell.defense_key].name):
-                flags.add("snapshot")
+        attack, defense = tasks.get(cell.attack_key), tasks.get(cell.defense_key)
+        if attack and defense and attack.params.get("snapshot") == "declared" and self._trains(defense.name):
+            flags.add("snapshot")
         zoo = [k for r, k in tasks[e.key].inputs.items() if r.startswith("zoo.")] if e.key in tasks else []
         if any(self._reduced(key) for key in (cell.attack_key, cell.defense_key, *zoo) if key in tasks):
             flags.add("reduced")

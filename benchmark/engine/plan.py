@@ -10,11 +10,13 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from sleeperbench import PROTOCOL
 from sleeperbench.contracts.access import Access, Needs
+from sleeperbench.engine.blueprint import SNAPSHOTS
 from sleeperbench.engine.graph import Cell, Dataset, Evaluation, Plan, Zoo
 from sleeperbench.engine.registry import Kind, Registry
 from sleeperbench.engine.suite import Suite, Variant
 from sleeperbench.engine.task import Task, attack_seed, canonical, digest, target_class
 from sleeperbench.errors import BadInput, nearest
+from sleeperbench.schema import JUDGES
 
 __all__ = ["Cell", "Dataset", "Evaluation", "Plan", "Planner", "restrict"]
 
@@ -22,6 +24,8 @@ REFERENCE_REPLICAS = 100
 """Clean models that defenses get as references start here; replicas 0, 1, ... belong to the evaluators alone."""
 ATTACK_REPLICAS = 200
 """Clean models that attacks get as surrogates start here."""
+START_REPLICA = 300
+"""The clean model that a suite with [train] inject = "finetune" tunes backdoors into."""
 
 
 P = ParamSpec("P")
@@ -116,10 +120,21 @@ class Planner:
     @once
     def attack(self, ds: str, arch: str, v: Variant, rate: float, seed: int, replica: int = 0) -> str:
         """Task that trains an attacked model; attack `none` trains a clean one."""
-        inputs = {}
-        needs = self.registry.get("attack", v.id).blueprint.needs or {}
-        for i in range(int(needs.get("clean_models", 0)) if isinstance(needs, Mapping) else 0):
-            inputs[f"clean{i}"] = self.clean(ds, arch, seed, ATTACK_REPLICAS + i)
+        chain = self.registry.chain("attack", v.id)
+        if len(chain) > 2:
+            raise BadInput(f"attack `{v.id}`: one wrapper around one attack is possible; drop one")
+        needs = [p.blueprint.needs for p in chain]
+        surrogates = max(int(n.get("clean_models", 0)) if isinstance(n, Mapping) else 0 for n in needs)
+        inputs = {f"clean{i}": self.clean(ds, arch, seed, ATTACK_REPLICAS + i) for i in range(surrogates)}
+        further: dict[str, Any] = {"inner_version": int(chain[1].blueprint.info["version"])} if len(chain) > 1 else {}
+        recipe = self.recipe(ds)
+        if self.suite.injection and v.id != "none":
+            inputs["start"] = self.clean(ds, arch, seed, START_REPLICA)
+            recipe = recipe | self.suite.injection
+        if any(p.blueprint.info.get("covers") for p in chain):
+            further["covers"] = True
+        if self.snapshot(v.id) != "exact":
+            further["snapshot"] = self.snapshot(v.id)
         secret, classes = self.suite.secret, self.plan.datasets[ds].classes
         return self.add(
             Task(
@@ -130,11 +145,12 @@ class Planner:
                     "method": v.params,
                     "data": self.data(ds, seed),
                     "spec": self.arch(ds, arch),
-                    "recipe": self.recipe(ds),
+                    "recipe": recipe,
                     "rate": rate,
                     "target": target_class(secret, v.id, seed, classes),
                     "replica": replica,
                     "curves": self.suite.curves and replica == 0,
+                    **further,
                 },
                 seed=attack_seed(secret, v.id, seed),
                 numerics=self.numerics(self.suite.recipe["precision"]),
@@ -142,6 +158,11 @@ class Planner:
                 timeout=self.suite.budget["task_seconds"],
             )
         )
+
+    @once
+    def snapshot(self, attack: str) -> str:
+        """What the attack's training set is; of a wrapper and what it wraps, the less exact."""
+        return max((p.blueprint.snapshot for p in self.registry.chain("attack", attack)), key=SNAPSHOTS.index)
 
     @once
     def clean(self, ds: str, arch: str, seed: int, replica: int) -> str:
@@ -257,7 +278,8 @@ class Planner:
             inputs[f"peer.{peer}"] = self.defense(ds, arch, d, seed, at.attack, at.group)
         for surrogate in (*needs.surrogates, *v.params.get("surrogates", ())):
             inputs[f"surrogate.{surrogate}"] = self.attack(ds, surrogate, at.attack_variant, at.rate, seed)
-        own = needs.scope == "attack" or at.variant.id == "none"
+        # A calibration serves the defenses' cells alone, and trains: it waits for the gate as they do.
+        own = not needs.calibration and (needs.scope == "attack" or at.variant.id == "none")
         return self.add(
             Task(
                 kind="evaluate",
@@ -271,6 +293,11 @@ class Planner:
             ),
             "" if own else at.group,
         )
+
+    @once
+    def keeps_model(self, defense: str) -> bool:
+        """Whether a defense only judges: what wakes a backdoor would find the undefended model again."""
+        return ":" not in defense and self.info("defense", defense)["kind"] in JUDGES
 
     @once
     def answers(self, plugin: str) -> bool:
@@ -386,7 +413,6 @@ class Planner:
         head = f"{ds}/{arch}"
         group = "" if v.id == "none" else f"{head}/{v.label}@{rate:g}"
         attack = self.attack(ds, arch, v, rate, seed)
-        snapshot = self.registry.get("attack", v.id).blueprint.snapshot
         defenses = list(s.defenses)
         if not any(d.id == "none" for d in defenses):
             defenses.insert(0, self.default("defense", "none"))
@@ -419,7 +445,7 @@ class Planner:
             )
             self.plan.cells.append(cell)
             own_group = "" if d.id == "none" else group
-            if access.train and snapshot == "none":
+            if access.train and self.snapshot(v.id) == "none":
                 cell.blocked = "not_applicable attack_controls_training"
             else:
                 cell.defense_key = self.defense(ds, arch, d, seed, attack, own_group)
@@ -436,6 +462,8 @@ class Planner:
                     evaluation.reason = "no_scores: the defense has no second phase"
                 elif needs.outcome == ("scores",) and not group:
                     evaluation.reason = "no_trigger"
+                elif self.info("evaluator", e.id)["kind"] == "reactivation" and self.keeps_model(d.id):
+                    evaluation.reason = "model_unchanged: the defense repairs nothing"
                 elif not cell.blocked:
                     evaluation.key = self.evaluate(ds, arch, e, seed, at)
 

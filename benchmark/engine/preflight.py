@@ -82,8 +82,7 @@ def check(request: dict[str, Any]) -> list[dict[str, Any]]:
     for p in request["plugins"]:
         name = f"{p['kind']} `{p['id']}`"
         try:
-            outermost = registry.chain(p["kind"], p["id"])[0]
-            method = registry.load(p["kind"], outermost.id).from_params(p["params"])
+            methods = _made(registry, p["kind"], p["id"], p["params"])
         except SleeperBenchError as e:
             note(e.exit_code, str(e))
             continue
@@ -95,7 +94,8 @@ def check(request: dict[str, Any]) -> list[dict[str, Any]]:
             continue
         for shape, classes in p["fits"]:
             try:
-                method.check(tuple(shape), classes)
+                for method in methods:
+                    method.check(tuple(shape), classes)
             except ValueError as e:
                 note(2, f"{name} on images {tuple(shape)}: {e}")
             except Exception as e:
@@ -111,6 +111,18 @@ def check(request: dict[str, Any]) -> list[dict[str, Any]]:
             except (TypeError, ValueError) as e:
                 note(2, f"model `{spec['arch']}` with {spec['args']} on images {tuple(spec['shape'])}: {e}")
     return problems
+
+
+def _made(registry: Any, kind: str, plugin: str, params: dict[str, Any]) -> list[Any]:
+    """The method; of an attack that wraps another, both. A wrapped defense has a task of its own."""
+    outer, *inner = registry.chain(kind, plugin)
+    if kind != "attack" or not inner:
+        return [registry.load(kind, outer.id).from_params(params)]
+    own = {k: v for k, v in params.items() if k != "inner"}
+    return [
+        registry.load(kind, outer.id).from_params(own),
+        registry.load(kind, inner[0].id).from_params(params["inner"]),
+    ]
 
 
 if __name__ == "__main__":

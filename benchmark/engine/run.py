@@ -379,16 +379,16 @@ class Run:
     def values(self, task: Task) -> dict[str, str]:
         """Entry-point values that the worker of a task needs: its plugin's, and that of a live attack."""
         kind = {"evaluate": "evaluator", "answer": "defense"}.get(task.kind, task.kind)
-        wrapper, inner = Registry.split_wrapper(task.name)
-        plugin = self.registry.get(kind, wrapper or inner)  # type: ignore[arg-type]
-        values = {task.name: plugin.value}
+        chain = self.registry.chain(kind, task.name)  # type: ignore[arg-type]
+        plugin = chain[0]
+        values = {task.name: " ".join(p.value for p in chain) if task.kind == "attack" else plugin.value}
         if task.kind == "defense":
             values["requires"] = " ".join(sorted(plugin.blueprint.requires))
         for role in ("attack", "oracle"):
             live = task.params.get("access", {}).get("oracle") or task.params.get("needs", {}).get("trigger") == "live"
             if role in task.inputs and live:
                 name = self.plan.tasks[task.inputs[role]].name
-                values[name] = self.registry.get("attack", name).value
+                values[name] = " ".join(p.value for p in self.registry.chain("attack", name))
         return values
 
 

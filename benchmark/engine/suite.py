@@ -25,6 +25,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """Published training recipes: `s3` of the superficial-safety paper, `bb` of BackdoorBench."""
 
+INJECT_LR = 0.01
+"""Learning rate at which a backdoor is tuned into a clean model: that of fine-tuning, a tenth of recipe `s3`'s."""
 _TABLES: dict[str, dict[str, tuple[type, ...]]] = {
     "matrix": {
         "datasets": (list,),
@@ -47,6 +49,9 @@ _TABLES: dict[str, dict[str, tuple[type, ...]]] = {
         "pad": (int,),
         "flip": (bool,),
         "curves": (bool,),
+        "inject": (str,),
+        "inject_epochs": (int,),
+        "inject_lr": (float, int),
     },
     "access": {"clean": (float, int), "clean_source": (str,)},
     "budget": {"threads": (int,), "task_seconds": (int, float), "memory_gb": (int, float)},
@@ -59,7 +64,7 @@ _TABLES: dict[str, dict[str, tuple[type, ...]]] = {
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "matrix": {"rates": [0.05], "evaluators": ["accuracy"], "seeds": [0]},
-    "train": {"recipe": "s3", "precision": "fp32", "curves": False},
+    "train": {"recipe": "s3", "precision": "fp32", "curves": False, "inject": "scratch"},
     "access": {"clean": 0.05, "clean_source": "heldout"},
     "budget": {"threads": 1, "task_seconds": 7200, "memory_gb": 4},
     "gate": {"implant_asr": 0.9, "implant_asr_low": 0.7, "collapse_points": 10, "clean_drop_points": 2},
@@ -70,12 +75,15 @@ _CHOICES = {
     ("train", "schedule"): ("cosine", "constant"),
     ("train", "precision"): ("fp32", "bf16"),
     ("train", "recipe"): tuple(RECIPES),
+    ("train", "inject"): ("scratch", "finetune"),
     ("access", "clean_source"): ("heldout", "training"),
 }
 _RANGES: dict[tuple[str, str], tuple[float, float]] = {
     ("train", "epochs"): (1, 100_000),
     ("train", "lr"): (1e-9, 100),
     ("train", "batch"): (1, 1_000_000),
+    ("train", "inject_epochs"): (1, 100_000),
+    ("train", "inject_lr"): (1e-9, 100),
     ("train", "momentum"): (0, 1),
     ("train", "weight_decay"): (0, 1),
     ("train", "pad"): (0, 64),
@@ -120,6 +128,8 @@ class Suite:
     calibration_seed: int
     recipe: dict[str, Any]
     curves: bool
+    injection: dict[str, Any]
+    """Empty where attacks train from scratch, else what of the recipe differs when a clean model is tuned further."""
     access: dict[str, Any]
     budget: dict[str, Any]
     gate: dict[str, Any]
@@ -273,6 +283,15 @@ def _sweep(registry: Registry, kind: Kind, plugin: str, raw: Mapping[str, Any]) 
     return found
 
 
+def _injection(where: str, train: dict[str, Any]) -> dict[str, Any]:
+    """Take the keys of injection by fine-tuning out of [train]."""
+    mode = train.pop("inject")
+    given = {k.removeprefix("inject_"): train.pop(k) for k in ("inject_epochs", "inject_lr") if k in train}
+    if mode == "scratch" and given:
+        raise BadInput(f'{where}: [train] inject_{next(iter(given))} needs inject = "finetune"')
+    return {} if mode == "scratch" else {"lr": INJECT_LR} | given
+
+
 def _tuned(where: str, raw: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
     """The suite's own word on which of its plugin tables hold a setting that was found by trying."""
     known = [f"{kind}.{plugin}" for kind, plugins in defaults.items() for plugin in plugins]
@@ -365,6 +384,7 @@ def build(name: str, registry: Registry, changes: Changes = Changes()) -> tuple[
     clean = t["access"]["clean"]
     if clean <= 0 or (isinstance(clean, float) and clean >= 1):
         raise BadInput(f"{where}: [access] clean = {clean}: give a share between 0 and 1, or a number of rows")
+    injection = _injection(where, t["train"])
     recipe = RECIPES[t["train"].pop("recipe")] | {k: v for k, v in t["train"].items() if k != "curves"}
     if changes.timeout is not None:
         t["budget"]["task_seconds"] = _typed("--timeout", "budget", "task_seconds", changes.timeout, (float, int))
@@ -410,6 +430,7 @@ def build(name: str, registry: Registry, changes: Changes = Changes()) -> tuple[
         calibration_seed=calibration,
         recipe=recipe,
         curves=t["train"]["curves"],
+        injection=injection,
         access=t["access"],
         budget=t["budget"],
         gate=t["gate"],

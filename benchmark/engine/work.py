@@ -28,8 +28,9 @@ from sleeperbench.engine import artifacts
 from sleeperbench.engine.casefiles import Unusable, answer_bytes, check_answer, read_plain, remove
 from sleeperbench.engine.cases import EVAL_PARTS, Declared
 from sleeperbench.engine.lease import Leases
-from sleeperbench.engine.loading import load_class
+from sleeperbench.engine.loading import load_attack, load_class, make_attack
 from sleeperbench.engine.store import Store
+from sleeperbench.engine.syntax import of_plugin
 from sleeperbench.engine.task import Task
 from sleeperbench.kit.classifier import Classifier, build, load, pack, read_model, save_model, traits
 
@@ -149,7 +150,13 @@ class Work:
                 **extra,
             }
             return dict(
-                self.store.commit(task.key, out, task=task.to_json(), env=environment(), result=result)["result"]
+                self.store.commit(
+                    task.key,
+                    out,
+                    task=task.to_json(),
+                    env=environment() | {"source": of_plugin(values[task.name])},
+                    result=result,
+                )["result"]
             )
 
     def rows(self, data: Mapping[str, Any]) -> Rows:
@@ -173,7 +180,7 @@ class Work:
         if not (folder / "backdoor.json").exists():
             raise NotApplicable("no_trigger: an imported record has pictures only")
         return artifacts.read_backdoor(
-            folder, load_class(values[artifacts.read_json(folder / "backdoor.json")["attack"]])
+            folder, load_attack(values[artifacts.read_json(folder / "backdoor.json")["attack"]])
         )
 
     # ---- attack ----------------------------------------------------------------------------------------------------
@@ -195,22 +202,24 @@ class Work:
                 progress=self.progress,
                 clean_models=tuple(self.model(k) for r, k in sorted(task.inputs.items()) if r.startswith("clean")),
             )
-            cls = load_class(values[task.name])
-            method = cls.from_params(p["method"])
+            method, ctx.inner = make_attack(values[task.name], p["method"])
             b = method.prepare(rows.train, ctx)
             poisoned = method.poison(rows.train, b, rows.eligible, p["rate"], ctx)
             self._check_poisoned(poisoned, rows)
             train_ctx = replace(ctx, seed=derive(task.seed, "train", p["replica"]))
             hooks = method.hooks(rows.train, b, rows.eligible, p["rate"], train_ctx)
-            net = build(ModelSpec.from_json(p["spec"]), seed=train_ctx.derive("init")).to(self.device)
-            seen = poisoned.data if cls.SNAPSHOT == "exact" else rows.train
+            if "start" in task.inputs:
+                net = self.net(task.inputs["start"])
+            else:
+                net = build(ModelSpec.from_json(p["spec"]), seed=train_ctx.derive("init")).to(self.device)
+            seen = poisoned.data if p.get("snapshot", "exact") == "exact" else rows.train
             history = fit(net, seen, recipe, train_ctx, hooks=hooks, keep_epochs=p["curves"])
             aux = {
                 f"aux.{n}.{k}": v for n, m in (hooks.aux if hooks else {}).items() for k, v in m.state_dict().items()
             }
             artifacts.write_backdoor(out, replace(b, tensors={**b.tensors, **aux}), task.name)
             # Re-read at once: what evaluators will restore is what is rendered here.
-            b = artifacts.read_backdoor(out, cls)
+            b = artifacts.read_backdoor(out, load_attack(values[task.name]))
             save_model(pack(net), out)
             artifacts.write_set(out, poisoned)
             result: dict[str, Any] = {
@@ -223,6 +232,7 @@ class Work:
                     if r is None or not len(r):
                         raise Failed("failed", f"raised: no row of {name} counts for {task.name}'s trigger")
                     artifacts.write_rendered(out / f"{name}.safetensors", r)
+                self._others(b, rows, p.get("covers", False), ctx, out)
                 result |= self._decoy(method, b, net, rows, ctx, out)
             if p["curves"]:
                 curve = self._curves(history.models, rows, out, cost)
@@ -234,6 +244,19 @@ class Work:
         known = torch.isin(p.data.ids, rows.train.ids[rows.eligible])
         if bool((~known & (p.mark != 0)).any()):
             raise Failed("failed", "raised: the attack poisoned rows that it may not touch")
+
+    def _others(self, b: Backdoor, rows: Rows, covers: bool, ctx: Ctx, out: Path) -> None:
+        """Triggered images that should keep their label: of classes that do not count, and covers."""
+        from sleeperbench.data.load import subset
+        from sleeperbench.kit.poison import render, render_leak
+
+        test = subset(rows.test, min(DECOY_ROWS, len(rows.test)))
+        leak = render_leak(test, b, ctx)
+        if leak is not None:
+            artifacts.write_rendered(out / "leak_test.safetensors", leak)
+        cover = render(test, b, Role.COVER, ctx) if covers else None
+        if cover is not None:
+            artifacts.write_rendered(out / "cover_test.safetensors", cover)
 
     def _decoy(self, method: Any, b: Backdoor, net: Classifier, rows: Rows, ctx: Ctx, out: Path) -> dict[str, Any]:
         """A placebo trigger that the attacked model does not answer to, rendered like the true one."""
@@ -523,6 +546,8 @@ class Work:
                 parts[name] = functools.partial(artifacts.read_rendered, attack / f"{name}.safetensors", data)
                 decoy = name.replace("bd", "decoy")
                 parts[decoy] = functools.partial(artifacts.read_rendered, attack / f"{decoy}.safetensors", data)
+            for name in ("leak_test", "cover_test"):
+                parts[name] = functools.partial(artifacts.read_rendered, attack / f"{name}.safetensors", rows.test)
         if needs["trigger"] == "live":
             parts["oracle"] = lambda: self.backdoor(inputs["attack"], values)
         return Declared(f"NEEDS of {task.name}", parts, EVAL_PARTS)

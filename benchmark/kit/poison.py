@@ -100,7 +100,8 @@ def poison(
 def render(data: ImageSet, backdoor: Backdoor, role: Role, ctx: Ctx) -> Rendered | None:
     """The rows of `data` that count, triggered and rounded to 8 bit; all triggers one after the other.
 
-    `Role.TEST` gives what success is measured on, `Role.TRAIN` what an attacker would insert into training data.
+    `Role.TEST` gives what success is measured on, `Role.TRAIN` what an attacker would insert into training data,
+    `Role.COVER` what it would insert under the true label.
 
     Returns:
         None for a backdoor without triggers.
@@ -108,17 +109,41 @@ def render(data: ImageSet, backdoor: Backdoor, role: Role, ctx: Ctx) -> Rendered
     Raises:
         ValueError: no row counts for one of the triggers.
     """
-    if not backdoor.triggers:
-        return None
-    clean, triggered, wanted, which = [], [], [], []
-    for i, trigger in enumerate(backdoor.triggers):
-        rows = data.rows(trigger.targets.counts(data.labels, data.ids))
-        if not len(rows):
+    picked = [t.targets.counts(data.labels, data.ids) for t in backdoor.triggers]
+    for i, (trigger, rows) in enumerate(zip(backdoor.triggers, picked, strict=True)):
+        if not bool(rows.any()):
             raise ValueError(f"no row of {data.name}/{data.split} counts for trigger {i} ({trigger.name})")
+    return _render(data, backdoor, picked, role, ctx)
+
+
+def render_leak(data: ImageSet, backdoor: Backdoor, ctx: Ctx) -> Rendered | None:
+    """The rows that do not count though the attacker's label is not theirs, with the test trigger.
+
+    These are the other classes of a source-specific backdoor, which should keep their label.
+
+    Returns:
+        None where every such row counts.
+    """
+    picked = [
+        ~t.targets.counts(data.labels, data.ids) & (t.targets.target(data.labels) != data.labels)
+        for t in backdoor.triggers
+    ]
+    return _render(data, backdoor, picked, Role.TEST, ctx)
+
+
+def _render(data: ImageSet, backdoor: Backdoor, picked: list[Tensor], role: Role, ctx: Ctx) -> Rendered | None:
+    """The picked rows (bool (N,) per trigger), triggered; None when there are none."""
+    clean, triggered, wanted, which = [], [], [], []
+    for i, (trigger, chosen) in enumerate(zip(backdoor.triggers, picked, strict=True)):
+        rows = data.rows(chosen)
+        if not len(rows):
+            continue
         clean.append(rows)
         triggered.append(stamp(rows, trigger, role, ctx))
         wanted.append(trigger.targets.target(rows.labels))
         which.append(torch.full((len(rows),), i))
+    if not clean:
+        return None
     return Rendered(data=_join(triggered), clean=_join(clean), targets=torch.cat(wanted), trigger_id=torch.cat(which))
 
 

@@ -56,3 +56,8 @@ def hits(logits: Tensor, labels: Tensor) -> tuple[int, int]:
     """
     right = logits.argmax(1) == labels.to(logits.device)
     return int(right.sum()), len(labels)
+
+
+def spread(n: int, at_most: int) -> Tensor:
+    """Positions of at most `at_most` of n rows, evenly spaced, the first and the last among them."""
+    return torch.linspace(0, n - 1, min(n, at_most)).round().long()

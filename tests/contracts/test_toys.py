@@ -19,7 +19,7 @@ name = "toys"
 [matrix]
 datasets = ["digits"]
 archs = ["small_cnn"]
-attacks = ["none", "badnets", "toys/lira"]
+attacks = ["none", "badnets", "toys/lira", "toys/plus:badnets"]
 rates = [0.1]
 defenses = ["none", "toys/npd", "toys/strip", "toys/spectral", "toys/retrain:toys/spectral", "toys/istr", "toys/greedy"]
 evaluators = ["accuracy", "toys/detect", "toys/toy_ra", "toys/qra", "toys/tba"]
@@ -30,12 +30,15 @@ batch = 64
 [gate]
 implant_asr = 0.0
 clean_drop_points = 100
+[attack."toys/plus:badnets"]
+cover = 7
+pattern = "white"
 [evaluator."toys/tba"]
 surrogates = ["small_resnet"]
 peers = ["toys/npd"]
 """
 CLASSES = {
-    "attacks": {"lira": "Lira"},
+    "attacks": {"lira": "Lira", "plus": "Plus"},
     "defenses": {
         "npd": "Npd",
         "strip": "Strip",
@@ -99,6 +102,19 @@ def test_lira_trains_two_networks_and_its_generator_is_restored(run: Path) -> No
 def test_defenses_on_the_training_set_decline_an_attack_that_leaves_none(run: Path) -> None:
     (row,) = rows(run, "toys/lira", "toys/retrain:toys/spectral", "c_acc")
     assert (row["status"], row["reason"]) == ("not_applicable", "attack_controls_training")
+
+
+def test_a_wrapper_adds_its_rows_to_those_of_any_attack(run: Path) -> None:
+    (row,) = rows(run, "toys/plus:badnets", "none", "asr")
+    assert row["status"] == "ok"
+    assert json.loads(row["attack_params"])["inner"]["pattern"] == "white"
+    from safetensors.torch import load_file
+
+    mark = load_file(artifact(run, row["attack_key"]) / "set.safetensors")["mark"]
+    assert int((mark == 2).sum()) == 7
+    assert float((mark == 1).double().mean()) == pytest.approx(row["rate_actual"])
+    for defense in ("toys/npd", "toys/retrain:toys/spectral"):
+        assert rows(run, "toys/plus:badnets", defense, "c_acc")[0]["status"] == "ok"
 
 
 def test_qra_reads_the_model_of_another_evaluator(run: Path) -> None:

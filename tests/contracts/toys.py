@@ -178,6 +178,42 @@ class LiraHooks(TrainHooks):
         return loss.detach()
 
 
+# ---- BELT: a wrapper around any attack that poisons data, and adds rows which keep their label -----------------------
+@dataclass(frozen=True, kw_only=True)
+class Plus(Attack):
+    """The wrapped attack, with its trigger shown under the true label on a few rows."""
+
+    INFO = {
+        "title": "toy BELT",
+        "version": 1,
+        "api": 1,
+        "kind": "toy",
+        "paper": "",
+        "bibtex": "",
+        "micro": {},
+        "wrapper": True,
+    }
+    cover: int = 5
+
+    def prepare(self, train, ctx):
+        inner = ctx.inner.prepare(train, ctx)
+        return self.restore(inner.tensors, {"cover": self.cover, "inner": inner.info}, type(ctx.inner))
+
+    def poison(self, train, b, eligible, rate, ctx):
+        made = ctx.inner.poison(train, b, eligible, rate, ctx)
+        rows = torch.nonzero((made.mark == 0) & eligible)[: self.cover, 0]
+        made.data.images[rows] = 255 - made.data.images[rows]
+        made.mark[rows] = 2
+        return made
+
+    @classmethod
+    def restore(cls, tensors, info, inner):
+        return replace(inner.restore(tensors, info["inner"]), info=info)
+
+    def decoy(self, train, b, ctx):
+        return ctx.inner.decoy(train, replace(b, info=b.info["inner"]), ctx)
+
+
 # ---- QRA: an evaluator that reads another one's model ----------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
 class ToyRa(Evaluator):

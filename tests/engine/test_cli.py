@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -111,14 +112,46 @@ def test_show(cli: Any, smoke: Any) -> None:
     assert about["cell"] == about["identity"]["cell"] == cell
     assert {m["cell"] for m in about["measurements"]} == {cell}
     assert set(about["measurements"][0]) == {c.name for c in MEASUREMENTS}
-    assert about["command"].startswith("sleeperbench run smoke --only ")
+    words = shlex.split(about["command"])
+    assert words[:3] == ["sleeperbench", "run", "smoke"]
+    again = cli(*words[1:], "--store", smoke.store, "--dry-run", "--json")
+    assert json.loads(again.out)["to_run"] == 0, "the command asks for what the run has computed"
     said = cli("show", cell, "--results", smoke.out)
     assert said.out.splitlines()[0] == cell
     assert "c_acc" in said.out
-    assert cell in said.out.splitlines()[-1]
+    assert said.out.splitlines()[-1].startswith("reproduce: sleeperbench run smoke ")
     unknown = cli("show", cell.replace("badnets", "badnet"), "--results", smoke.out)
     assert unknown.code == 2
     assert f"did you mean `{cell}`" in unknown.err
+
+
+def test_a_changed_cell_is_asked_for_with_its_settings(cli: Any, smoke: Any, tmp_path: Path) -> None:
+    from sleeperbench.engine.registry import Registry
+    from sleeperbench.engine.suite import Changes, build
+    from sleeperbench.engine.task import canonical
+    from sleeperbench.schema import reproduce
+
+    registry = Registry.discover("none")
+    changes = Changes(
+        attacks=["badnets"], defenses=["ft"], settings=["attack.badnets.pattern=white", "defense.ft.lr=0.5"]
+    )
+    suite, _ = build("smoke", registry, changes)
+    attack, defense = suite.attacks[-1], suite.defenses[-1]
+    line = {
+        "dataset": "digits",
+        "arch": "small_cnn",
+        "rate": 0.1,
+        "seed": 3,
+        "attack": attack.label,
+        "defense": defense.label,
+    }
+    argv = reproduce(
+        line | {"attack_params": canonical(attack.params), "defense_params": canonical(defense.params)}, "smoke"
+    )
+    sets = [argv[i + 1] for i, word in enumerate(argv) if word == "--set"]
+    assert 'attack.badnets.pattern="white"' in sets
+    again, _ = build("smoke", registry, Changes(attacks=["badnets"], defenses=["ft"], settings=sets))
+    assert [v.label for v in (again.attacks[-1], again.defenses[-1])] == [attack.label, defense.label]
 
 
 def test_doctor(cli: Any) -> None:

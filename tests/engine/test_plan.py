@@ -238,6 +238,25 @@ def test_a_defense_that_needs_the_training_set_is_blocked_without_a_snapshot(
     assert blocked == {"digits/small_cnn/streams/stream@0.1/streams/sift/s0": "not_applicable attack_controls_training"}
 
 
+def test_a_calibration_waits_for_the_gate_and_stealth_does_not(make_plan: Any) -> None:
+    plan = make_plan(evaluators=["accuracy", "ra", "ra_budget", "stealth"], defenses=["none", "ft"])
+    at = cell(plan, "badnets@0.1", "none")
+    keys = {e.evaluator: e.key for e in at.evaluations}
+    assert plan.gates[keys["ra_budget"]] == at.attack_group
+    assert not {keys["accuracy"], keys["stealth"]} & set(plan.gates)
+
+
+def test_a_backdoor_can_be_tuned_into_a_clean_model(make_plan: Any) -> None:
+    plan = make_plan(tail='[train]\ninject = "finetune"\ninject_epochs = 2\n')
+    task = plan.tasks[cell(plan, "badnets@0.1", "none").attack_key]
+    start = plan.tasks[task.inputs["start"]]
+    assert (start.name, start.inputs) == ("none", {})
+    clean = plan.tasks[cell(plan, "none@0", "none").attack_key]
+    assert start.params["replica"] != clean.params["replica"], "the start is no evaluator's reference"
+    assert (task.params["recipe"]["epochs"], task.params["recipe"]["lr"]) == (2, 0.01)
+    assert start.params["recipe"] == clean.params["recipe"] != task.params["recipe"]
+
+
 def test_only_keeps_what_gates_and_figures_need(make_plan: Any) -> None:
     matrix: dict[str, Any] = {"attacks": ["none", "badnets", "blended"], "seeds": [0, 1]}
     plan = make_plan(**matrix, defenses=["none", "ft", "bn_refresh"])
@@ -272,3 +291,11 @@ def test_only_without_a_match_names_the_nearest(make_plan: Any) -> None:
 def test_too_many_rows(make_plan: Any) -> None:
     with pytest.raises(BadInput, match=r"train = 5000, but there are 1000"):
         make_plan(tail="[dataset.digits]\ntrain = 5000\n")
+
+
+def test_what_only_judges_is_spared_the_reactivation_attacks(make_plan: Any) -> None:
+    plan = make_plan(evaluators=["accuracy", "ra"], defenses=["none", "strip", "unlearn:neural_cleanse"])
+    judged = {e.evaluator: e for e in cell(plan, "badnets@0.1", "strip").evaluations}
+    assert judged["accuracy"].key
+    assert (judged["ra"].key, judged["ra"].reason.partition(":")[0]) == ("", "model_unchanged")
+    assert all(e.key for e in cell(plan, "badnets@0.1", "unlearn:neural_cleanse").evaluations)

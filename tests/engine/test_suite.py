@@ -155,3 +155,12 @@ def test_tuned_settings_are_named_by_the_suite(make_suite: Any) -> None:
     assert make_suite(head=head, tail="[attack.badnets]\nsize = 4\n", attacks=["badnets"]).tuned == ("attack.badnets",)
     with pytest.raises(BadInput, match="no table here"):
         make_suite(head=head, attacks=["badnets"])
+
+
+def test_injection_by_fine_tuning_changes_the_recipe_of_attacks_alone(make_suite: Any) -> None:
+    assert make_suite().injection == {}
+    s = make_suite(tail='[train]\ninject = "finetune"\ninject_epochs = 2\n')
+    assert s.injection == {"lr": 0.01, "epochs": 2}
+    assert s.recipe["lr"] == 0.1
+    with pytest.raises(BadInput, match="inject_epochs needs inject"):
+        make_suite(tail="[train]\ninject_epochs = 2\n")

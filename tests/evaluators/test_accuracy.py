@@ -15,7 +15,8 @@ NET = samples.ReadsPixel()
 
 def case(**parts: Any) -> Any:
     test = samples.answering([1, 2, 3, 0], [1, 2, 3, 4])
-    return SimpleNamespace(net=NET, test=test, controls={}, is_defended=True, ctx=samples.ctx(), **parts)
+    own = {"leak_test": None, "cover_test": None} | parts
+    return SimpleNamespace(net=NET, test=test, controls={}, is_defended=True, ctx=samples.ctx(), **own)
 
 
 def before(**values: float) -> dict[str, Findings]:
@@ -47,6 +48,19 @@ def test_shares_and_ratings() -> None:
     assert found["der", ""].value == pytest.approx((0.5 - 0.25 + 1) / 2)
     assert found["rir", ""].value == pytest.approx((0.1 - 0.25 + 1) / 2)
     assert set(found) == {(m.name, "") for m in Accuracy.METRICS}
+
+
+def test_rows_that_should_keep_their_label() -> None:
+    # Spared classes 4 and 5: one of two goes to target 0. Covers: two of three keep their label.
+    c = case(
+        bd_test=samples.rendered([0], [1], [0]),
+        leak_test=samples.rendered([0, 5], [4, 5], [0, 0]),
+        cover_test=samples.rendered([1, 2, 0], [1, 2, 3], [0, 0, 0]),
+    )
+    found = headline(Accuracy().measure(c))
+    assert (found["asr_leak"], found["cover_acc"]) == (0.5, pytest.approx(2 / 3))
+    plain = rows(Accuracy().measure(case(bd_test=samples.rendered([0], [1], [0]))))
+    assert {plain[m, ""].reason for m in ("asr_leak", "cover_acc")} == {"no_such_rows"}
 
 
 def test_undefended_cell_is_rated_a_half() -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 
@@ -160,7 +159,9 @@ def test_a_cell_page_has_all_its_measurements_and_how_to_repeat_it(pages: dict[s
         command = next(t.text for t in page.root.all("code") if t.text.startswith("sleeperbench run"))
         words = shlex.split(command)
         assert words[:3] == ["sleeperbench", "run", "quick"]
-        assert re.sub(r"\[(.)\]", r"\1", words[words.index("--only") + 1]) == cell["cell"]
+        said = dict(zip(words[3::2], words[4::2], strict=True))
+        assert said["--attack"] == cell["attack"].partition("~")[0]
+        assert (said["--defense"], said["--seeds"]) == (cell["defense"].partition("~")[0], str(cell["seed"]))
 
 
 def test_the_gallery_shows_the_pictures(pages: dict[str, Page], site: Path) -> None:

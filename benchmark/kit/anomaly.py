@@ -1,0 +1,37 @@
+"""The anomaly index: how far a value lies from the median, in robust deviations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LEAST = 6
+"""Fewer values have no outliers worth the name: among 2 to 5 the deviation is that of one or two of them."""
+
+
+def anomaly_index(values: Tensor) -> Tensor:
+    """(value - median) / (1.4826 median |value - median|) of each value, signed: negative below the median.
+
+    The median of an even number is the mean of the middle two (as in NumPy; torch takes the lower). Where the deviation
+    is 0, values at the median get 0 and others plus or minus infinity. NaNs stay NaN and count nowhere. Fewer than six
+    values that are not NaN all get 0.
+
+    Args:
+        values: (K,), such as one mask size per class.
+
+    Returns:
+        float64 (K,), on the CPU.
+    """
+    values = values.detach().double().cpu()
+    known = values[~values.isnan()]
+    if len(known) < LEAST:
+        return torch.where(values.isnan(), values, 0.0)
+    gap = values - _median(known)
+    deviation = 1.4826 * _median((known - _median(known)).abs())
+    return torch.where(gap == 0, 0.0, gap / deviation)
+
+
+def _median(values: Tensor) -> Tensor:
+    ordered = values.sort().values
+    n = len(ordered)
+    return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2

@@ -1,0 +1,67 @@
+"""What a check is: a name, one line of what it holds, one line of how to mend it, and a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sleeperbench.testing.subject import Subject
+
+KINDS = ("attack", "defense", "evaluator")
+
+
+class Failed(AssertionError):
+    """A check failed; the message says what was seen."""
+
+
+class Skipped(Exception):
+    """A check has nothing to look at; the message says why."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A named check.
+
+    Args:
+        name: snake_case, unique among the checks of a kind.
+        kinds: Kinds of method that it is for.
+        what: One line: what holds of a method that passes.
+        remedy: One line: how to mend one that fails.
+        look: Returns a remark (or nothing); raises Failed or Skipped.
+        full: Run under `--full` alone.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    what: str
+    remedy: str
+    look: Callable[[Subject], str | None]
+    full: bool = False
+
+
+CHECKS: list[Check] = []
+"""All checks, in the order in which they run."""
+
+
+def check(
+    name: str, kinds: str, *, what: str, remedy: str, full: bool = False
+) -> Callable[[Callable[[Subject], str | None]], Callable[[Subject], str | None]]:
+    """Enter a function into `CHECKS`; `kinds` are words, separated by spaces."""
+
+    def enter(look: Callable[[Subject], str | None]) -> Callable[[Subject], str | None]:
+        CHECKS.append(Check(name, tuple(kinds.split()), what, remedy, look, full))
+        return look
+
+    return enter
+
+
+def hold(condition: object, seen: str) -> None:
+    """Go on if `condition` is true.
+
+    Raises:
+        Failed: it is not.
+    """
+    if not condition:
+        raise Failed(seen)

@@ -1,0 +1,278 @@
+"""A method under test: what it declares, and its runs on micro cases, each made once and shared by all checks."""
+
+from __future__ import annotations
+
+import functools
+import random
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch._dynamo
+
+from sleeperbench.contracts.attack import Attack, Backdoor, PoisonedSet
+from sleeperbench.contracts.context import Ctx, derive
+from sleeperbench.contracts.defense import Defense, UndeclaredAccess
+from sleeperbench.contracts.evaluator import Evaluator
+from sleeperbench.contracts.method import NotApplicable
+from sleeperbench.engine import artifacts
+from sleeperbench.engine.blueprint import SNAPSHOTS
+from sleeperbench.engine.registry import Registry
+from sleeperbench.errors import BadInput
+from sleeperbench.kit.classifier import traits
+from sleeperbench.testing import surroundings
+from sleeperbench.testing.base import KINDS, Failed, Skipped
+from sleeperbench.testing.differ import differ
+from sleeperbench.testing.planted import Planted
+from sleeperbench.testing.situations import evaluation_task, invented
+from sleeperbench.testing.stage import BASE, RATE, Stage, Variant, stage
+
+SEED = 7
+
+
+@dataclass(frozen=True)
+class Made:
+    """What an attack answered: `prepare`'s backdoor and `poison`'s set, with what they were given."""
+
+    backdoor: Backdoor
+    poisoned: PoisonedSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of a method.
+
+    Args:
+        answer: Made, Outcome or Findings; None if there is none.
+        declined: The reason of NotApplicable, or a trait that REQUIRES and the architecture lacks.
+        error: What was raised else, with file and line.
+        greedy: The message of UndeclaredAccess.
+        opened: Parts of the case that were opened.
+        touched: What is no longer as it was among the inputs.
+        moved: What is no longer as it was in the process.
+        seconds: Processor seconds.
+    """
+
+    answer: Any = None
+    declined: str = ""
+    error: str = ""
+    greedy: str = ""
+    opened: frozenset[str] = frozenset()
+    touched: str = ""
+    moved: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+class Subject:
+    """A method to check.
+
+    Args:
+        cls: Its class.
+        id: Shown in reports; default the class's name.
+        inner: For a wrapper: what it wraps; the stage makes an answer of its own without it.
+        others: Evaluators by id, for one that reads the findings of others; those of the registry need not be given.
+        full: Also what takes longer.
+    """
+
+    def __init__(
+        self,
+        cls: type,
+        *,
+        id: str = "",
+        inner: Subject | None = None,
+        others: Mapping[str, type] | None = None,
+        full: bool = False,
+    ) -> None:
+        bases = {"attack": Attack, "defense": Defense, "evaluator": Evaluator}
+        kinds = [k for k in KINDS if isinstance(cls, type) and issubclass(cls, bases[k])]
+        if not kinds:
+            raise BadInput(f"{cls!r} is no class derived from Attack, Defense or Evaluator of sleeperbench")
+        self.kind, self.cls, self.full = kinds[0], cls, full
+        self.id = id or cls.__name__
+        self.inner, self.others = inner, dict(others or {})
+        self._runs: dict[Any, Run] = {}
+
+    def __repr__(self) -> str:
+        return f"{self.kind}/{self.id}"
+
+    @property
+    def value(self) -> str:
+        """The entry-point value."""
+        return f"{self.cls.__module__}:{self.cls.__qualname__}"
+
+    @functools.cached_property
+    def info(self) -> Mapping[str, Any]:
+        """INFO, if it is a mapping."""
+        info = getattr(self.cls, "INFO", {})
+        return info if isinstance(info, Mapping) else {}
+
+    @functools.cached_property
+    def params(self) -> dict[str, Any]:
+        """INFO's parameters for micro runs; the evaluator's that a suite names are the stage's."""
+        micro = self.info.get("micro", {})
+        params = dict(micro) if isinstance(micro, Mapping) else {}
+        names = getattr(self.cls, "__dataclass_fields__", {})
+        if self.kind == "evaluator":
+            params |= {n: [f"staged_{n}"] for n in ("peers", "surrogates") if n in names}
+        return params
+
+    @property
+    def situation(self) -> str:
+        """The cell on which an evaluator is tried first."""
+        if self.kind != "evaluator":
+            return ""
+        return {"attack": "undefended", "zoo": "zoo"}.get(self.cls.NEEDS.scope, "repaired")  # type: ignore[attr-defined]
+
+    def method(self) -> Any:
+        """An instance with the micro parameters."""
+        return self.cls.from_params(self.params)  # type: ignore[attr-defined]
+
+    def other(self, id: str) -> Subject:
+        """Another evaluator whose findings this one reads."""
+        cls = self.others.get(id) or Registry.discover().load("evaluator", id)
+        return Subject(cls, id=id, others=self.others)
+
+    # ---- runs ------------------------------------------------------------------------------------------------------
+    def run(self, variant: Variant = BASE, turn: int = 0, situation: str = "") -> Run:
+        """The run on a micro case; runs that differ in `turn` alone shall give the same answer."""
+        key = variant, turn, situation or self.situation
+        if key not in self._runs:
+            perform: Callable[..., Run] = getattr(self, f"_{self.kind}")
+            self._runs[key] = perform(stage(variant), turn, situation or self.situation)
+        return self._runs[key]
+
+    def answer(self, variant: Variant = BASE, situation: str = "") -> Any:
+        """The answer of a run.
+
+        Raises:
+            Skipped: there is none, which check `runs` or `access` reports.
+        """
+        run = self.run(variant, 0, situation)
+        if run.answer is None:
+            raise Skipped(run.declined or "there is no answer: see `runs` and `access`")
+        return run.answer
+
+    def _attack(self, at: Stage, turn: int, situation: str) -> Run:
+        train, eligible = at.attackable
+        ctx = self.ctx(at)
+        given = replace(train, images=train.images.clone(), labels=train.labels.clone(), ids=train.ids.clone())
+        free, models = eligible.clone(), ctx.clean_models
+
+        def work() -> Made:
+            method = self.method()
+            for m in (method, ctx.inner) if ctx.inner else (method,):
+                _ask(m, at.variant)
+            b = method.prepare(given, ctx)
+            return Made(b, method.poison(given, b, free, RATE, ctx))
+
+        run = _observe(work, turn)
+        fresh = self.ctx(at).clean_models
+        touched = differ((given, free, models), (train, eligible, fresh), "train, eligible, ctx.clean_models")
+        return replace(run, touched=touched)
+
+    @property
+    def wrapped(self) -> type | None:
+        """For an attack that wraps another: the wrapped one's class, or the planted square's."""
+        if self.kind != "attack" or not self.info.get("wrapper"):
+            return None
+        return self.inner.cls if self.inner else Planted
+
+    @property
+    def snapshot(self) -> str:
+        """SNAPSHOT of an attack; of a wrapper and the wrapped one, that which says less."""
+        classes = [c for c in (self.cls, self.wrapped) if c]
+        return max((c.SNAPSHOT for c in classes), key=SNAPSHOTS.index)  # type: ignore[attr-defined]
+
+    def ctx(self, at: Stage) -> Ctx:
+        """A fresh context for an attack, with the clean models and the wrapped attack that it needs."""
+        inner = (self.inner.method() if self.inner else Planted()) if self.wrapped else None
+        return replace(at.ctx(SEED, int(self.cls.NEEDS.get("clean_models", 0))), inner=inner)  # type: ignore[attr-defined]
+
+    def _defense(self, at: Stage, turn: int, situation: str) -> Run:
+        lacks = sorted(self.cls.REQUIRES - traits(at.variant.spec))  # type: ignore[attr-defined]
+        if lacks:
+            return Run(declined=f"needs_{lacks[0]}")
+        staged = at.staged(self.task(at), self.value)
+        case = at.case(staged)
+
+        def work() -> Any:
+            method = self.method()
+            _ask(method, at.variant)
+            return method.run(case)
+
+        return _opened(_observe(work, turn), case, at.case(staged))
+
+    def task(self, at: Stage) -> Any:
+        """A defense's task, with the outcome of what it wraps."""
+        access = self.cls.ACCESS  # type: ignore[attr-defined]
+        inner = None
+        if access.inner:
+            inner = self.inner.answer(at.variant) if self.inner else invented(at)
+        return at.task(self.id, access, self.params, inner)
+
+    def _evaluator(self, at: Stage, turn: int, situation: str) -> Run:
+        task = evaluation_task(self, at, situation)
+        case = at.evaluation(task)
+
+        def work() -> Any:
+            method = self.method()
+            _ask(method, at.variant)
+            return method.measure(case)
+
+        return _opened(_observe(work, turn), case, at.evaluation(task))
+
+    def findings(self, at: Stage, situation: str) -> str:
+        """Key of an evaluator's findings on a staged cell, for those that read them."""
+        answer = self.run(at.variant, 0, situation).answer
+        if answer is None:
+            raise Skipped(f"{self} has no findings there, which its own checks report")
+        about = {"of": self.value, "in": situation}
+        return at.kept("findings", about, lambda folder: artifacts.write_findings(folder, answer))
+
+
+def _ask(method: Any, variant: Variant) -> None:
+    """Let a method refuse, as the planner does before anything runs."""
+    try:
+        method.check(variant.shape, variant.classes)
+    except ValueError as e:
+        raise NotApplicable(f"refused_beforehand: {e}") from e
+
+
+def _observe(work: Callable[[], Any], turn: int) -> Run:
+    """Run `work` and see what it leaves behind; the process is put back as it was."""
+    before = surroundings.look()
+    # Drawn from a global generator, an answer would differ between turns, as it does between workers.
+    seed = derive(turn, "global") % 2**32
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    entered, start = surroundings.look(), time.process_time()
+    found: dict[str, Any] = {}
+    try:
+        found["answer"] = work()
+    except NotApplicable as e:
+        found["declined"] = str(e) or "NotApplicable without a reason"
+    except UndeclaredAccess as e:
+        found["greedy"] = str(e)
+    except (Skipped, Failed):
+        raise
+    except (Exception, SystemExit) as e:
+        last = traceback.extract_tb(e.__traceback__)[-1]
+        found["error"] = f"{type(e).__name__}: {' '.join(str(e).split())[:300]} ({last.filename}, line {last.lineno})"
+    found["seconds"] = time.process_time() - start
+    found["moved"] = surroundings.moved(entered)
+    surroundings.put_back(before)
+    if not any(found.get(k) is not None for k in ("answer", "declined", "greedy", "error")):
+        found["error"] = "it returned None"
+    return Run(**found)
+
+
+def _opened(run: Run, case: Any, fresh: Any) -> Run:
+    """The run with what it opened of its case, and what of that is not as in a fresh case."""
+    opened = frozenset(n for n in vars(case) if not n.startswith("_"))
+    touched = next((d for n in sorted(opened - {"ctx"}) if (d := differ(getattr(case, n), getattr(fresh, n), n))), "")
+    return replace(run, opened=opened, touched=touched)

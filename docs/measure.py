@@ -1,0 +1,137 @@
+"""Runs a method's evidence on real data and writes it beside the published figures: `make measure METHOD=kind/id`.
+
+Suite `cpu` on CIFAR-10 (10,000 rows, small_resnet), BadNets and Blended at 5 %, seeds 0 and 1, the method's published
+steps. Writes docs/measured/<kind>-<id>.json and the section `## Measured` of docs/methods/<id>.md. What the store holds
+already is not computed again, so several methods share their attacked models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from record import provenance
+
+from sleeperbench.engine.rows import read_table
+
+DOCS = Path(__file__).resolve().parent
+ATTACKS = ("none", "badnets", "blended")
+SHARES = (
+    *("c_acc_attacked", "asr_attacked", "c_acc", "asr", "r_acc", "p_asr_ra", "p_asr_net", "det_flag", "label_tpr"),
+    *("label_fpr", "reasr", "reasr_clean", "mask_iou", "input_auroc", "input_tpr_fpr1", "input_tpr_fpr5"),
+    *("asr_oracle", "c_acc_oracle"),
+)
+"""Shown in %."""
+PLAIN = ("det_score", "apd", "apd_rel", "psnr", "ssim", "linf", "ra_k")
+HEAD = "## Measured"
+
+
+def command(kind: str, name: str, seeds: str) -> list[str]:
+    """The arguments of `sleeperbench` that measure a method."""
+    attacks = [*ATTACKS, *([name] if kind == "attack" and name not in ATTACKS else [])]
+    defenses = ["none", "clean_model"] if kind == "defense" else ["none"]
+    if kind == "defense" and name not in defenses:
+        defenses.append(name)
+    evaluators = ["accuracy", "stealth"] if kind == "attack" else []
+    if kind == "evaluator":
+        evaluators = sorted({"accuracy", name})
+    argv = ["run", "cpu", "--dataset", "cifar10", "--seeds", seeds, "--keep-unimplanted"]
+    for flag, values in (("--attack", attacks), ("--defense", defenses), ("--evaluator", evaluators)):
+        argv += [part for v in values for part in (flag, v)]
+    return argv
+
+
+def collect(run: Path, kind: str, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Provenance, and the rows of a run that speak of the method."""
+    rows = read_table(run / "measurements.parquet")
+    if kind == "evaluator":
+        rows = [r for r in rows if r["evaluator"] == name]
+    else:
+        rows = [
+            r for r in rows if r[kind] == name or (r["scope"] == "zoo" and kind == "defense" and r["defense"] == name)
+        ]
+    if not rows:
+        sys.exit(f"{run} has no rows of {kind} `{name}`")
+    return provenance(run, rows), rows
+
+
+def table(run: Path, rows: list[dict[str, Any]]) -> list[str]:
+    """One line per cell: the figures without qualifier, in the order above."""
+    lines: dict[str, dict[str, Any]] = {}
+    for r in rows:
+        line = lines.setdefault(r["cell"], {"flags": r["flag"], "reason": r["reason"] if r["status"] != "ok" else ""})
+        if not r["qualifier"] and r["value"] is not None:
+            line[r["metric"]] = r["value"]
+    for c in read_table(run / "cells.parquet"):
+        if c["cell"] in lines and c["defense"] != "none":
+            lines[c["cell"]] |= {k: c[k] for k in ("c_acc_attacked", "asr_attacked") if c[k] is not None}
+    shown = [m for m in (*SHARES, *PLAIN) if any(m in v for v in lines.values())]
+    known = {*SHARES, *PLAIN, "flags", "reason"}
+    shown += sorted({m for v in lines.values() for m in v} - known)
+    text = ["| cell | " + " | ".join(shown) + " | flags |", "|---" * (len(shown) + 2) + "|"]
+    for cell in sorted(lines):
+        values = [_shown(m, lines[cell].get(m)) for m in shown]
+        text.append(
+            f"| {cell.removeprefix('cifar10/small_resnet/')} | " + " | ".join(values) + f" | {lines[cell]['flags']} |"
+        )
+    return text
+
+
+def _shown(metric: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if metric in PLAIN else f"{100 * value:.1f}"
+
+
+def write(run: Path, kind: str, name: str, said: str) -> None:
+    """The JSON and the section of the method's page."""
+    about, rows = collect(run, kind, name)
+    kept = ("cell", "scope", "evaluator", "metric", "qualifier", "value", "count", "total", "status", "reason", "flag")
+    about = {"command": said} | about | {"measurements": [{k: r[k] for k in kept} for r in rows]}
+    file = f"{kind}-{name.replace(':', '-')}"
+    (DOCS / "measured" / f"{file}.json").write_text(json.dumps(about, indent=1) + "\n")
+    page = DOCS / "methods" / f"{name.replace(':', '-')}.md"
+    if not page.exists() and ":" in name:
+        page = DOCS / "methods" / f"{name.partition(':')[0]}.md"
+    before = page.read_text().partition(f"\n{HEAD}")[0].rstrip()
+    notes = [
+        f"The copy of {n} differs from its release: {d['note']}." for n, d in about["datasets"].items() if d["note"]
+    ]
+    v = about["versions"]
+    text = [
+        *(before, "", HEAD, "", f"`{said}` (suite `cpu`: 10,000 rows, {about['recipe']['epochs']} epochs,"),
+        *(f"rate 5 %), torch {v['torch']}, {v['machine']} {v['cpu']}. Shares in %. {' '.join(notes)}".strip(), ""),
+        *table(run, rows),
+        *("", f"All rows: [{file}.json](../measured/{file}.json)."),
+    ]
+    page.write_text("\n".join(text) + "\n")
+    print(f"wrote {page.relative_to(DOCS.parent)} and docs/measured/{file}.json")
+
+
+def main() -> int:
+    """Run, unless a run folder is given, and write."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("method", help="kind/id, such as defense/anp or defense/unlearn:neural_cleanse")
+    p.add_argument("--seeds", default="0,1", help="default 0,1")
+    p.add_argument("--out", type=Path, default=Path("runs/measure"), help="folder of run folders and their store")
+    p.add_argument("--run", type=Path, help="take the figures of this run folder and compute nothing")
+    args = p.parse_args()
+    kind, _, name = args.method.partition("/")
+    if kind not in ("attack", "defense", "evaluator") or not name:
+        p.error(f"{args.method}: write attack/ID, defense/ID or evaluator/ID")
+    argv = command(kind, name, args.seeds)
+    run = args.run or args.out / f"{kind}-{name.replace(':', '-')}"
+    if args.run is None:
+        code = subprocess.run([sys.executable, "-m", "sleeperbench", *argv, "--no-site", "--out", str(run)]).returncode
+        if code not in (0, 1):
+            return code
+    write(run, kind, name, "sleeperbench " + " ".join(argv))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

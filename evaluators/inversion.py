@@ -1,0 +1,241 @@
+"""Recovered triggers: whether they work on the attacked model, and how near they come to the true ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from sleeperbench import EvalCase, Evaluator, Findings, ImageSet, Inverted, Measurement, Metric, Needs
+from sleeperbench.contracts import Ctx, NotApplicable, Rendered
+from sleeperbench.evaluators.accuracy import answers, share
+from sleeperbench.kit.masks import appliable
+from sleeperbench.kit.recovered import difference, picture, some, stamped, victims
+
+_PAIRS = 100
+_DISTANCES = ("apd", "apd_rel", "apd_raw", "mask_iou")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inversion(Evaluator):
+    """What the triggers that a defense claims to have recovered are worth.
+
+    All images are held-out test images; those with a recovered trigger are rounded to 8 bit. Success is measured on
+    the undefended model over the images whose label is not the claimed one (of a source-specific claim: its source
+    class). Distance is measured on up to 100 pairs per true target, spread evenly over the triggered test images.
+
+    Headlines are means over the true targets; a true target without a claim counts as an empty trigger: success 0, the
+    distance of doing nothing. Claims of other labels stand beside them as `label=...` alone. Without a true trigger
+    (attack `none`) success is the mean over claimed labels, which are natural backdoors. Of several claims for one
+    label the one with the most success on the probe rows counts, never the nearest one.
+
+    An inverter that claims nothing says so by `chosen["claimed"]`; a defense without that and without recovered
+    triggers has none of these figures (`no_inversion`).
+    """
+
+    INFO = {
+        "title": "Recovered triggers",
+        "paper": "https://arxiv.org/abs/2508.04094",
+        "bibtex": "@article{sun2025isolate, title={Isolate Trigger: Detecting and Eliminating Adaptive Backdoor "
+        "Attacks}, author={Sun, Chengrui and Zhang, Hua and Gao, Haoran and Wang, Shang and Tian, Zian and Zhao, "
+        "Jianjin and Li, Qi and Zhu, Hongliang and Shen, Zongliang and Fu, Anmin}, "
+        "journal={arXiv preprint arXiv:2508.04094}, year={2025}}",
+        "kind": "inversion",
+        "version": 1,
+        "api": 1,
+        "micro": {},
+    }
+    NEEDS = Needs(outcome=("inverted",), undefended=True, clean_models=3, trigger="live")
+    METRICS = (
+        Metric(
+            name="reasr",
+            unit="fraction",
+            low=0.0,
+            high=1.0,
+            better="up",
+            doc="Test images with the recovered trigger that get its label from the attacked model",
+        ),
+        Metric(
+            name="reasr_any",
+            unit="fraction",
+            low=0.0,
+            high=1.0,
+            better="none",
+            doc="Test images whose predicted label the recovered trigger changes",
+        ),
+        Metric(
+            name="reasr_clean",
+            unit="fraction",
+            low=0.0,
+            high=1.0,
+            better="none",
+            doc="reasr of the same recovered triggers on independent clean models, mean over models",
+        ),
+        Metric(
+            name="apd",
+            unit="",
+            low=0.0,
+            high=1.0,
+            better="down",
+            doc="Mean absolute pixel difference between images with recovered and with true trigger",
+        ),
+        Metric(
+            name="apd_rel",
+            unit="",
+            low=0.0,
+            high=1000.0,
+            better="down",
+            doc="apd relative to that of an empty trigger; below 1 is better than nothing",
+        ),
+        Metric(
+            name="apd_raw",
+            unit="",
+            low=0.0,
+            high=1.0,
+            better="down",
+            doc="Mean absolute difference of mask times pattern",
+        ),
+        Metric(
+            name="mask_iou",
+            unit="fraction",
+            low=0.0,
+            high=1.0,
+            better="up",
+            doc="Intersection over union of the recovered mask above 0.5 and the true trigger's pixels",
+        ),
+    )
+
+    def measure(self, case: EvalCase) -> Findings:
+        """All rows, and a picture of true against recovered triggers."""
+        outcome = case.outcome
+        if not outcome.inverted and "claimed" not in outcome.chosen:
+            return self._nothing("no_inversion")
+        if not all(appliable(claim) for claim in outcome.inverted):
+            return self._nothing("needs_stamp: a recovered trigger has neither mask nor delta")
+        claims = _one_per_label(outcome.inverted, case)
+        true = [] if case.bd_test is None else sorted(int(t) for t in case.bd_test.targets.unique())
+        rows = [row for claim in claims.values() for row in _success(claim, case)]
+        lost = [t for t in true if t not in claims]
+        rows += [_at(m, t, 0.0) for t in lost for m in ("reasr", "reasr_any")]
+        wanted = true or list(claims)
+        rows += [_mean(m, rows, wanted) for m in ("reasr", "reasr_any", "reasr_clean")]
+        if case.bd_test is None:
+            rows += [Measurement(metric=m, value=None, reason="no_trigger") for m in _DISTANCES]
+        else:
+            for label in true:
+                rows += _distances(claims.get(label), label, case.bd_test, _static(case, label))
+            apd, empty = _mean("apd", rows, true), _mean("apd", rows, true, ";trigger=none")
+            # Of the means, so that a faint trigger among several does not decide it.
+            rows += [apd, empty, _relative(apd.value, empty.value)]
+            rows += [_mean(m, rows, true) for m in ("apd_raw", "mask_iou")]
+        found = tuple(replace(row, stage="attacked") for row in rows)
+        if not claims:
+            return Findings(rows=found)
+        sheet, factor = picture(case, claims, true)
+        return Findings(rows=found, pictures={"recovered": sheet}, curves={"recovered": {"residual_factor": factor}})
+
+    def _nothing(self, reason: str) -> Findings:
+        rows = (Measurement(metric=m.name, value=None, reason=reason, stage="attacked") for m in self.METRICS)
+        return Findings(rows=tuple(rows))
+
+
+def _one_per_label(inverted: Sequence[Inverted], case: EvalCase) -> dict[int, Inverted]:
+    """The claims by label; of several for one label the one that works best on the probe rows."""
+    claims: dict[int, Inverted] = {}
+    for label in sorted({claim.target for claim in inverted}):
+        same = [claim for claim in inverted if claim.target == label]
+        if len(same) > 1:
+            hits = [_hit(case.attacked, claim, case.probe, case.ctx).double().mean() for claim in same]
+            same = [same[int(torch.stack(hits).argmax())]]
+        claims[label] = same[0]
+    return claims
+
+
+def _success(claim: Inverted, case: EvalCase) -> list[Measurement]:
+    """Rows of one claim: on the attacked model, and on clean ones."""
+    at = f"label={claim.target}"
+    data = victims(claim, case.test)
+    before = answers(case.attacked, data.images, case.ctx)
+    after = answers(case.attacked, stamped(claim, data.images), case.ctx)
+    # Replica 0 of attack `none` is the attacked model itself where there is no attack.
+    nets = case.clean_models if case.bd_test is not None else case.clean_models[1:]
+    clean = [float(_hit(net, claim, case.test, case.ctx).double().mean()) for net in nets]
+    return [
+        share("reasr", after == claim.target, at),
+        share("reasr_any", after != before, at),
+        _at("reasr_clean", claim.target, sum(clean) / len(clean)),
+    ]
+
+
+def _hit(net: nn.Module, claim: Inverted, data: ImageSet, ctx: Ctx) -> Tensor:
+    """Whether the recovered trigger sends each of its victims among `data` to the claimed label, bool (n,)."""
+    return answers(net, stamped(claim, victims(claim, data).images), ctx) == claim.target
+
+
+def _distances(
+    claim: Inverted | None, label: int, bd_test: Rendered, static: Sequence[tuple[Tensor, Tensor]]
+) -> list[Measurement]:
+    """Rows of one true target: how far the claim, or nothing, lies from its triggers."""
+    rows = some(bd_test.targets == label, _PAIRS)
+    clean, triggered = bd_test.clean.images[rows], bd_test.data.images[rows]
+    apd = difference(clean if claim is None else stamped(claim, clean), triggered)
+    empty = difference(clean, triggered)
+    found = [
+        _at("apd", label, apd),
+        _at("apd", label, empty, also=";trigger=none"),
+        _relative(apd, empty, f"label={label}"),
+    ]
+    if not static or (claim is not None and claim.mask is None):
+        reason = "no_mask" if static else "no_static_trigger"
+        return [*found, *(_at(m, label, None, reason) for m in ("apd_raw", "mask_iou"))]
+    raw, overlap = zip(*(_shapes(claim, mask, pattern) for mask, pattern in static), strict=True)
+    return [*found, _at("apd_raw", label, sum(raw) / len(raw)), _at("mask_iou", label, sum(overlap) / len(overlap))]
+
+
+def _shapes(claim: Inverted | None, mask: Tensor, pattern: Tensor) -> tuple[float, float]:
+    """`apd_raw` and `mask_iou` of a claim with a mask, or of nothing, against a true mask and pattern."""
+    own, paint = torch.zeros_like(mask), pattern
+    if claim is not None and claim.mask is not None and claim.pattern is not None:
+        own, paint = claim.mask, claim.pattern
+    there, found = mask > 0, own > 0.5
+    union = int((there | found).sum())
+    return float((own * paint - mask * pattern).abs().mean()), int((there & found).sum()) / max(1, union)
+
+
+def _static(case: EvalCase, label: int) -> list[tuple[Tensor, Tensor]]:
+    """(mask, pattern) of the triggers that ask for `label`; empty if one of them has none."""
+    assert case.bd_test is not None
+    ids = case.bd_test.trigger_id[case.bd_test.targets == label].unique().tolist()
+    try:
+        shapes = [case.oracle.triggers[i].static() for i in ids]
+    except NotApplicable:  # an imported record holds pictures of its trigger alone
+        return []
+    return [] if None in shapes else [(s[0].cpu(), s[1].cpu()) for s in shapes if s is not None]
+
+
+def _at(metric: str, label: int, value: float | None, reason: str = "", also: str = "") -> Measurement:
+    return Measurement(metric=metric, value=value, qualifier=f"label={label}{also}", reason=reason)
+
+
+def _mean(metric: str, rows: Sequence[Measurement], labels: Sequence[int], also: str = "") -> Measurement:
+    """The headline: mean of the rows of `labels`; that of one label keeps its counts."""
+    name = also.lstrip(";")
+    mine = [r for r in rows if r.metric == metric and r.qualifier in {f"label={t}{also}" for t in labels}]
+    if not mine:
+        return Measurement(metric=metric, value=None, qualifier=name, reason="no_claim")
+    if len(mine) == 1:
+        return replace(mine[0], qualifier=name)
+    values = [r.value for r in mine if r.value is not None]
+    if len(values) < len(mine):
+        reason = next(r.reason for r in mine if r.value is None)
+        return Measurement(metric=metric, value=None, qualifier=name, reason=reason)
+    return Measurement(metric=metric, value=sum(values) / len(values), qualifier=name)
+
+
+def _relative(apd: float | None, empty: float | None, qualifier: str = "") -> Measurement:
+    """`apd_rel`; nothing where the true trigger changes no pixel."""
+    if apd is None or not empty:
+        return Measurement(metric="apd_rel", value=None, qualifier=qualifier, reason="unchanged")
+    return Measurement(metric="apd_rel", value=apd / empty, qualifier=qualifier)

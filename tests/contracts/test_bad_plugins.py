@@ -1,0 +1,175 @@
+"""Every check has a plugin that fails it and nothing else, and says how to mend it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import bad_plugins as bad
+import plugins
+import pytest
+
+from sleeperbench.cli import main
+from sleeperbench.testing import CheckFailed, Subject, check_attack, check_defense, check_evaluator, general
+from sleeperbench.testing.base import CHECKS
+from sleeperbench.testing.report import perform, results
+
+GENTLE = '''from dataclasses import dataclass
+from sleeperbench import Access, Defense, Outcome
+from sleeperbench.kit import tune
+@dataclass(frozen=True, kw_only=True)
+class Gentle(Defense):
+    """Fine-tune with a small step."""
+    INFO = {"title": "Gentle", "version": 1, "api": 1, "kind": "repair", "paper": "", "bibtex": "", "micro": {"epochs": 1}}
+    ACCESS = Access(clean=0.05)
+    epochs: int = 5
+    lr: float = 0.001
+    def run(self, case):
+        return Outcome(model=tune(case.net, case.tune, epochs=self.epochs, lr=self.lr, ctx=case.ctx))
+'''  # noqa: E501
+BAD = [
+    ("metadata", bad.Unpublished, "bibtex"),
+    ("parameters", bad.TakesAnything, "parameter that does not exist"),
+    ("runs", bad.Raises, "ZeroDivisionError"),
+    ("runs", bad.Declines, "too_few_rows"),
+    ("outputs", bad.RepairsNothing, "needs a model"),
+    ("outputs", bad.KeepsTooFew, "wrong_shape: keep is (7,)"),
+    ("outputs", bad.Silent, "INFO['scores']"),
+    ("outputs", bad.ShortMarks, "PoisonedSet.mark"),
+    ("outputs", bad.Reasonless, "neither of a value and a reason"),
+    ("deterministic", bad.Unseeded, "body.head.bias differs"),
+    ("inputs_untouched", bad.InPlace, "net.tensors.body.head.weight differs"),
+    ("inputs_untouched", bad.SwitchesMode, "net.mode"),
+    ("process_untouched", bad.Seeds, "numpy's global generator"),
+    ("process_untouched", bad.StopsGradients, "the grad mode"),
+    ("access", bad.Greedy, "train is not declared"),
+    ("access", bad.Idle, "declares references"),
+    ("access", bad.Nosy, "attacked is not declared"),
+    ("architectures", bad.NeedsNorm, "on micro_nobn"),
+    ("shapes", bad.Rgb, "no snake_case word"),
+    ("save_load", bad.KeysOfNumbers, "chosen.accuracy has '1' only once"),
+    ("score_rows", bad.Transductive, "in batches of 7"),
+    ("stamp_images", bad.TooBright, "pixels from"),
+    ("trigger_pixels", bad.OutOfRange, "run from 0.5 to 1.5"),
+    ("trigger_pixels", bad.Invisible, "after rounding 0 of 80 images differ"),
+    ("trigger_rows", bad.MixesRows, "in batches of 7"),
+    ("trigger_rows", bad.DrawsPerBatch, "in reverse order"),
+    ("trigger_static", bad.WrongStatic, "off `apply` at test"),
+    ("trigger_range", bad.WideRange, "image plus low"),
+    ("target_map", bad.CountsAll, "already the wanted one"),
+    ("poisoned_ids", bad.MovesRows, "not the training rows in order"),
+    ("poisoned_rows", bad.TakesPool, "not eligible"),
+    ("poisoned_labels", bad.Mislabels, "mislabelled"),
+    ("poisoned_pixels", bad.OtherPixels, "not its stamp"),
+    ("poison_rate", bad.Doubles, "are marked DIRTY"),
+    ("snapshot", bad.Undeclared, "the hooks poison batches"),
+    ("snapshot", bad.BrightBatches, "batch returns images"),
+    ("restore", bad.Forgets, "after reading"),
+    ("decoy", bad.SameDecoy, "is that trigger"),
+    ("metrics", bad.Forgetful, "no row for c_loss"),
+    ("bounds", bad.Percent, "outside 0..1"),
+    ("qualifiers", bad.Disordered, "not in order"),
+    ("no_trigger", bad.WantsTrigger, "TypeError"),
+    ("nan_model", bad.Gullible, "perfect in asr"),
+    ("nan_model", bad.Comparing, "perfect in unsure"),
+    ("save_load", bad.KeysOfCurves, "curves.c_acc has '1' only once"),
+]
+CHECK = {"attack": check_attack, "defense": check_defense, "evaluator": check_evaluator}
+
+
+@pytest.mark.parametrize(("name", "cls", "seen"), BAD, ids=[f"{n}-{c.__name__}" for n, c, _ in BAD])
+def test_a_broken_promise_fails_its_own_check_alone(name: str, cls: type, seen: str) -> None:
+    subject = Subject(cls)
+    with pytest.raises(CheckFailed) as caught:
+        CHECK[subject.kind](subject)
+    heading, found, mend = str(caught.value).split("\n")
+    assert heading.startswith(f"{subject} fails 1 of")
+    assert found.startswith(f"{name}: ")
+    assert seen in found
+    assert mend.startswith("    mend: ")
+    assert len(mend) > 40
+
+
+def test_a_slow_micro_run_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(general, "SECONDS", 0.02)
+    failed = [r for r in results(Subject(bad.Slow)) if r.status == "failed"]
+    assert [r.check.name for r in failed] == ["micro"]
+    assert "0.2 processor seconds" in failed[0].message
+
+
+def test_the_child_process_refuses_what_is_closed_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    (check,) = [c for c in CHECKS if c.name == "child"]
+    refused = perform(Subject(bad.Peeks), check)
+    assert refused.status == "failed"
+    assert "a defense may not import sleeperbench.engine.store" in refused.message
+    assert perform(Subject(bad.Halved), check).status == "ok"
+
+
+GOOD = [bad.Halved, bad.Scored, bad.Stamping, bad.Tinted, bad.PerImage, bad.Right]
+
+
+@pytest.mark.parametrize("cls", GOOD, ids=lambda c: c.__name__)
+def test_what_the_bad_ones_are_made_from_is_good(cls: type) -> None:
+    assert [(r.check.name, r.message) for r in results(Subject(cls)) if r.status == "failed"] == []
+
+
+def test_every_check_is_failed_by_a_bad_plugin() -> None:
+    assert {c.name for c in CHECKS} == {name for name, _, _ in BAD} | {"micro", "child"}
+
+
+@pytest.fixture
+def outsiders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = (Path(__file__).parent / "bad_plugins.py").read_text()
+    raising = GENTLE.replace("Gentle", "Raising") + "raise RuntimeError('not today')\n"
+    modules = {"gentle.py": GENTLE, "outsiders_bad.py": source, "raising.py": raising}
+    points = {"gentle": "gentle:Gentle", "forgetful": "outsiders_bad:KeysOfNumbers", "raising": "raising:Raising"}
+    folder = plugins.install(tmp_path, "outsiders", "1.0", modules, {"sleeperbench.defenses": points})
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+@pytest.mark.usefixtures("outsiders")
+def test_the_smallest_defense_of_an_outsider_passes(capsys: pytest.CaptureFixture) -> None:
+    assert main(["-q", "check", "outsiders/gentle", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {r["status"] for r in rows} == {"ok", "skipped"}
+    assert all({"check", "status", "seconds", "message"} <= set(r) for r in rows)
+    assert {r["check"] for r in rows} == {c.name for c in CHECKS if "defense" in c.kinds and not c.full}
+
+
+@pytest.mark.usefixtures("outsiders")
+def test_the_command_says_what_failed_and_how_to_mend_it(capsys: pytest.CaptureFixture) -> None:
+    assert main(["check", "outsiders/forgetful"]) == 4
+    out, err = capsys.readouterr()
+    assert "  FAIL  save_load" in out
+    assert "  ok    deterministic" in out
+    assert out.rstrip().split("\n")[-2].startswith("save_load: after writing and reading")
+    assert out.rstrip().split("\n")[-1].startswith("    mend: ")
+    assert err.rstrip().endswith("checks failed")
+
+
+@pytest.mark.usefixtures("outsiders")
+def test_unknown_and_broken_ids(capsys: pytest.CaptureFixture) -> None:
+    assert main(["check", "outsiders/gentel"]) == 2
+    assert "did you mean `outsiders/gentle`" in capsys.readouterr().err
+    assert main(["check", "outsiders/raising"]) == 3
+    assert "not today" in capsys.readouterr().err
+    assert main(["check", "outsiders/gentle:outsiders/gentle"]) == 2
+    assert "is no wrapper" in capsys.readouterr().err
+
+
+def test_an_id_of_several_kinds_is_checked_in_each(capsys: pytest.CaptureFixture) -> None:
+    from sleeperbench.testing.report import subjects
+
+    assert [str(s) for s in subjects("none")] == ["attack/none", "defense/none"]
+    assert [str(s) for s in subjects("defense:none")] == ["defense/none"]
+    with pytest.raises(Exception, match="no evaluator `none`"):
+        subjects("evaluator:none")
+
+
+def test_a_class_of_another_kind_is_refused() -> None:
+    with pytest.raises(Exception, match="use check_attack"):
+        check_defense(bad.Tinted)
+    with pytest.raises(Exception, match="no class derived from"):
+        check_defense(dict)

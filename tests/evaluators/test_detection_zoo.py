@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sleeperbench import Findings, Measurement, Outcome, Verdict
+from sleeperbench.evaluators.detection_zoo import DetectionZoo, bounds
+
+
+def cell(attack: str, score: float | None, threshold: float = 2.0) -> dict[str, Any]:
+    verdict = None if score is None else Verdict(score=score, threshold=threshold)
+    return {
+        "cell": f"d/a/{attack}@0/x/s0",
+        "attack": attack,
+        "seed": 0,
+        "backdoored": attack != "none",
+        "outcome": Outcome(verdict=verdict),
+    }
+
+
+def measure(*cells: dict[str, Any]) -> tuple[dict[tuple[str, str], Measurement], Findings]:
+    findings = DetectionZoo().measure(SimpleNamespace(cells=cells))
+    found = {(m.metric, m.qualifier): m for m in findings.rows}
+    assert len(found) == len(findings.rows)
+    return found, findings
+
+
+ZOO = (
+    *(cell("none", s) for s in (0.0, 1.0, 1.5, 4.0)),
+    *(cell("badnets", s) for s in (3.0, 5.0)),
+    *(cell("wanet", s) for s in (1.5, 0.5, 2.0)),
+)
+
+
+def test_pooled_figures() -> None:
+    found, _ = measure(*ZOO)
+    # Flagged: one of four clean models; both of badnets, none of wanet (2.0 is not above the threshold).
+    shares = {m: (found[m, ""].count, found[m, ""].total) for m in ("det_acc", "det_tpr", "det_fpr")}
+    assert shares == {"det_acc": (5, 9), "det_tpr": (2, 5), "det_fpr": (1, 4)}
+    assert found["det_bacc", ""].value == pytest.approx((2 / 5 + 3 / 4) / 2)
+    # Of 20 pairs: 3.0 beats 3, 5.0 beats 4, 1.5 beats 2 and ties 1, 0.5 beats 1, 2.0 beats 3.
+    assert found["det_auroc", ""].value == pytest.approx((3 + 4 + 2.5 + 1 + 3) / 20)
+    assert found["det_auroc", ""].count is None
+
+
+def test_each_attack_stands_against_all_clean_models() -> None:
+    found, findings = measure(*ZOO)
+    assert (found["det_tpr", "attack=badnets"].value, found["det_tpr", "attack=wanet"].value) == (1, 0)
+    assert (found["det_acc", "attack=wanet"].count, found["det_acc", "attack=wanet"].total) == (3, 7)
+    assert found["det_bacc", "attack=badnets"].value == pytest.approx((1 + 3 / 4) / 2)
+    assert found["det_auroc", "attack=badnets"].value == pytest.approx(7 / 8)
+    assert found["det_auroc", "attack=wanet"].value == pytest.approx(6.5 / 12)
+    assert found["det_auroc", "stat=macro"].value == pytest.approx((7 / 8 + 6.5 / 12) / 2)
+    assert found["det_tpr", "stat=macro"].value == 0.5
+    assert ("det_fpr", "attack=wanet") not in found
+    assert [s["label"] for s in findings.curves["roc"]["series"]] == ["all attacks", "badnets", "wanet"]
+    assert findings.curves["roc"]["title"] == "Models: 5 backdoored against 4 clean"
+
+
+def test_the_threshold_is_each_verdict_s_own() -> None:
+    found, _ = measure(cell("none", 3.0, threshold=5.0), cell("badnets", 1.0, threshold=0.5))
+    assert (found["det_tpr", ""].value, found["det_fpr", ""].value, found["det_auroc", ""].value) == (1, 0, 0)
+
+
+def test_cells_without_a_verdict_are_left_out() -> None:
+    found, _ = measure(*ZOO, cell("badnets", None), cell("none", None))
+    assert (found["det_acc", ""].count, found["det_acc", ""].total) == (5, 9)
+
+
+@pytest.mark.parametrize(
+    ("cells", "reason"),
+    [
+        ([], "no_verdict"),
+        ([cell("badnets", None), cell("none", None)], "no_verdict"),
+        ([cell("badnets", 3.0), cell("none", None)], "one_class: no verdict on a clean model"),
+        ([cell("none", 3.0), cell("none", 1.0)], "one_class: no verdict on a backdoored model"),
+    ],
+)
+def test_reasons(cells: list[dict[str, Any]], reason: str) -> None:
+    found, findings = measure(*cells)
+    assert set(found) == {(m.name, "") for m in DetectionZoo.METRICS}
+    assert {(m.value, m.reason) for m in findings.rows} == {(None, reason)}
+    assert not findings.curves
+
+
+def test_outcomes_are_read_one_at_a_time_and_once() -> None:
+    class Cells:
+        def __init__(self) -> None:
+            self.read: list[int] = []
+
+        def __getitem__(self, i: int) -> dict[str, Any]:
+            if i >= len(ZOO):
+                raise IndexError(i)
+            self.read.append(i)
+            return ZOO[i]
+
+    cells = Cells()
+    DetectionZoo().measure(SimpleNamespace(cells=cells))
+    assert cells.read == list(range(len(ZOO)))
+
+
+@pytest.mark.parametrize(("value", "m", "n"), [(0.675, 5, 4), (0.5, 10, 10), (0.9, 50, 25), (0.97, 3, 3)])
+def test_bounds_are_where_the_score_test_just_accepts(value: float, m: int, n: int) -> None:
+    def variance(t: float) -> float:  # Hanley and McNeil 1982, with both sizes (m + n) / 2 outside the product
+        size = (m + n) / 2
+        q1, q2 = t / (2 - t), 2 * t * t / (1 + t)
+        return (t * (1 - t) + (size - 1) * (q1 - t * t) + (size - 1) * (q2 - t * t)) / (m * n)
+
+    low, high = bounds(value, m, n)
+    assert 0 < low < value < high < 1
+    for end in (low, high):
+        assert abs(value - end) == pytest.approx(1.959964 * math.sqrt(variance(end)), rel=1e-5)
+
+
+def test_few_models_separated_without_a_mistake_prove_little() -> None:
+    assert bounds(1.0, 3, 3) == (pytest.approx(0.501, abs=1e-3), 1.0)
+    assert bounds(1.0, 50, 50)[0] > 0.94
+    assert bounds(0.0, 10, 10) == (0.0, pytest.approx(1 - bounds(1.0, 10, 10)[0]))
+    found, _ = measure(cell("none", 0.0), cell("badnets", 3.0))
+    low, value, high = (found["det_auroc", q].value for q in ("stat=lower", "", "stat=upper"))
+    assert low < 0.5 < value == high == 1

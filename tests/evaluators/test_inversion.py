@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import samples
+import torch
+from torch import Tensor, nn
+
+from sleeperbench import Findings, Inverted, Outcome, Role
+from sleeperbench.contracts import NotApplicable
+from sleeperbench.evaluators.accuracy import answers, headline
+from sleeperbench.evaluators.inversion import Inversion
+from sleeperbench.evaluators.ra import measure_asr
+
+
+def digits_case(*inverted: Inverted, **parts: Any) -> Any:
+    given = {
+        "outcome": Outcome(inverted=inverted, chosen={"claimed": [i.target for i in inverted]}),
+        "attacked": samples.badnets_net(),
+        "test": samples.digits()["test"],
+        "probe": samples.digits()["probe"],
+        "bd_test": samples.badnets_rendered("test", Role.TEST),
+        "oracle": samples.badnets(),
+        "clean_models": (samples.clean_net(), samples.badnets_net()),
+        "ctx": samples.ctx(),
+    }
+    return SimpleNamespace(**given | parts)
+
+
+def true_claim() -> Inverted:
+    patch = samples.badnets().triggers[0]
+    return Inverted(target=0, mask=patch.mask, pattern=patch.pattern)
+
+
+def rows(findings: Findings) -> dict[tuple[str, str], Any]:
+    found = {(r.metric, r.qualifier): r for r in findings.rows}
+    assert len(found) == len(findings.rows)
+    return found
+
+
+def test_the_true_trigger_reaches_asr_at_no_distance() -> None:
+    case = digits_case(true_claim())
+    found = rows(Inversion().measure(case))
+    asr = measure_asr(case.attacked, case.bd_test, case.ctx)
+    assert asr.value > 0.9
+    assert (found["reasr", ""].count, found["reasr", ""].total) == (asr.count, asr.total)
+    assert found["reasr", "label=0"].value == found["reasr", ""].value == asr.value
+    on_clean = measure_asr(case.clean_models[0], case.bd_test, case.ctx).value
+    assert found["reasr_clean", ""].value == pytest.approx((on_clean + asr.value) / 2)
+    assert on_clean < 0.1
+    plain = answers(case.attacked, case.bd_test.clean.images, case.ctx)
+    with_it = answers(case.attacked, case.bd_test.data.images, case.ctx)
+    assert found["reasr_any", ""].count == int((plain != with_it).sum())
+    assert [found[m, ""].value for m in ("apd", "apd_rel", "apd_raw", "mask_iou")] == [0, 0, 0, 1]
+    assert found["apd", "trigger=none"].value > 0
+    assert {r.stage for r in found.values()} == {"attacked"}
+
+
+def test_an_empty_trigger_has_the_true_ones_energy() -> None:
+    shape = (1, 16, 16)
+    patch = samples.badnets().triggers[0]
+    nothing = Inverted(target=0, mask=torch.zeros(shape), pattern=torch.ones(shape))
+    case = digits_case(nothing)
+    found = rows(Inversion().measure(case))
+    every = torch.linspace(0, len(case.bd_test) - 1, 100).round().long()
+    gap = case.bd_test.data.images[every].double() - case.bd_test.clean.images[every].double()
+    energy = float(gap.abs().mean()) / 255
+    assert found["apd", ""].value == found["apd", "trigger=none"].value == pytest.approx(energy)
+    assert found["apd_rel", ""].value == 1
+    assert found["apd_raw", ""].value == pytest.approx(float(patch.pattern.sum()) / 256)
+    assert found["mask_iou", ""].value == 0
+    assert found["reasr_any", ""].value == 0
+    off = answers(case.attacked, case.bd_test.clean.images, case.ctx) == 0
+    assert found["reasr", ""].count == int(off.sum())
+    # Less than half a grey level is no change of a stored image; an addition has no mask to compare.
+    faint = rows(Inversion().measure(digits_case(Inverted(target=0, delta=torch.full(shape, 0.4 / 255)))))
+    assert faint["apd_rel", ""].value == 1
+    assert faint["reasr_any", ""].value == 0
+    assert {faint[m, ""].reason for m in ("apd_raw", "mask_iou")} == {"no_mask"}
+
+
+def test_no_claim_under_attack_is_the_worst_answer() -> None:
+    case = digits_case()
+    found = rows(Inversion().measure(case))
+    assert [found[m, ""].value for m in ("reasr", "reasr_any", "apd_rel", "mask_iou")] == [0, 0, 1, 0]
+    assert (found["reasr_clean", ""].value, found["reasr_clean", ""].reason) == (None, "no_claim")
+    assert found["apd", ""].value == found["apd", "trigger=none"].value
+    assert not Inversion().measure(case).pictures
+
+
+def test_a_defense_that_recovers_no_triggers_is_left_alone() -> None:
+    findings = Inversion().measure(SimpleNamespace(outcome=Outcome(chosen={"triggers": []})))
+    assert {(r.metric, r.value, r.reason) for r in findings.rows} == {
+        (m.name, None, "no_inversion") for m in Inversion.METRICS
+    }
+    coded = Inversion().measure(SimpleNamespace(outcome=Outcome(inverted=(Inverted(target=0, uses_apply=True),))))
+    assert {r.reason.split(":")[0] for r in coded.rows} == {"needs_stamp"}
+
+
+def paints(label: int, value: int | None = None, source: int | None = None) -> Inverted:
+    """A claim for `label` that makes `ReadsPixel` answer `value`."""
+    mask, pattern = torch.zeros(1, 16, 16), torch.zeros(1, 16, 16)
+    mask[:, 0, 0] = 1
+    pattern[:, 0, 0] = (label if value is None else value) / 255
+    return Inverted(target=label, source=source, mask=mask, pattern=pattern)
+
+
+class Shapes:
+    def __init__(self, claim: Inverted) -> None:
+        self.claim = claim
+
+    def static(self) -> tuple[Tensor, Tensor]:
+        assert self.claim.mask is not None and self.claim.pattern is not None
+        return self.claim.mask, self.claim.pattern
+
+
+def reading_case(*inverted: Inverted, **parts: Any) -> Any:
+    """Two triggers, to labels 5 and 9, on images whose first pixel says what the net answers."""
+    data = samples.answering([1, 2, 3, 3, 5, 9], [1, 2, 3, 4, 5, 9])
+    bd = samples.rendered([5, 5, 9, 9], [1, 2, 3, 4], [5, 5, 9, 9], [0, 0, 1, 1])
+    given = {
+        "attacked": samples.ReadsPixel(),
+        "test": data,
+        "probe": data,
+        "bd_test": bd,
+        "oracle": SimpleNamespace(triggers=(Shapes(paints(5)), Shapes(paints(9)))),
+        "clean_models": (samples.ReadsPixel(), Always(5), Always(0)),
+    }
+    return digits_case(*inverted, **given | parts)
+
+
+class Always(nn.Module):
+    def __init__(self, label: int) -> None:
+        super().__init__()
+        self.label = label
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.eye(10)[torch.full((len(x),), self.label)]
+
+
+def test_a_true_target_without_claim_counts_as_an_empty_trigger() -> None:
+    findings = Inversion().measure(reading_case(paints(5), paints(7, value=6)))
+    found = rows(findings)
+    assert (found["reasr", "label=5"].count, found["reasr", "label=5"].total) == (5, 5)
+    assert found["reasr", "label=9"].value == 0
+    assert found["reasr", "label=7"].value == 0
+    assert found["reasr_any", "label=7"].value == 1
+    assert headline(findings)["reasr"] == 0.5
+    # On the clean models 5 is answered always, always and never; 7 is no target and counts nowhere.
+    assert headline(findings)["reasr_clean"] == pytest.approx(2 / 3)
+    assert found["apd", "label=5"].value == 0
+    assert found["apd", "label=9"].value == pytest.approx(9 / 255 / 256)
+    assert headline(findings)["apd"] == pytest.approx(4.5 / 255 / 256)
+    assert found["apd", "trigger=none"].value == pytest.approx((5 + 9) / 2 / 255 / 256)
+    assert headline(findings)["apd_rel"] == pytest.approx(9 / 14)
+    assert found["apd_rel", "label=9"].value == 1
+    assert headline(findings)["mask_iou"] == 0.5
+    assert headline(findings)["apd_raw"] == pytest.approx(4.5 / 255 / 256)
+
+
+def test_of_several_claims_the_most_successful_counts_not_the_nearest() -> None:
+    near = replace(paints(5), mask=paints(5).mask * 0.5)
+    both = torch.zeros(1, 16, 16)
+    both[:, 0, :2] = 1
+    far = Inverted(target=5, mask=both, pattern=both * 5 / 255)
+    for order in ((near, far), (far, near)):
+        found = rows(Inversion().measure(reading_case(*order)))
+        assert found["reasr", "label=5"].value == 1
+        assert found["apd", "label=5"].value == pytest.approx(5 / 255 / 256)
+        assert found["mask_iou", "label=5"].value == 0.5
+    # Chosen on probe rows, whose images all give 5 by themselves: the first of equals stands.
+    easy = samples.answering([5, 5], [1, 2])
+    assert rows(Inversion().measure(reading_case(near, far, probe=easy)))["reasr", "label=5"].value < 1
+
+
+def test_a_source_specific_claim_is_measured_on_its_source() -> None:
+    found = rows(Inversion().measure(reading_case(paints(5, source=3))))
+    assert (found["reasr", "label=5"].count, found["reasr", "label=5"].total) == (1, 1)
+
+
+def test_without_attack_claims_are_natural_backdoors() -> None:
+    case = reading_case(paints(5), paints(7, value=6), bd_test=None, oracle=None)
+    findings = Inversion().measure(case)
+    found = rows(findings)
+    assert found["reasr", ""].value == 0.5
+    # The first clean model is the model itself: it answers 5 here, of the others only one does.
+    assert found["reasr_clean", "label=5"].value == 0.5
+    assert found["reasr_clean", ""].value == 0.25
+    assert {found[m, ""].reason for m in ("apd", "apd_rel", "apd_raw", "mask_iou")} == {"no_trigger"}
+    nothing = rows(Inversion().measure(reading_case(bd_test=None, oracle=None)))
+    assert {nothing[m, ""].reason for m in ("reasr", "reasr_any", "reasr_clean")} == {"no_claim"}
+
+
+def test_sample_specific_triggers_have_no_shape() -> None:
+    class Moving:
+        def static(self) -> None:
+            return None
+
+    class Pictures:
+        @property
+        def triggers(self) -> Any:
+            raise NotApplicable("no_trigger: an imported record has pictures only")
+
+    for oracle in (SimpleNamespace(triggers=(Shapes(paints(5)), Moving())), Pictures()):
+        found = rows(Inversion().measure(reading_case(paints(5), paints(9), oracle=oracle)))
+        assert {found[m, ""].reason for m in ("apd_raw", "mask_iou")} == {"no_static_trigger"}
+        assert found["apd", ""].value == 0
+
+
+def test_picture() -> None:
+    claim = Inverted(target=5, mask=torch.full((1, 16, 16), 0.5), pattern=torch.full((1, 16, 16), 40 / 255))
+    case = reading_case(claim)
+    findings = Inversion().measure(case)
+    sheet = findings.pictures["recovered"]
+    # Two rows per target, five columns, a white line around each.
+    assert sheet.shape == (1, 4 * 18, 5 * 18)
+    cell = sheet[0].unfold(0, 18, 18).unfold(1, 18, 18)[:, :, 1:17, 1:17]
+    assert torch.equal(cell[0, 0], case.bd_test.clean.images[0, 0])
+    assert torch.equal(cell[1, 1], case.bd_test.data.images[1, 0])
+    assert cell[0, 2].unique().tolist() == [20]
+    factor = findings.curves["recovered"]["residual_factor"]
+    assert factor == 127 // 20
+    assert int(cell[0, 3, 0, 0]) == 128 + factor * (20 - 5)
+    assert int(cell[0, 3, 5, 5]) == 128 + factor * 20
+    assert cell[0, 4].unique().tolist() == [128]
+    # Nothing is claimed for 9.
+    assert torch.equal(cell[2, 2], cell[2, 0])
+    assert cell[2, 4].unique().tolist() == [0]
+    assert bool((sheet[:, 0] == 255).all())
+    natural = Inversion().measure(reading_case(replace(claim, mask=None, delta=torch.zeros(1, 16, 16)), bd_test=None))
+    assert natural.pictures["recovered"].shape == (1, 5 * 18, 5 * 18)

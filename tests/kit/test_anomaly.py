@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from sleeperbench.kit.anomaly import anomaly_index
+
+
+def test_example_of_ten_sizes() -> None:
+    sizes = torch.tensor([10.0, 52, 50, 49, 55, 51, 48, 53, 54, 47])
+    index = anomaly_index(sizes)
+    # Median 50.5 and deviation 2.5: torch's own median would say 50 and 2.
+    assert float(index[0]) == pytest.approx((10 - 50.5) / (1.4826 * 2.5))
+    assert float(index[0]) == pytest.approx(-10.93, abs=0.005)
+    assert float(index[4]) == pytest.approx(4.5 / 3.7065)
+
+
+@pytest.mark.parametrize("n", [6, 7, 43])
+def test_medians_are_numpys(n: int) -> None:
+    values = torch.rand(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    v = values.numpy()
+    med = np.median(v)
+    assert np.allclose(anomaly_index(values).numpy(), (v - med) / (1.4826 * np.median(np.abs(v - med))))
+
+
+def test_what_is_not_known_counts_nowhere() -> None:
+    sizes = torch.tensor([10.0, 52, 50, 49, 55, 51, 48, 53, 54, 47])
+    mixed = torch.cat([torch.tensor([math.nan]), sizes, torch.tensor([math.nan])])
+    index = anomaly_index(mixed)
+    assert torch.equal(index[1:-1], anomaly_index(sizes))
+    assert bool(index[[0, -1]].isnan().all())
+
+
+def test_no_deviation() -> None:
+    index = anomaly_index(torch.tensor([7.0, 7, 7, 7, 7, 1, 9]))
+    assert index.tolist() == [0, 0, 0, 0, 0, -math.inf, math.inf]
+
+
+def test_too_few_values_have_no_outlier() -> None:
+    index = anomaly_index(torch.tensor([1.0, 50, 51, 52, 53, math.nan]))
+    assert index[:5].tolist() == [0] * 5
+    assert math.isnan(float(index[5]))
+    assert float(anomaly_index(torch.tensor([1.0, 50, 51, 52, 53, 54]))[0]) < -2
