@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from sleeperbench import Attack, Backdoor, ImageSet, Mark, PoisonedSet, Role, TargetMap, TrainHooks
 from sleeperbench.contracts import Ctx
 from sleeperbench.contracts.context import derive
-from sleeperbench.kit.augment import crop_flip
-from sleeperbench.kit.pixels import to_float, to_uint8
-from sleeperbench.kit.poison import poison, stamp, target_map
+from sleeperbench.kit.covers import cover
+from sleeperbench.kit.mixed_batches import MixedBatches
+from sleeperbench.kit.poison import poison, target_map
 
 
 @dataclass(kw_only=True, eq=False)
@@ -54,36 +54,6 @@ class Warp:
         return None
 
 
-class WarpedBatches(TrainHooks):
-    """Warps rows of every batch anew, rounds to 8 bit, then crops and flips."""
-
-    def __init__(self, trigger: Warp, free: Tensor, rate: float, cross_ratio: float, ctx: Ctx) -> None:
-        super().__init__()
-        self.augments = True
-        self.trigger, self.free, self.rate, self.cross_ratio, self.ctx = trigger, free, rate, cross_ratio, ctx
-
-    def batch(self, x: Tensor, y: Tensor, ids: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Steps 3 to 5 of `WaNet`."""
-        share = self.rate * len(x)
-        dirty = round((step + 1) * share) - round(step * share)  # adds up to the rate, also where `share` is below 1
-        free = self.free[ids]
-        # Fixed numbers of rows, eligible ones first: counting those of a batch would wait for the device.
-        rows = (~free).long().argsort(stable=True)[: dirty + round(self.cross_ratio * dirty)]
-        kind = torch.full_like(rows, Mark.COVER)
-        kind[:dirty] = Mark.DIRTY
-        noise = self.trigger.noise(len(rows), self.ctx.generator("noise", step))
-        noise[:dirty] = 0
-
-        mark, pixels = torch.zeros_like(y), to_uint8(x)
-        mark[rows] = torch.where(free[rows], kind, 0)
-        warped = to_uint8(self.trigger.warp(x[rows], noise))
-        pixels[rows] = torch.where(free[rows][:, None, None, None], warped, pixels[rows])
-        y = torch.where(mark == Mark.DIRTY, self.trigger.targets.target(y), y)
-        recipe = self.ctx.recipe
-        pixels = crop_flip(pixels, recipe.pad, recipe.flip, self.ctx.generator("views", step))
-        return to_float(pixels.contiguous(memory_format=torch.channels_last)), y, mark
-
-
 @dataclass(frozen=True, kw_only=True)
 class WaNet(Attack):
     """A fixed smooth warp, with noise mode mixed into every batch (Nguyen and Tran, ICLR 2021).
@@ -119,7 +89,7 @@ class WaNet(Attack):
         "author={Nguyen, Tuan Anh and Tran, Anh Tuan}, booktitle={International Conference on Learning "
         "Representations}, year={2021}}",
         "kind": "training_control",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "family": "warp",
         "clean_label": False,
@@ -153,24 +123,22 @@ class WaNet(Attack):
     def poison(self, train: ImageSet, b: Backdoor, eligible: Tensor, rate: float, ctx: Ctx) -> PoisonedSet:
         """The static version; cover rows come from what is left of the eligible, as many as there are."""
         p = poison(train, b, eligible, rate, ctx, include_target=True)
-        left = eligible.cpu() & (p.mark == Mark.CLEAN)
-        order = torch.randperm(len(train), generator=ctx.generator("cover rows"))
-        rows = order[left[order]][: round(self.cross_ratio * int((p.mark == Mark.DIRTY).sum()))]
-        images = p.data.images.clone()
-        images[rows] = stamp(train.rows(rows), b.triggers[0], Role.COVER, ctx).images
-        p.mark[rows] = Mark.COVER
-        p.trigger_id[rows] = 0
-        return replace(p, data=replace(p.data, images=images))
+        rows = round(self.cross_ratio * int((p.mark == Mark.DIRTY).sum()))
+        return cover(p, train, b, eligible, rows, ctx)
 
     def hooks(self, train: ImageSet, b: Backdoor, eligible: Tensor, rate: float, ctx: Ctx) -> TrainHooks | None:
         """Fresh dirty and cover rows per batch; nothing at rate 0."""
         if rate == 0:
             return None
-        free = torch.zeros(int(train.ids.max()) + 1, dtype=torch.bool)
-        free[train.ids] = eligible.cpu()
         trigger = b.triggers[0]
         assert isinstance(trigger, Warp)
-        return WarpedBatches(trigger, free.to(ctx.device), rate, self.cross_ratio, ctx)
+
+        def make(x: Tensor, dirty: int, step: int) -> Tensor:
+            noise = trigger.noise(len(x), ctx.generator("noise", step))
+            noise[:dirty] = 0
+            return trigger.warp(x, noise)
+
+        return MixedBatches(make, trigger.targets, train, eligible, rate, self.cross_ratio, ctx)
 
     def decoy(self, train: ImageSet, b: Backdoor, ctx: Ctx) -> Backdoor:
         """Another field, with the same target."""

@@ -43,7 +43,7 @@ class Inversion(Evaluator):
         "Jianjin and Li, Qi and Zhu, Hongliang and Shen, Zongliang and Fu, Anmin}, "
         "journal={arXiv preprint arXiv:2508.04094}, year={2025}}",
         "kind": "inversion",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {},
     }
@@ -118,7 +118,7 @@ class Inversion(Evaluator):
         true = [] if case.bd_test is None else sorted(int(t) for t in case.bd_test.targets.unique())
         rows = [row for claim in claims.values() for row in _success(claim, case)]
         lost = [t for t in true if t not in claims]
-        rows += [_at(m, t, 0.0) for t in lost for m in ("reasr", "reasr_any")]
+        rows += [_at(m, t, 0.0) for t in lost for m in ("reasr", "reasr_any", "reasr_clean")]
         wanted = true or list(claims)
         rows += [_mean(m, rows, wanted) for m in ("reasr", "reasr_any", "reasr_clean")]
         if case.bd_test is None:

@@ -20,7 +20,7 @@ import pyarrow.csv as pv
 import pyarrow.parquet as pq
 
 from sleeperbench.errors import BadInput
-from sleeperbench.leaderboard import charts, pages, words
+from sleeperbench.leaderboard import charts, pages, terms, words
 from sleeperbench.leaderboard.names import clean, https
 from sleeperbench.leaderboard.tables import load
 from sleeperbench.leaderboard.views import Views, href
@@ -43,7 +43,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         finalize=_finalize,
     )
-    env.globals |= {"csp": CSP, "words": words, "charts": charts, "href": href, "https": https}
+    env.globals |= {"csp": CSP, "words": words, "terms": terms, "charts": charts, "href": href, "https": https}
     return env
 
 

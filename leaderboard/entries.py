@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shlex
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow.compute as pc
 
-from sleeperbench.leaderboard import media, words
+from sleeperbench.leaderboard import judges, media, words
+from sleeperbench.leaderboard.about import params, plugin
 from sleeperbench.leaderboard.names import plugin_id
-from sleeperbench.leaderboard.summary import Cell, setting, tally
-from sleeperbench.leaderboard.views import Views, href, params
+from sleeperbench.leaderboard.summary import Board, Cell, setting, tally
+from sleeperbench.leaderboard.tracks import ANSWERS, ZOO, judge
+from sleeperbench.leaderboard.views import Views, href
 from sleeperbench.schema import HEADLINE_METRICS, reproduce
 
 Page = tuple[str, str, dict[str, Any]]
@@ -22,7 +24,7 @@ Page = tuple[str, str, dict[str, Any]]
 def names(views: Views) -> dict[str, list[tuple[str, str]]]:
     """(id, page) of everything that has a page: data sets, attacks, defenses, metrics."""
     cells, plugins = views.results.cells, views.results.plugins
-    metrics = {*views.results.measurements["metric"].unique().to_pylist(), *HEADLINE_METRICS}
+    metrics = {*views.results.measurements["metric"].unique().to_pylist(), *HEADLINE_METRICS, *views.metrics}
     listed: dict[str, Iterable[str]] = {
         "datasets": {c["dataset"] for c in cells},
         "attacks": {plugin_id(c["attack"]) for c in cells} | {i for k, i in plugins if k == "attack"},
@@ -32,37 +34,42 @@ def names(views: Views) -> dict[str, list[tuple[str, str]]]:
     return {kind: [(n, href(kind, n)) for n in sorted(ids)] for kind, ids in listed.items()}
 
 
+def _means(views: Views, board: Board, kind: str, across: str, mine: Sequence[Cell]) -> Iterator[dict[str, Any]]:
+    """Means per attack and defense: of the models that were handed out, then of the answers that were given."""
+    for answers in (False, True):
+        metrics = [m for m in board.metrics if (m in ANSWERS) is answers and any(c[m] is not None for c in mine)]
+        shown = {d for m in metrics for d in board.having(m)}
+        groups: dict[tuple[str, str], list[Cell]] = {}
+        for c in mine:
+            if c["defense"] in shown:
+                groups.setdefault((setting(c), c["defense"]), []).append(c)
+        several = len({k[kind == "defense"] for k in groups}) > 1
+        lines = []
+        for (s, d), cells in sorted(groups.items()):
+            other = d if kind == "attack" else s
+            own = (s if kind == "attack" else d) if several else ""
+            link = href(f"{across}s", cells[0][across])
+            lines.append((own, views.mean_row(board, other, link, cells, metrics)))
+        if lines:
+            yield {"board": board, "metrics": metrics, "lines": lines, "several": several, "answers": answers}
+
+
 def methods(views: Views) -> Iterator[Page]:
     """A page per attack and per defense: what it is, how it was set, its means and its rows."""
-    zoo = views.results.measurements
-    zoo_rows = zoo.filter(pc.equal(zoo["scope"], "zoo")).to_pylist()
     for kind, across in (("attack", "defense"), ("defense", "attack")):
         for name, page in names(views)[f"{kind}s"]:
             rows = views.rows_where(kind, name)
             variants = {r.cell[kind]: r.cell[f"{kind}_params"] for r in rows}
             parts = []
             for b in views.boards:
-                mine = [c for c in b.cells if plugin_id(c[kind]) == name]
-                groups: dict[tuple[str, str], list[Cell]] = {}
-                for c in mine:
-                    groups.setdefault((setting(c), c["defense"]), []).append(c)
-                metrics = [m for m in b.metrics if any(c[m] is not None for c in mine)]
-                several = len({k[kind == "defense"] for k in groups}) > 1
-                lines = []
-                for (s, d), cells in sorted(groups.items()):
-                    other = d if kind == "attack" else s
-                    own = (s if kind == "attack" else d) if several else ""
-                    link = href(f"{across}s", cells[0][across])
-                    lines.append((own, views.mean_row(b, other, link, cells, metrics)))
-                if lines:
-                    parts.append({"board": b, "metrics": metrics, "lines": lines, "several": several})
-            plugin = views.plugin(kind, name)
+                parts += _means(views, b, kind, across, [c for c in b.cells if plugin_id(c[kind]) == name])
+            entry = plugin(views.results.plugins, kind, name)
             context = {
                 "kind": kind,
                 "across": across,
                 "name": name,
-                "plugin": plugin,
-                "variants": [(v, params(p, plugin["fields"])) for v, p in sorted(variants.items())],
+                "plugin": entry,
+                "variants": [(v, params(p, entry["fields"])) for v, p in sorted(variants.items())],
                 "access": sorted({r.cell["access"] for r in rows}) if kind == "defense" else [],
                 "role": rows[0].role if rows and kind == "defense" else "",
                 "not_implanted": sorted(
@@ -76,7 +83,11 @@ def methods(views: Views) -> Iterator[Page]:
                 "parts": parts,
                 "rows": rows,
                 "tally": tally([r.cell for r in rows]),
-                "zoo": [m for m in zoo_rows if kind == "defense" and plugin_id(m["defense"] or "") == name],
+                "judges": kind == "defense" and any(judge(r.cell) for r in rows),
+                "used_by": sorted({u for b in views.boards for u in judges.used_by(b, name)})
+                if kind == "defense"
+                else [],
+                "zoos": judges.zoos(views, name) if kind == "defense" else [],
             }
             yield page, "method.html.j2", context
 
@@ -93,8 +104,8 @@ def cells(views: Views, write: Callable[[str, bytes], None]) -> Iterator[Page]:
         run = views.results.owner[c["cell"]]
         tasks = {m["task_key"]: m for m in measured}
         siblings = of_attack[c["suite"], c["dataset"], c["arch"], setting(c), str(c["seed"])]
-        attack = views.plugin("attack", plugin_id(c["attack"]))
-        defense = views.plugin("defense", plugin_id(c["defense"]))
+        attack = plugin(views.results.plugins, "attack", plugin_id(c["attack"]))
+        defense = plugin(views.results.plugins, "defense", plugin_id(c["defense"]))
         context = {
             "row": r,
             "metrics": [*views.metrics, *(["verdict"] if views.verdicts else [])],
@@ -122,7 +133,7 @@ def datasets(views: Views) -> Iterator[Page]:
             "boards": [b for b in views.boards if b.key[0] == name],
             "attacks": sorted({(plugin_id(r.cell["attack"]), r.attack_href) for r in rows}),
             "defenses": sorted({(plugin_id(r.cell["defense"]), r.defense_href) for r in rows}),
-            "plugin": views.plugin("dataset", name),
+            "plugin": plugin(views.results.plugins, "dataset", name),
             "tally": tally([r.cell for r in rows]),
         }
         yield page, "dataset.html.j2", context
@@ -135,9 +146,12 @@ def metrics(views: Views) -> Iterator[Page]:
         rows = table.filter(pc.equal(table["metric"], name))
         values = [v for v in rows["value"].to_pylist() if v is not None]
         parts = []
-        for b in views.boards if name in views.metrics else []:
+        for b in views.boards:
             if name in b.metrics:
-                parts.append({"board": b, "metrics": [name], "tracks": views.by_track(b, [name])})
+                tracks: Any = views.by_track(b, [name], b.having(name))
+                parts.append({"board": b, "metrics": [name], "tracks": tracks, "over": "attacks"})
+            for t in judges.tables(views, b, name) if name in ZOO else []:
+                parts.append({"board": b, "metrics": [name], "tracks": t.groups, "over": "models"})
         stages = ["attacked", "defended", "reactivated"]
         qualifiers = rows["qualifier"].unique().to_pylist()
         share = views.share(name)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sleeperbench.leaderboard import terms
 from sleeperbench.leaderboard.charts import Lines, Series, lines
 from sleeperbench.leaderboard.names import digest12
 
@@ -94,15 +95,16 @@ def _curve(raw: Any) -> Curve | None:
     good = [s for s in series if s is not None]
     if not good or len(good) < len(series):
         return None
-    title = _text(raw.get("title")) or _text(raw.get("name"))
+    name = _text(raw.get("name"))
+    title = _text(raw.get("title")) or name
+    if re.fullmatch(r"(.*-)?roc", name):
+        title = f"ROC curve. {title}"
     return Curve(title, lines(good, _text(raw.get("x_label")), _text(raw.get("y_label"))))
 
 
 def _facts(raw: dict[str, Any]) -> Facts:
-    pairs = (
-        (str(k), json.dumps(v, ensure_ascii=False)[:MOST_VALUES], "") for k, v in sorted(raw.items()) if k != "name"
-    )
-    return Facts(_text(raw.get("name")), tuple(pairs))
+    pairs = ((str(k), json.dumps(v, ensure_ascii=False)[:MOST_VALUES]) for k, v in sorted(raw.items()) if k != "name")
+    return Facts(_text(raw.get("name")), tuple((k, text, terms.FACTS.get(k, "")) for k, text in pairs))
 
 
 def _picture(folder: Path, raw: Any, write: Callable[[str, bytes], None]) -> Picture | str:
@@ -122,7 +124,15 @@ def _picture(folder: Path, raw: Any, write: Callable[[str, bytes], None]) -> Pic
     target = f"media/{folder.name}/{hashlib.sha256(data).hexdigest()[:16]}.png"
     write(target, data)
     times = min(12, max(1, 384 // max(width, height)))
-    return Picture(target, _text(raw.get("title")), _text(raw.get("caption")), width * times, height * times, times > 1)
+    return Picture(target, *_words(raw), width * times, height * times, times > 1)
+
+
+def _words(raw: dict[str, Any]) -> tuple[str, str]:
+    """A picture's title and caption; where they only repeat a name that we know, what such a picture shows."""
+    title, caption = _text(raw.get("title")), _text(raw.get("caption"))
+    if title in terms.PICTURES and (not caption or re.fullmatch(rf"{title}, by [a-z0-9_]+", caption)):
+        return terms.PICTURES[title]
+    return title, caption
 
 
 def load(run: Path, cell: str, write: Callable[[str, bytes], None]) -> Media:

@@ -8,14 +8,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from sleeperbench.leaderboard import charts, entries, words
+from sleeperbench.leaderboard import charts, entries, judges, words
+from sleeperbench.leaderboard.about import known, params
 from sleeperbench.leaderboard.entries import Page
 from sleeperbench.leaderboard.summary import NONE, PURIFIED, Board, Cell, attacked, role, setting, tally
-from sleeperbench.leaderboard.views import Views, href, mean_shown, params
+from sleeperbench.leaderboard.tracks import ANSWERS, TRACKS
+from sleeperbench.leaderboard.views import Views, href, mean_shown
 from sleeperbench.leaderboard.words import Shown
 
 PER_PAGE = 250
-OVERVIEW = ("c_acc", "o_asr", "p_asr", "p_asr_net", "p_der", "det_score")
+OVERVIEW = ("c_acc", "o_asr", "p_asr", "p_asr_net", "p_der")
 HEAT_LEVELS = 6
 
 
@@ -24,7 +26,7 @@ def _pictures(views: Views, board: Board) -> list[dict[str, Any]]:
     made = []
     for metric in ("p_asr", "bec"):
         points, left_out = [], []
-        for d in board.defenses:
+        for d in board.repairs:
             cells = attacked(board.of_defense[d])
             x, y = board.mean(cells, "o_asr", views.units), board.mean(cells, metric, views.units)
             if x.estimate is None or y.estimate is None:
@@ -51,6 +53,12 @@ def _pictures(views: Views, board: Board) -> list[dict[str, Any]]:
     return made
 
 
+def _judged(views: Views, board: Board) -> dict[str, Any]:
+    """Tables of the tracks that judge, and what a reader must know of the judges without a line in them."""
+    made = judges.tables(views, board)
+    return {"judged": made, "aside": judges.aside(views, board, made)}
+
+
 def overview(views: Views) -> Page:
     """The question, and per board its picture and means."""
     parts = []
@@ -60,7 +68,8 @@ def overview(views: Views) -> Page:
             {
                 "board": b,
                 "metrics": metrics,
-                "tracks": views.by_track(b, metrics),
+                "tracks": views.by_track(b, metrics, b.repairs),
+                **_judged(views, b),
                 "pictures": _pictures(views, b),
                 "not_implanted": sorted(b.not_implanted.items()),
             }
@@ -89,7 +98,7 @@ def _heat(views: Views, board: Board, metric: str) -> dict[str, Any]:
     lines = []
     for s in [*board.settings, *sorted({setting(c) for c in board.cells if c["attack"] == NONE})]:
         line: list[tuple[Shown, int | None, str]] = []
-        for d in board.defenses:
+        for d in board.having(metric):
             mean = means.get((s, d))
             if mean is None:
                 line.append((words.missing(metric, "not_run: not in the suite"), None, ""))
@@ -102,18 +111,22 @@ def _heat(views: Views, board: Board, metric: str) -> dict[str, Any]:
             link = href("cells", one[0]["cell"]) if len(one) == 1 else href("defenses", d)
             line.append((mean_shown(mean, views.share(metric)), level, link))
         lines.append((s, board.not_implanted.get(s, ""), line))
-    return {"metric": metric, "lines": lines}
+    return {"metric": metric, "lines": lines, "defenses": board.having(metric)}
 
 
 def heatmap(views: Views) -> Page:
-    """Attacks by defenses for every headline metric."""
+    """Attacks by defenses for every metric that cells have, each with the defenses that it says something of."""
     parts = [{"board": b, "maps": [_heat(views, b, m) for m in b.metrics]} for b in views.boards]
-    return "heatmap.html", "heatmap.html.j2", {"parts": parts, "opened": OVERVIEW}
+    return "heatmap.html", "heatmap.html.j2", {"parts": parts, "opened": (*OVERVIEW, *(t.metrics[0] for t in TRACKS))}
 
 
 def compare(views: Views) -> Page:
     """All defenses with all headline means side by side."""
-    parts = [{"board": b, "metrics": b.metrics, "tracks": views.by_track(b, b.metrics)} for b in views.boards]
+    parts = []
+    for b in views.boards:
+        metrics = [m for m in b.metrics if m not in ANSWERS]
+        tracks = views.by_track(b, metrics, b.repairs)
+        parts.append({"board": b, "metrics": metrics, "tracks": tracks, **_judged(views, b)})
     return "compare.html", "compare.html.j2", {"parts": parts}
 
 
@@ -172,7 +185,7 @@ def every_page(views: Views, write: Callable[[str, bytes], None]) -> Iterator[Pa
 def bibliography(views: Views) -> str:
     """BibTeX of the benchmark and of every plugin that was used, each entry once."""
     own = "@misc{sleeperbench,\n  title = {SleeperBench: is the backdoor gone, or only asleep?},\n  year = {2025}\n}"
-    entries = {str(views.known(e, "bibtex")).strip() for e in views.results.plugins.values()}
+    entries = {str(known(e, "bibtex")).strip() for e in views.results.plugins.values()}
     return "\n\n".join([own, *sorted(e for e in entries if e)]) + "\n"
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from sleeperbench.leaderboard import words
+from sleeperbench.leaderboard import terms, words
 from sleeperbench.leaderboard.names import plugin_id
 from sleeperbench.leaderboard.stats import Estimate, mean_over_attacks
-from sleeperbench.schema import HEADLINE_METRICS
+from sleeperbench.leaderboard.tracks import ANSWERS, METRICS, NOTHING, judge
 
 Cell = Mapping[str, Any]
 
@@ -21,6 +21,8 @@ LOST = frozenset({"failed", "timeout", "out_of_memory"})
 PURIFIED = 0.2
 """Largest O-ASR of a purified model; above it nothing is asleep."""
 WOKEN = frozenset({"p_asr", "p_asr_net", "p_asr_ra", "p_asr_qra", "asr_wba", "asr_bba", "asr_tba"})
+BOARD = ("dataset", "arch", "suite", "protocol", "clean_source")
+"""Columns that cells of one board agree in."""
 TRACKS = {
     "T0": "T0: the weights alone",
     "T1": "T1: weights and clean rows or reference models",
@@ -60,8 +62,8 @@ def lost(cell: Cell) -> bool:
 
 
 def not_purified(cell: Cell) -> bool:
-    """The backdoor is still awake."""
-    return cell["o_asr"] is not None and cell["o_asr"] > PURIFIED
+    """A defense meant to remove the backdoor and it is still awake; one that judges was not meant to."""
+    return not judge(cell) and cell["o_asr"] is not None and cell["o_asr"] > PURIFIED
 
 
 def why_empty(cell: Cell, metric: str) -> str:
@@ -119,20 +121,34 @@ class Board:
 
     @cached_property
     def metrics(self) -> list[str]:
-        """Headline metrics with at least one figure."""
-        return [m for m in HEADLINE_METRICS if any(c[m] is not None for c in self.cells)]
+        """Metrics with at least one figure."""
+        return [m for m in METRICS if any(c[m] is not None for c in self.cells)]
+
+    @cached_property
+    def repairs(self) -> list[str]:
+        """Labels of the defenses that hand out a model, controls and oracles among them: all but those that judge."""
+        return [d for d in self.defenses if not judge(self.of_defense[d][0])]
+
+    def having(self, metric: str) -> list[str]:
+        """Labels of the defenses that a metric says something of."""
+        if metric not in ANSWERS:
+            return self.repairs
+        return [d for d in self.defenses if any(c[metric] is not None for c in self.of_defense[d])]
 
     def counted(self, cell: Cell, metric: str) -> tuple[float | None, str, bool]:
         """(what a cell adds to a mean, else None; the reason why not; whether it is the undefended model's).
 
         A ruined model's figures never count, and what a failure left unmeasured counts as undefended; what was
-        measured before a later probe failed stands. A control competes with nobody, so its failures are left out.
+        measured before a later probe failed stands. An answer that a failure kept back counts as one that says nothing.
+        A control competes with nobody, so its failures are left out.
         """
         if weak(cell):
             return None, "attack_did_not_implant", False
         instead = "collapsed" in cell["flags"] or (cell["status"] in LOST and cell[metric] is None)
         if instead and role(cell) != "defense":
             return None, cell["reason"] or "collapsed", False
+        if instead and metric in NOTHING:
+            return NOTHING[metric], "", True
         if instead:
             replaced = self.undefended.get((setting(cell), cell["seed"]))
             if replaced is None or replaced[metric] is None:
@@ -155,7 +171,8 @@ class Board:
                 groups.setdefault(setting(c), []).append(value)
                 as_none += instead
         common = min(reasons, key=lambda r: (-reasons[r], r)) if reasons else "not_run"
-        estimate = mean_over_attacks(groups, share=words.is_share(metric, units))
+        bounded = words.is_share(metric, units) and metric not in terms.SIGNED
+        estimate = mean_over_attacks(groups, share=bounded)
         return Mean(metric, estimate, as_none, "" if estimate else common)
 
 
@@ -166,17 +183,16 @@ def attacked(cells: Sequence[Cell]) -> list[Cell]:
 
 def boards(cells: Sequence[Cell]) -> list[Board]:
     """All boards, titled by what tells them apart."""
-    names = ("dataset", "arch", "suite", "protocol", "clean_source")
     found: dict[tuple[str, ...], Board] = {}
     for c in cells:
-        key = tuple(c[n] for n in names)
+        key = tuple(c[n] for n in BOARD)
         found.setdefault(key, Board(key)).cells.append(c)
     order = sorted(found)
-    differs = [len({k[i] for k in order}) > 1 for i in range(len(names))]
+    differs = [len({k[i] for k in order}) > 1 for i in range(len(BOARD))]
     for key in order:
         extra = [
             f"{n.replace('_', ' ')} {v}"
-            for n, v, d in zip(names[2:], key[2:], differs[2:], strict=True)
+            for n, v, d in zip(BOARD[2:], key[2:], differs[2:], strict=True)
             if d or n == "suite"
         ]
         found[key].title = " · ".join([key[0], key[1], *extra])
@@ -184,7 +200,7 @@ def boards(cells: Sequence[Cell]) -> list[Board]:
 
 
 def tally(cells: Sequence[Cell]) -> dict[str, int]:
-    """How many cells are measured, failed, collapsed, not purified, weak, not applicable and not run."""
+    """How many cells are measured, failed, collapsed, not purified, weak, not applicable and not run, or judge."""
     return {
         "cells": len(cells),
         "measured": sum(c["status"] == "ok" for c in cells),
@@ -193,5 +209,6 @@ def tally(cells: Sequence[Cell]) -> dict[str, int]:
         "not_purified": sum(not_purified(c) and c["attack"] != NONE for c in cells),
         "weak": sum(weak(c) for c in cells),
         "not_applicable": sum(c["status"] == "not_applicable" for c in cells),
+        "judged": sum(judge(c) for c in cells),
         "not_run": sum(c["status"] == "not_run" and not weak(c) for c in cells),
     }

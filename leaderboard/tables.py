@@ -14,6 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sleeperbench.errors import BadInput
+from sleeperbench.leaderboard.names import plugin_id
+from sleeperbench.leaderboard.tracks import MEASURED, answer
 from sleeperbench.schema import CELLS, MEASUREMENTS, SCHEMA_VERSION, Column, arrow
 
 CELL_ORDER = ("suite", "dataset", "arch", "attack", "rate", "defense", "seed", "cell")
@@ -33,7 +35,8 @@ class Results:
     """The merged tables of all runs.
 
     Args:
-        cells: Rows of cells.parquet, sorted; `reasons` is parsed, `flags` holds the parts of `flag`.
+        cells: Rows of cells.parquet, sorted; `reasons` is parsed, `flags` holds the parts of `flag`, `kind` is the
+            defense's in plugins.json, and metrics without a column there are added from the measurements.
         cells_table: The same rows as they were read.
         measurements: All rows of measurements.parquet, sorted by cell.
         spans: Cell -> (first row, number of rows) in `measurements`.
@@ -127,6 +130,20 @@ def _mend(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+def _cells(
+    table: pa.Table, rows: pa.Table, plugins: Mapping[tuple[str, str], Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Rows of cells with all that tables and means are made of."""
+    cells = [_mend(row) for row in table.to_pylist()]
+    for row in cells:
+        info = plugins.get(("defense", plugin_id(row["defense"])), {}).get("info")
+        row["kind"] = str(info.get("kind", "")) if isinstance(info, dict) else ""
+    plain = pc.and_(pc.equal(rows["scope"], "cell"), pc.equal(pc.fill_null(rows["qualifier"], ""), ""))
+    wanted = pc.and_(plain, pc.is_in(rows["metric"], value_set=pa.array(MEASURED)))
+    answer(cells, rows.filter(wanted).select(["cell", "metric", "value", "status", "reason"]).to_pylist())
+    return cells
+
+
 def _first_rows(column: pa.ChunkedArray, taken: set[str]) -> tuple[list[bool], int]:
     """Which rows name a value not `taken` yet, and how many do not; adds the new values to `taken`."""
     keep = []
@@ -177,7 +194,7 @@ def load(folders: Sequence[Path]) -> Results:
         start, length = spans.get(cell, (i, 0))
         spans[cell] = (start, length + 1)
     return Results(
-        cells=[_mend(row) for row in cells.to_pylist()],
+        cells=_cells(cells, rows, plugins),
         cells_table=cells,
         measurements=rows,
         spans=spans,

@@ -1,21 +1,19 @@
-"""What templates show: rows of cells, tables of means, pictures, and what is known of a plugin."""
+"""What templates show: rows of cells, tables of means, and the figures over many models."""
 
 from __future__ import annotations
 
-import json
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sleeperbench.leaderboard import words
-from sleeperbench.leaderboard.names import digest12, file_name, linked, plugin_id
+from sleeperbench.leaderboard import about, terms, words
+from sleeperbench.leaderboard.names import digest12, file_name, plugin_id
 from sleeperbench.leaderboard.summary import (
+    BOARD,
     NONE,
     TRACKS,
     Board,
@@ -33,8 +31,8 @@ from sleeperbench.leaderboard.summary import (
     why_empty,
 )
 from sleeperbench.leaderboard.tables import Results
+from sleeperbench.leaderboard.tracks import METRICS, NOTHING, judge
 from sleeperbench.leaderboard.words import Shown
-from sleeperbench.schema import HEADLINE_METRICS
 
 MEASURED_AS = {"o_asr": "asr"}
 """Headline columns whose measurement has another name."""
@@ -75,18 +73,6 @@ def href(kind: str, label: str) -> str:
     return f"cells/{digest12(label)}.html" if kind == "cells" else f"{kind}/{file_name(plugin_id(label))}.html"
 
 
-def params(text: str, docs: Mapping[str, str] = MappingProxyType({})) -> list[tuple[str, str, str]]:
-    """Parameters as (name, value, meaning) of a canonical JSON object, or whatever else stands there."""
-    try:
-        raw = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return [("as recorded", text, "")]
-    if not isinstance(raw, dict):
-        return [("as recorded", text, "")]
-    shown = {str(k): v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in raw.items()}
-    return [(k, v, docs.get(k, "")) for k, v in sorted(shown.items())]
-
-
 def mean_shown(mean: Mean, share: bool) -> Shown:
     """A mean with its interval, or why there is none."""
     e = mean.estimate
@@ -99,8 +85,10 @@ def mean_shown(mean: Mean, share: bool) -> Shown:
     note = f"{'range ' if e.kind == 'range' else ''}{words.span(e.low, e.high, share)}" if e.kind in kinds else "1 cell"
     title = f"mean over {e.attacks} attack settings, {e.cells} cells; {kinds.get(e.kind, 'a single cell')}"
     if mean.as_none:
-        note += f"; {mean.as_none} as none"
-        title += f"; {mean.as_none} failed or collapsed cells count with the undefended model's figure"
+        nothing = mean.metric in NOTHING
+        note += f"; {mean.as_none} as {'nothing' if nothing else 'none'}"
+        what = "as an answer that says nothing" if nothing else "with the undefended model's figure"
+        title += f"; {mean.as_none} failed or collapsed cells count {what}"
     return Shown(mean.metric, words.number(e.value, share), repr(e.value), title, note)
 
 
@@ -109,30 +97,20 @@ class Views:
 
     def __init__(self, results: Results) -> None:
         self.results = results
-        self.units, self.docs = self._declared()
+        self.units, self.docs = about.declared(results.plugins)
         self.boards = boards(results.cells)
-        self.metrics = [m for m in HEADLINE_METRICS if any(c[m] is not None for c in results.cells)]
+        self.metrics = [m for m in METRICS if any(c[m] is not None for c in results.cells)]
         self.verdicts = any(c["verdict"] is not None for c in results.cells)
 
-    def _declared(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Units and meanings of the metrics that evaluators declare in plugins.json; the schema's win."""
-        units, docs = {}, {}
-        better = {"up": " Higher is better.", "down": " Lower is better."}
-        for (kind, _), entry in self.results.plugins.items():
-            listed = entry.get("metrics") if kind == "evaluator" else None
-            for m in listed if isinstance(listed, list) else []:
-                if isinstance(m, dict) and isinstance(m.get("name"), str):
-                    units[m["name"]] = str(m.get("unit", ""))
-                    docs[m["name"]] = str(m.get("doc", "")) + "." + better.get(str(m.get("better")), "")
-        headline = {m: words.COLUMNS[m] for m in HEADLINE_METRICS}
-        units |= {m: "fraction" if words.is_share(m, {}) else c.unit for m, c in headline.items()}
-        return units, docs | {m: f"{c.doc}. {words.BETTER.get(m, '')}".strip() for m, c in headline.items()}
-
-    @staticmethod
-    def known(entry: Mapping[str, Any], key: str) -> Any:
-        """A field of a plugin's entry, or of the INFO within it; empty where neither has it."""
-        info = entry.get("info")
-        return entry.get(key) or (info.get(key) if isinstance(info, dict) else None) or ""
+    @cached_property
+    def zoo(self) -> Mapping[tuple[str, ...], Sequence[Mapping[str, Any]]]:
+        """(board's key, defense) -> what was measured over many models."""
+        rows = self.results.measurements
+        found: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+        for m in rows.filter(pc.equal(rows["scope"], "zoo")).to_pylist():
+            key = tuple(m[n] or "" for n in (*BOARD, "defense"))
+            found.setdefault(key, []).append(m)
+        return found
 
     def share(self, metric: str) -> bool:
         """Whether a metric is printed as per cent."""
@@ -176,7 +154,12 @@ class Views:
             flags.append("weak")
         if not_purified(cell) and cell["attack"] != NONE:
             flags.append("not_purified")
-        return tuple((f.replace("_", " "), words.FLAG_WORDS.get(f, "")) for f in flags)
+        return self.flags(flags + ["judges"] * judge(cell))
+
+    @staticmethod
+    def flags(names: Sequence[str]) -> tuple[tuple[str, str], ...]:
+        """Flags as badges with their meaning."""
+        return tuple((f.replace("_", " "), terms.FLAG_WORDS.get(f, "")) for f in names)
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -220,41 +203,21 @@ class Views:
         count = tally(cells)
         badges = []
         if count["failed"] or count["collapsed"]:
-            badges.append((f"{count['failed'] + count['collapsed']} failed or collapsed", "they count as undefended"))
+            what = "they count as an answer that says nothing" if count["judged"] else "they count as undefended"
+            badges.append((f"{count['failed'] + count['collapsed']} failed or collapsed", what))
         if count["not_purified"]:
-            badges.append((f"{count['not_purified']} not purified", words.FLAG_WORDS["not_purified"]))
+            badges.append((f"{count['not_purified']} not purified", terms.FLAG_WORDS["not_purified"]))
         figures = tuple(mean_shown(m, self.share(m.metric)) for m in means)
         kind = role(cells[0]) if cells else "defense"
         return MeanRow(name, link, kind, tuple(badges), len(covered), len(asked), count, figures)
 
-    def by_track(self, board: Board, metrics: Sequence[str]) -> list[tuple[str, list[MeanRow]]]:
-        """(access class, lines of its defenses) for all access classes of a board."""
+    def by_track(
+        self, board: Board, metrics: Sequence[str], defenses: Sequence[str]
+    ) -> list[tuple[str, list[MeanRow]]]:
+        """(access class, lines of those of `defenses` that are in it) for the access classes of a board."""
         groups: dict[str, list[MeanRow]] = {}
-        for d in board.defenses:
+        for d in defenses:
             cells = board.of_defense[d]
             line = self.mean_row(board, d, href("defenses", d), attacked(cells), metrics)
             groups.setdefault(track(cells[0]), []).append(line)
         return [(TRACKS.get(t, f"access {t or 'not recorded'}"), lines) for t, lines in groups.items()]
-
-    def plugin(self, kind: str, name: str) -> dict[str, Any]:
-        """What plugins.json says of a plugin; of a wrapped one, what it says of both."""
-        found = [e for part in dict.fromkeys((name, *name.split(":"))) if (e := self.results.plugins.get((kind, part)))]
-        entry = found[0] if found else {}
-        text = {k: str(self.known(entry, k)) for k in ("dist", "dist_version")}
-        info = entry.get("info")
-        text["kind"] = str(info.get("kind", "")) if isinstance(info, dict) else ""
-        titles = [str(self.known(e, "title")) for e in found]
-        if len(titles) == 1 and ":" in name:
-            titles.append(name.partition(":")[2])
-        first, _, rest = str(self.known(entry, "doc")).strip().partition("\n\n")
-        fields = [e["parameters"] for e in found if isinstance(e.get("parameters"), dict)]
-        return {
-            **text,
-            "title": " of ".join(t for t in dict.fromkeys(titles) if t),
-            "version": str(self.known(entry, "method_version") or self.known(entry, "version")),
-            "doc": first,
-            "more": textwrap.dedent(rest),
-            "papers": [linked(t) for t in dict.fromkeys(str(self.known(e, "paper")) for e in found) if t],
-            "bibtex": "\n\n".join(dict.fromkeys(t for e in found if (t := str(self.known(e, "bibtex")).strip()))),
-            "fields": {str(k): str(f.get("doc", "")) for p in fields for k, f in p.items() if isinstance(f, dict)},
-        }

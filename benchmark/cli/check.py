@@ -21,7 +21,7 @@ def add_parser(sub: Any) -> None:
         "docs/check.md explains every check.",
         epilog="Examples: `sleeperbench check ft`, `sleeperbench check dist/gentle --full`. An id that exists in "
         "several kinds is checked in each; `attack:none` means one of them. `wrapper:inner` wraps that inner method, "
-        "`wrapper` alone an invented answer. Exit codes: 0 all pass, 4 a check failed, 2 unknown id, 3 broken plugin.",
+        "`wrapper` alone something made up. Exit codes: 0 all pass, 4 a check failed, 2 unknown id, 3 broken plugin.",
     )
     p.add_argument("id", metavar="ID", help="id of a method, as `sleeperbench list` prints it")
     p.add_argument(

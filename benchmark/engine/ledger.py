@@ -45,7 +45,8 @@ class Ledger:
         """Rows of an earlier run that still count: all cells are there, and no gate decided them."""
         found = self.rows.get(key, [])
         have = {r["cell"] for r in found}
-        gated = any(r["reason"].startswith("attack_did_not_implant") for r in found)
+        # Also what waited in vain for a gated task says so, behind `input_failed`.
+        gated = any("attack_did_not_implant" in r["reason"] for r in found)
         whole = bool(found) and {c.name for c, _ in self.uses[key]} <= have
         return found if whole and not gated else None
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleeperbench.contracts.attack import Backdoor, Mark, TrainHooks
+from sleeperbench.contracts.attack import Attack, Backdoor, Mark, TrainHooks
 from sleeperbench.engine import artifacts
 from sleeperbench.engine.loading import Wrapped
 from sleeperbench.kit.classifier import build
 from sleeperbench.kit.train import fit
 from sleeperbench.testing import surroundings
+from sleeperbench.testing.differ import differ
 from sleeperbench.testing.stage import RATE, RECIPE, Variant, stage
 from sleeperbench.testing.subject import Subject
 
@@ -28,7 +29,7 @@ class Hooked:
 
     Args:
         backdoor: The live backdoor afterwards, with the aux networks' tensors as the engine stores them.
-        poisons: The hooks have a `batch` of their own.
+        poisons: The hooks change images or labels of a batch; with `augments`, that they have a `batch`.
         trouble: What was wrong with a batch, or the exception; empty if nothing.
         moved: What is no longer as it was in the process.
         net: State of the classifier.
@@ -49,6 +50,8 @@ def hooked(s: Subject, variant: Variant, turn: int = 0) -> Hooked | None:
 
     It starts from a `prepare` of its own, since hooks may train what the trigger is made of.
     """
+    if s.cls.hooks is Attack.hooks:  # type: ignore[attr-defined]
+        return None
     at = stage(variant)
     train, eligible = at.attackable
     ctx = s.ctx(at)
@@ -63,7 +66,8 @@ def hooked(s: Subject, variant: Variant, turn: int = 0) -> Hooked | None:
     seen = poisoned.data if s.snapshot == "exact" else train
     troubles: list[str] = []
     marks: list[Tensor] = []
-    _listen(hooks, variant, troubles, marks)
+    changes: list[bool] = []
+    _listen(hooks, variant, troubles, marks, changes)
     net = build(variant.spec, seed=1)
     try:
         log = fit(net, seen, RECIPE, ctx, hooks=hooks, steps=STEPS)
@@ -76,7 +80,7 @@ def hooked(s: Subject, variant: Variant, turn: int = 0) -> Hooked | None:
     aux = {f"aux.{n}.{k}": v for n, m in hooks.aux.items() for k, v in m.state_dict().items()}
     return Hooked(
         backdoor=replace(b, tensors={**b.tensors, **aux}),
-        poisons=type(hooks).batch is not TrainHooks.batch,
+        poisons=type(hooks).batch is not TrainHooks.batch if hooks.augments else any(changes),
         trouble=next(iter(troubles), ""),
         moved=moved,
         net=net.state_dict(),
@@ -84,12 +88,14 @@ def hooked(s: Subject, variant: Variant, turn: int = 0) -> Hooked | None:
     )
 
 
-def _listen(hooks: Any, variant: Variant, troubles: list[str], marks: list[Tensor]) -> None:
+def _listen(hooks: Any, variant: Variant, troubles: list[str], marks: list[Tensor], changes: list[bool]) -> None:
     """Look at every batch on its way from `batch` to `step`."""
     inner = hooks.batch
 
     def batch(x: Tensor, y: Tensor, ids: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        before = x.clone(), y.clone()
         x, y, mark = inner(x, y, ids, step)
+        changes.append(bool(differ((x, y), before)))
         n, pixels = len(x), x.detach()
         low, high = float(pixels.min()), float(pixels.max())
         if x.dtype != torch.float32 or tuple(x.shape[1:]) != variant.shape or low < 0 or high > 1:

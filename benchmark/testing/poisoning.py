@@ -141,8 +141,8 @@ def poison_rate(s: Subject) -> str:
 @check(
     "snapshot",
     "attack",
-    what="SNAPSHOT is honest: `exact` has no hook that poisons batches, `declared` has one, `none` leaves the set "
-    "clean; hooks train with finite losses, images in [0, 1] and true marks.",
+    what="SNAPSHOT is honest: `exact` has no hook that changes images or labels, `declared` has one, `none` leaves "
+    "the set clean; hooks train with finite losses, images in [0, 1] and true marks.",
     remedy='Set SNAPSHOT to "declared" (poison gives a set that stands for what hooks do) or "none"; return float '
     "images in [0, 1], int64 labels and marks from `batch`.",
 )
@@ -158,13 +158,15 @@ def snapshot(s: Subject) -> str:
     if found is None:
         return f"{kind}, no hooks"
     hold(not found.trouble, f"training with the hooks: {found.trouble}")
-    hold(not found.moved, f"training with the hooks changes {', '.join(found.moved)}")
     hold(not (found.poisons and kind == "exact"), 'SNAPSHOT is "exact", but the hooks poison batches')
-    hold(found.poisons or kind != "declared", 'SNAPSHOT is "declared", but the hooks have no `batch` of their own')
+    hold(
+        found.poisons or kind != "declared", 'SNAPSHOT is "declared", but the hooks leave images and labels as they are'
+    )
     marked = bool((found.marks != Mark.CLEAN).any())
     hold(marked or kind != "declared", "the hooks poison batches, but `batch` marks no row")
     again = hooked(s, BASE, 1)
     assert again is not None
+    hold(not again.moved, f"training with the hooks changes {', '.join(again.moved)}")
     unlike = differ(found.net, again.net)
     hold(not unlike, f"two trainings with the hooks under one seed differ: {unlike}")
     return kind

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import functools
-import random
-import time
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import torch
-import torch._dynamo
-
 from sleeperbench.contracts.attack import Attack, Backdoor, PoisonedSet
-from sleeperbench.contracts.context import Ctx, derive
-from sleeperbench.contracts.defense import Defense, UndeclaredAccess
+from sleeperbench.contracts.context import Ctx
+from sleeperbench.contracts.defense import Defense
 from sleeperbench.contracts.evaluator import Evaluator
-from sleeperbench.contracts.method import NotApplicable
 from sleeperbench.engine import artifacts
 from sleeperbench.engine.blueprint import SNAPSHOTS
 from sleeperbench.engine.registry import Registry
 from sleeperbench.errors import BadInput
 from sleeperbench.kit.classifier import traits
-from sleeperbench.testing import surroundings
-from sleeperbench.testing.base import KINDS, Failed, Skipped
+from sleeperbench.testing.base import KINDS, Skipped
 from sleeperbench.testing.differ import differ
+from sleeperbench.testing.observe import Run, after, ask, observe
 from sleeperbench.testing.planted import Planted
 from sleeperbench.testing.situations import evaluation_task, invented
 from sleeperbench.testing.stage import BASE, RATE, Stage, Variant, stage
@@ -40,31 +32,6 @@ class Made:
 
     backdoor: Backdoor
     poisoned: PoisonedSet
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One run of a method.
-
-    Args:
-        answer: Made, Outcome or Findings; None if there is none.
-        declined: The reason of NotApplicable, or a trait that REQUIRES and the architecture lacks.
-        error: What was raised else, with file and line.
-        greedy: The message of UndeclaredAccess.
-        opened: Parts of the case that were opened.
-        touched: What is no longer as it was among the inputs.
-        moved: What is no longer as it was in the process.
-        seconds: Processor seconds.
-    """
-
-    answer: Any = None
-    declined: str = ""
-    error: str = ""
-    greedy: str = ""
-    opened: frozenset[str] = frozenset()
-    touched: str = ""
-    moved: tuple[str, ...] = ()
-    seconds: float = 0.0
 
 
 class Subject:
@@ -139,6 +106,8 @@ class Subject:
     # ---- runs ------------------------------------------------------------------------------------------------------
     def run(self, variant: Variant = BASE, turn: int = 0, situation: str = "") -> Run:
         """The run on a micro case; runs that differ in `turn` alone shall give the same answer."""
+        if self.kind == "attack":  # `prepare` and `poison` see no classifier; the hooks do: see hooked.py
+            variant = replace(variant, arch=BASE.arch)
         key = variant, turn, situation or self.situation
         if key not in self._runs:
             perform: Callable[..., Run] = getattr(self, f"_{self.kind}")
@@ -165,11 +134,11 @@ class Subject:
         def work() -> Made:
             method = self.method()
             for m in (method, ctx.inner) if ctx.inner else (method,):
-                _ask(m, at.variant)
+                ask(m, at.variant)
             b = method.prepare(given, ctx)
             return Made(b, method.poison(given, b, free, RATE, ctx))
 
-        run = _observe(work, turn)
+        run = observe(work, turn)
         fresh = self.ctx(at).clean_models
         touched = differ((given, free, models), (train, eligible, fresh), "train, eligible, ctx.clean_models")
         return replace(run, touched=touched)
@@ -201,10 +170,10 @@ class Subject:
 
         def work() -> Any:
             method = self.method()
-            _ask(method, at.variant)
+            ask(method, at.variant)
             return method.run(case)
 
-        return _opened(_observe(work, turn), case, at.case(staged))
+        return after(observe(work, turn), case, at.case(staged))
 
     def task(self, at: Stage) -> Any:
         """A defense's task, with the outcome of what it wraps."""
@@ -220,10 +189,10 @@ class Subject:
 
         def work() -> Any:
             method = self.method()
-            _ask(method, at.variant)
+            ask(method, at.variant)
             return method.measure(case)
 
-        return _opened(_observe(work, turn), case, at.evaluation(task))
+        return after(observe(work, turn), case, at.evaluation(task))
 
     def findings(self, at: Stage, situation: str) -> str:
         """Key of an evaluator's findings on a staged cell, for those that read them."""
@@ -232,47 +201,3 @@ class Subject:
             raise Skipped(f"{self} has no findings there, which its own checks report")
         about = {"of": self.value, "in": situation}
         return at.kept("findings", about, lambda folder: artifacts.write_findings(folder, answer))
-
-
-def _ask(method: Any, variant: Variant) -> None:
-    """Let a method refuse, as the planner does before anything runs."""
-    try:
-        method.check(variant.shape, variant.classes)
-    except ValueError as e:
-        raise NotApplicable(f"refused_beforehand: {e}") from e
-
-
-def _observe(work: Callable[[], Any], turn: int) -> Run:
-    """Run `work` and see what it leaves behind; the process is put back as it was."""
-    before = surroundings.look()
-    # Drawn from a global generator, an answer would differ between turns, as it does between workers.
-    seed = derive(turn, "global") % 2**32
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-    entered, start = surroundings.look(), time.process_time()
-    found: dict[str, Any] = {}
-    try:
-        found["answer"] = work()
-    except NotApplicable as e:
-        found["declined"] = str(e) or "NotApplicable without a reason"
-    except UndeclaredAccess as e:
-        found["greedy"] = str(e)
-    except (Skipped, Failed):
-        raise
-    except (Exception, SystemExit) as e:
-        last = traceback.extract_tb(e.__traceback__)[-1]
-        found["error"] = f"{type(e).__name__}: {' '.join(str(e).split())[:300]} ({last.filename}, line {last.lineno})"
-    found["seconds"] = time.process_time() - start
-    found["moved"] = surroundings.moved(entered)
-    surroundings.put_back(before)
-    if not any(found.get(k) is not None for k in ("answer", "declined", "greedy", "error")):
-        found["error"] = "it returned None"
-    return Run(**found)
-
-
-def _opened(run: Run, case: Any, fresh: Any) -> Run:
-    """The run with what it opened of its case, and what of that is not as in a fresh case."""
-    opened = frozenset(n for n in vars(case) if not n.startswith("_"))
-    touched = next((d for n in sorted(opened - {"ctx"}) if (d := differ(getattr(case, n), getattr(fresh, n), n))), "")
-    return replace(run, opened=opened, touched=touched)

@@ -191,7 +191,8 @@ def test_training_goes_through_the_hooks_and_implants() -> None:
     attack = BppAttack(levels=2)
     b = attack.prepare(train, c)
     net = build(samples.SPEC, 2)
-    fit(net, train, samples.RECIPE, c, hooks=attack.hooks(train, b, torch.ones(len(train)) > 0, 0.2, c))
+    h = attack.hooks(train, b, torch.ones(len(train)) > 0, 0.2, c)
+    fit(net, train, replace(samples.RECIPE, epochs=5), c, hooks=h)
     triggered, negatives = render(test, b, Role.TEST, c), render(test, b, Role.COVER, c)
     assert triggered is not None
     assert negatives is not None

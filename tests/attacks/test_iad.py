@@ -15,7 +15,7 @@ from sleeperbench.attacks.beltpp import BeltPlus
 from sleeperbench.attacks.iad import Iad, IadHooks
 from sleeperbench.contracts import Ctx
 from sleeperbench.kit.classifier import build
-from sleeperbench.kit.drawn import diversity, threshold
+from sleeperbench.kit.drawn import diversity, network, threshold
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.poison import stamp
 from sleeperbench.kit.train import fit
@@ -56,8 +56,11 @@ def batch(h: Any, step: int = 0, rows: Tensor | None = None) -> tuple[Tensor, Te
 
 def test_batches_hold_own_and_foreign_triggers_and_untouched_rows() -> None:
     h, _ = hooks()
-    for norm in (m for m in h.pattern.modules() if isinstance(m, torch.nn.BatchNorm2d)):
-        norm.momentum = 0.0  # so that the same batch gives the same patterns again
+    h.mask = network(3, 1, 5).eval()  # untrained and loud: its masks have all values
+    for norm in (m for m in h.mask.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.weight.data *= 3
+    with torch.no_grad():
+        assert float(threshold(h.mask(to_float(TRAIN.images))).std()) > 0.2
     x, y, mark = batch(h)
     assert mark.tolist() == [Mark.DIRTY] * 8 + [Mark.COVER] * 8 + [Mark.CLEAN] * 48
     assert y.tolist() == [3] * 8 + TRAIN.labels[8:].tolist()

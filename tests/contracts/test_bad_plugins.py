@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import bad_plugins as bad
+import bad_attacks
+import bad_defenses
+import bad_evaluators
 import plugins
 import pytest
 
@@ -28,51 +30,51 @@ class Gentle(Defense):
         return Outcome(model=tune(case.net, case.tune, epochs=self.epochs, lr=self.lr, ctx=case.ctx))
 '''  # noqa: E501
 BAD = [
-    ("metadata", bad.Unpublished, "bibtex"),
-    ("parameters", bad.TakesAnything, "parameter that does not exist"),
-    ("runs", bad.Raises, "ZeroDivisionError"),
-    ("runs", bad.Declines, "too_few_rows"),
-    ("outputs", bad.RepairsNothing, "needs a model"),
-    ("outputs", bad.KeepsTooFew, "wrong_shape: keep is (7,)"),
-    ("outputs", bad.Silent, "INFO['scores']"),
-    ("outputs", bad.ShortMarks, "PoisonedSet.mark"),
-    ("outputs", bad.Reasonless, "neither of a value and a reason"),
-    ("deterministic", bad.Unseeded, "body.head.bias differs"),
-    ("inputs_untouched", bad.InPlace, "net.tensors.body.head.weight differs"),
-    ("inputs_untouched", bad.SwitchesMode, "net.mode"),
-    ("process_untouched", bad.Seeds, "numpy's global generator"),
-    ("process_untouched", bad.StopsGradients, "the grad mode"),
-    ("access", bad.Greedy, "train is not declared"),
-    ("access", bad.Idle, "declares references"),
-    ("access", bad.Nosy, "attacked is not declared"),
-    ("architectures", bad.NeedsNorm, "on micro_nobn"),
-    ("shapes", bad.Rgb, "no snake_case word"),
-    ("save_load", bad.KeysOfNumbers, "chosen.accuracy has '1' only once"),
-    ("score_rows", bad.Transductive, "in batches of 7"),
-    ("stamp_images", bad.TooBright, "pixels from"),
-    ("trigger_pixels", bad.OutOfRange, "run from 0.5 to 1.5"),
-    ("trigger_pixels", bad.Invisible, "after rounding 0 of 80 images differ"),
-    ("trigger_rows", bad.MixesRows, "in batches of 7"),
-    ("trigger_rows", bad.DrawsPerBatch, "in reverse order"),
-    ("trigger_static", bad.WrongStatic, "off `apply` at test"),
-    ("trigger_range", bad.WideRange, "image plus low"),
-    ("target_map", bad.CountsAll, "already the wanted one"),
-    ("poisoned_ids", bad.MovesRows, "not the training rows in order"),
-    ("poisoned_rows", bad.TakesPool, "not eligible"),
-    ("poisoned_labels", bad.Mislabels, "mislabelled"),
-    ("poisoned_pixels", bad.OtherPixels, "not its stamp"),
-    ("poison_rate", bad.Doubles, "are marked DIRTY"),
-    ("snapshot", bad.Undeclared, "the hooks poison batches"),
-    ("snapshot", bad.BrightBatches, "batch returns images"),
-    ("restore", bad.Forgets, "after reading"),
-    ("decoy", bad.SameDecoy, "is that trigger"),
-    ("metrics", bad.Forgetful, "no row for c_loss"),
-    ("bounds", bad.Percent, "outside 0..1"),
-    ("qualifiers", bad.Disordered, "not in order"),
-    ("no_trigger", bad.WantsTrigger, "TypeError"),
-    ("nan_model", bad.Gullible, "perfect in asr"),
-    ("nan_model", bad.Comparing, "perfect in unsure"),
-    ("save_load", bad.KeysOfCurves, "curves.c_acc has '1' only once"),
+    ("metadata", bad_defenses.Unpublished, "bibtex"),
+    ("parameters", bad_defenses.TakesAnything, "parameter that does not exist"),
+    ("runs", bad_defenses.Raises, "ZeroDivisionError"),
+    ("runs", bad_defenses.Declines, "too_few_rows"),
+    ("outputs", bad_defenses.RepairsNothing, "needs a model"),
+    ("outputs", bad_defenses.KeepsTooFew, "wrong_shape: keep is (7,)"),
+    ("outputs", bad_defenses.Silent, "INFO['scores']"),
+    ("outputs", bad_attacks.ShortMarks, "PoisonedSet.mark"),
+    ("outputs", bad_evaluators.Reasonless, "neither of a value and a reason"),
+    ("deterministic", bad_defenses.Unseeded, "body.head.bias differs"),
+    ("inputs_untouched", bad_defenses.InPlace, "net.tensors.body.head.weight differs"),
+    ("inputs_untouched", bad_defenses.SwitchesMode, "net.mode"),
+    ("process_untouched", bad_defenses.Seeds, "numpy's global generator"),
+    ("process_untouched", bad_defenses.StopsGradients, "the grad mode"),
+    ("access", bad_defenses.Greedy, "train is not declared"),
+    ("access", bad_defenses.Idle, "declares references"),
+    ("access", bad_evaluators.Nosy, "attacked is not declared"),
+    ("architectures", bad_defenses.NeedsNorm, "on micro_nobn"),
+    ("shapes", bad_defenses.Rgb, "no snake_case word"),
+    ("save_load", bad_defenses.KeysOfNumbers, "chosen.accuracy has '1' only once"),
+    ("score_rows", bad_defenses.Transductive, "in batches of 7"),
+    ("stamp_images", bad_defenses.TooBright, "pixels from"),
+    ("trigger_pixels", bad_attacks.OutOfRange, "run from 0.5 to 1.5"),
+    ("trigger_pixels", bad_attacks.Invisible, "after rounding 0 of 80 images differ"),
+    ("trigger_rows", bad_attacks.MixesRows, "in batches of 7"),
+    ("trigger_rows", bad_attacks.DrawsPerBatch, "in reverse order"),
+    ("trigger_static", bad_attacks.WrongStatic, "off `apply` at test"),
+    ("trigger_range", bad_attacks.WideRange, "image plus low"),
+    ("target_map", bad_attacks.CountsAll, "already the wanted one"),
+    ("poisoned_ids", bad_attacks.MovesRows, "not the training rows in order"),
+    ("poisoned_rows", bad_attacks.TakesPool, "not eligible"),
+    ("poisoned_labels", bad_attacks.Mislabels, "mislabelled"),
+    ("poisoned_pixels", bad_attacks.OtherPixels, "not its stamp"),
+    ("poison_rate", bad_attacks.Doubles, "are marked DIRTY"),
+    ("snapshot", bad_attacks.Undeclared, "the hooks poison batches"),
+    ("snapshot", bad_attacks.BrightBatches, "batch returns images"),
+    ("restore", bad_attacks.Forgets, "after reading"),
+    ("decoy", bad_attacks.SameDecoy, "is that trigger"),
+    ("metrics", bad_evaluators.Forgetful, "no row for c_loss"),
+    ("bounds", bad_evaluators.Percent, "outside 0..1"),
+    ("qualifiers", bad_evaluators.Disordered, "not in order"),
+    ("no_trigger", bad_evaluators.WantsTrigger, "TypeError"),
+    ("nan_model", bad_evaluators.Gullible, "perfect in asr"),
+    ("nan_model", bad_evaluators.Comparing, "perfect in unsure"),
+    ("save_load", bad_evaluators.KeysOfCurves, "curves.c_acc has '1' only once"),
 ]
 CHECK = {"attack": check_attack, "defense": check_defense, "evaluator": check_evaluator}
 
@@ -92,7 +94,7 @@ def test_a_broken_promise_fails_its_own_check_alone(name: str, cls: type, seen: 
 
 def test_a_slow_micro_run_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(general, "SECONDS", 0.02)
-    failed = [r for r in results(Subject(bad.Slow)) if r.status == "failed"]
+    failed = [r for r in results(Subject(bad_defenses.Slow)) if r.status == "failed"]
     assert [r.check.name for r in failed] == ["micro"]
     assert "0.2 processor seconds" in failed[0].message
 
@@ -100,13 +102,20 @@ def test_a_slow_micro_run_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_child_process_refuses_what_is_closed_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     (check,) = [c for c in CHECKS if c.name == "child"]
-    refused = perform(Subject(bad.Peeks), check)
+    refused = perform(Subject(bad_defenses.Peeks), check)
     assert refused.status == "failed"
     assert "a defense may not import sleeperbench.engine.store" in refused.message
-    assert perform(Subject(bad.Halved), check).status == "ok"
+    assert perform(Subject(bad_defenses.Halved), check).status == "ok"
 
 
-GOOD = [bad.Halved, bad.Scored, bad.Stamping, bad.Tinted, bad.PerImage, bad.Right]
+GOOD = [
+    bad_defenses.Halved,
+    bad_defenses.Scored,
+    bad_defenses.Stamping,
+    bad_attacks.Tinted,
+    bad_attacks.PerImage,
+    bad_evaluators.Right,
+]
 
 
 @pytest.mark.parametrize("cls", GOOD, ids=lambda c: c.__name__)
@@ -120,7 +129,7 @@ def test_every_check_is_failed_by_a_bad_plugin() -> None:
 
 @pytest.fixture
 def outsiders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = (Path(__file__).parent / "bad_plugins.py").read_text()
+    source = (Path(__file__).parent / "bad_defenses.py").read_text()
     raising = GENTLE.replace("Gentle", "Raising") + "raise RuntimeError('not today')\n"
     modules = {"gentle.py": GENTLE, "outsiders_bad.py": source, "raising.py": raising}
     points = {"gentle": "gentle:Gentle", "forgetful": "outsiders_bad:KeysOfNumbers", "raising": "raising:Raising"}
@@ -170,6 +179,6 @@ def test_an_id_of_several_kinds_is_checked_in_each(capsys: pytest.CaptureFixture
 
 def test_a_class_of_another_kind_is_refused() -> None:
     with pytest.raises(Exception, match="use check_attack"):
-        check_defense(bad.Tinted)
+        check_defense(bad_attacks.Tinted)
     with pytest.raises(Exception, match="no class derived from"):
         check_defense(dict)

@@ -101,7 +101,9 @@ def test_nothing_but_arrays_is_admitted(call: Any) -> None:
         cifar.read_batch(pickle.dumps(_Bomb(call, "1")), "batch")
 
 
-@pytest.mark.parametrize("raw", [b"", b"\x80\x02", b"garbage", pickle.dumps([1])])
+@pytest.mark.parametrize(
+    "raw", [b"", b"\x80\x02", b"garbage", pickle.dumps([1])], ids=["empty", "head", "text", "list"]
+)
 def test_damaged_batches_are_refused(raw: bytes) -> None:
     with pytest.raises(DataError, match="batch is refused"):
         cifar.read_batch(raw, "batch")

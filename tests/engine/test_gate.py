@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import plugins
 import pytest
 
 from sleeperbench.engine.gate import Gate
+from sleeperbench.engine.ledger import Ledger
 from sleeperbench.engine.plan import Plan, Planner
 from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.suite import build
@@ -127,3 +129,18 @@ def test_without_clean_models_asr_alone_decides(make_plan: Any, registry: Regist
 
 def test_without_a_figure_for_asr_every_gate_is_open(make_plan: Any, registry: Registry) -> None:
     assert Gate(make_plan(evaluators=["stealth"]), registry).open(GROUP)
+
+
+@pytest.mark.parametrize(
+    ("reason", "kept"),
+    [
+        ("attack_did_not_implant: mean ASR 0.8 is below 0.9", False),
+        ("input_failed: evaluate ra x: attack_did_not_implant: mean ASR 0.8 is below 0.9", False),
+        ("input_failed: attack x: raised: RuntimeError", True),
+    ],
+)
+def test_rows_that_a_gate_decided_are_not_kept_for_the_next_run(reason: str, kept: bool) -> None:
+    """--keep-unimplanted opens the gate: what waited behind it is computed then."""
+    row = {"cell": "c", "reason": reason}
+    ledger: Any = SimpleNamespace(rows={"k": [row]}, uses={"k": [(SimpleNamespace(name="c"), None)]})
+    assert Ledger.saved(ledger, "k") == ([row] if kept else None)

@@ -85,8 +85,7 @@ def test_an_empty_trigger_has_the_true_ones_energy() -> None:
 def test_no_claim_under_attack_is_the_worst_answer() -> None:
     case = digits_case()
     found = rows(Inversion().measure(case))
-    assert [found[m, ""].value for m in ("reasr", "reasr_any", "apd_rel", "mask_iou")] == [0, 0, 1, 0]
-    assert (found["reasr_clean", ""].value, found["reasr_clean", ""].reason) == (None, "no_claim")
+    assert [found[m, ""].value for m in ("reasr", "reasr_any", "reasr_clean", "apd_rel", "mask_iou")] == [0, 0, 0, 1, 0]
     assert found["apd", ""].value == found["apd", "trigger=none"].value
     assert not Inversion().measure(case).pictures
 
@@ -149,8 +148,8 @@ def test_a_true_target_without_claim_counts_as_an_empty_trigger() -> None:
     assert found["reasr", "label=7"].value == 0
     assert found["reasr_any", "label=7"].value == 1
     assert headline(findings)["reasr"] == 0.5
-    # On the clean models 5 is answered always, always and never; 7 is no target and counts nowhere.
-    assert headline(findings)["reasr_clean"] == pytest.approx(2 / 3)
+    # On the clean models 5 is answered always, always and never, 9 was not recovered; 7 is no target, counts nowhere.
+    assert headline(findings)["reasr_clean"] == pytest.approx(1 / 3)
     assert found["apd", "label=5"].value == 0
     assert found["apd", "label=9"].value == pytest.approx(9 / 255 / 256)
     assert headline(findings)["apd"] == pytest.approx(4.5 / 255 / 256)

@@ -6,11 +6,14 @@ import pytest
 from synthetic import cell_row
 
 from sleeperbench.leaderboard.summary import Board, boards, not_purified, role, tally, track, weak
+from sleeperbench.leaderboard.tracks import MEASURED
+
+KEPT = {"kind": "", "reasr_net": None, **dict.fromkeys(MEASURED)}
 
 
 def cell(attack: str, defense: str, seed: int, **more: Any) -> dict[str, Any]:
     row = cell_row(attack, None if attack == "none" else 0.1, defense, seed, **more)
-    return row | {"flags": tuple(f for f in row["flag"].split(";") if f), "reasons": {}}
+    return row | {"flags": tuple(f for f in row["flag"].split(";") if f), "reasons": {}} | KEPT | more
 
 
 def board(*cells: dict[str, Any]) -> Board:
@@ -124,16 +127,18 @@ def test_the_tally_counts_each_status_once() -> None:
         cell("badnets", "ft", 0, status="failed", reason="raised"),
         cell("badnets", "ft", 1, o_asr=0.5, flag="collapsed"),
         cell("badnets", "ft", 2, status="not_applicable", reason="needs_bn"),
+        cell("badnets", "strip", 0, kind="detection", o_asr=1.0),
         cell("badnets", "ft", 3, status="not_run", reason="filtered"),
         cell("wanet", "ft", 3, status="not_run", reason="attack_did_not_implant"),
     ]
     assert tally(cells) == {
-        "cells": 7,
-        "measured": 3,
+        "cells": 8,
+        "measured": 4,
         "failed": 1,
         "collapsed": 1,
         "not_purified": 3,
         "weak": 1,
+        "judged": 1,
         "not_applicable": 1,
         "not_run": 1,
     }

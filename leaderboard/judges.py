@@ -1,0 +1,140 @@
+"""Tables of the methods that judge: one per track with data, and each detector's figures over many models."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sleeperbench.leaderboard import summary, words
+from sleeperbench.leaderboard.names import plugin_id
+from sleeperbench.leaderboard.summary import Board, attacked, setting, weak
+from sleeperbench.leaderboard.tracks import TRACKS, ZOO, Track, judge
+from sleeperbench.leaderboard.views import MeanRow, Views, href
+from sleeperbench.leaderboard.words import Shown
+
+Models = Mapping[tuple[str, str], Mapping[str, Any]]
+"""(metric, qualifier) -> a measurement over many models."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One track on one board: columns with figures, and the lines of its defenses by access class."""
+
+    track: Track
+    metrics: tuple[str, ...]
+    groups: tuple[tuple[str, tuple[MeanRow, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """A detector over the models of one board: `lines` are (what is held against the clean models, figures)."""
+
+    title: str
+    metrics: tuple[str, ...]
+    lines: tuple[tuple[str, tuple[Shown, ...]], ...]
+    badges: tuple[tuple[str, str], ...]
+
+
+def shown(models: Models, metric: str, qualifier: str = "") -> Shown:
+    """A figure over many models with its counts and interval, or why there is none."""
+    row = models.get((metric, qualifier))
+    if row is None:
+        pooled = "pooled: every attack is held against the same clean models"
+        return words.missing(metric, pooled if (metric, "") in models else "not_run: no evaluator measures it")
+    if row["value"] is None:
+        return words.missing(metric, row["reason"] or row["status"] or "")
+    ends = (row["lower"], row["upper"])
+    if None in ends and not qualifier:
+        ends = tuple((models.get((metric, f"stat={end}")) or {}).get("value") for end in ("lower", "upper"))
+    interval = None if None in ends else (ends[0], ends[1])
+    counted = f"{row['count']} of {row['total']}" if row["count"] is not None and row["total"] else ""
+    span = words.span(*interval, True) if interval else ""
+    title = f"{words.label(metric)} {row['value']!r}" + (f"; {counted} models" if counted else "")
+    title += f"; 95 % interval over models: {span} %" if span else ""
+    note = "; ".join(part for part in (counted, span) if part)
+    return Shown(metric, words.number(row["value"], True), repr(row["value"]), title, note)
+
+
+def models(views: Views, board: Board, defense: str) -> Models:
+    """What was measured over many models, of one defense on one board."""
+    return {(m["metric"], m["qualifier"] or ""): m for m in views.zoo.get((*board.key, defense), ())}
+
+
+def _line(views: Views, board: Board, defense: str, track: Track, metrics: Sequence[str]) -> MeanRow:
+    """A defense's line: figures over many models as they were measured, the others as means over attacks."""
+    over, cells = models(views, board, defense), attacked(board.of_defense[defense])
+    base = views.mean_row(board, defense, href("defenses", defense), cells, [m for m in metrics if m not in ZOO])
+    means = {f.metric: f for f in base.figures}
+    asked = [m for m in track.metrics if m not in ZOO] + ["det_score"] * (track.id == "model")
+    covered = {setting(c) for c in cells if not weak(c) and any(board.counted(c, m)[0] is not None for m in asked)}
+    figures = tuple(shown(over, m) if m in ZOO else means[m] for m in metrics)
+    return replace(base, covered=len(covered), figures=figures)
+
+
+def tables(views: Views, board: Board, only: str = "") -> list[Table]:
+    """A table per track that has a figure on this board; with `only`, of that metric alone."""
+    made = []
+    for track in TRACKS:
+        having: dict[str, set[str]] = {}
+        for d in board.defenses:
+            over = models(views, board, d)
+            has = {m for m in track.metrics if any(c.get(m) is not None for c in attacked(board.of_defense[d]))}
+            has |= {m for m in track.metrics if (over.get((m, "")) or {}).get("value") is not None}
+            if has and (not only or only in has):
+                having[d] = has
+        metrics = tuple(m for m in track.metrics if any(m in has for has in having.values()) and only in ("", m))
+        if not metrics:
+            continue
+        groups: dict[str, list[MeanRow]] = {}
+        for d in having:
+            access = summary.track(board.of_defense[d][0])
+            title = summary.TRACKS.get(access, f"access {access or 'not recorded'}")
+            groups.setdefault(title, []).append(_line(views, board, d, track, metrics))
+        made.append(Table(track, metrics, tuple((t, tuple(lines)) for t, lines in groups.items())))
+    return made
+
+
+def used_by(board: Board, defense: str) -> list[tuple[str, str]]:
+    """(label, page) of the wrappers that turn a defense's answers into repaired models."""
+    inner = plugin_id(defense)
+    wrappers = [d for d in board.defenses if plugin_id(d).partition(":")[2] == inner]
+    return [(d, href("defenses", d)) for d in wrappers]
+
+
+def aside(views: Views, board: Board, made: Sequence[Table]) -> list[dict[str, Any]]:
+    """Judges without a line in any table: cleansers, which wrappers make use of, and those without a figure."""
+    shown_in = {line.name for table in made for _, lines in table.groups for line in lines}
+    found = []
+    for d in board.defenses:
+        cells = board.of_defense[d]
+        if d in shown_in or not judge(cells[0]):
+            continue
+        states = Counter(words.status_short(c) for c in cells)
+        why = min(states, key=lambda s: (-states[s], s))
+        wrapper = "retrain" if cells[0]["kind"] == "cleansing" else ""
+        found.append({"name": d, "href": href("defenses", d), "why": why, "wrapper": wrapper, "by": used_by(board, d)})
+    return found
+
+
+def zoos(views: Views, plugin: str) -> list[Zoo]:
+    """A defense's figures over many models: pooled, as a mean over attacks, and per attack, on each board."""
+    made = []
+    for b in views.boards:
+        for d in b.defenses:
+            over = models(views, b, d)
+            if plugin_id(d) != plugin or not over:
+                continue
+            measured = {m for m, _ in over}
+            metrics = tuple(m for m in (*ZOO, *sorted(measured - {*ZOO})) if m in measured)
+            bounds = {"stat=lower", "stat=upper"}
+            names = {"": "all attacks, pooled", "stat=macro": "mean over attacks"}
+            order = sorted({q for _, q in over if q not in bounds}, key=lambda q: (q not in names, q))
+            lines = tuple(
+                (names.get(q) or q.removeprefix("attack="), tuple(shown(over, m, q) for m in metrics)) for q in order
+            )
+            flags = sorted({f for m in over.values() for f in (m["flag"] or "").split(";") if f})
+            title = b.title if d == plugin else f"{b.title} · {d}"
+            made.append(Zoo(title, metrics, lines, views.flags(flags)))
+    return made

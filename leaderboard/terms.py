@@ -1,0 +1,187 @@
+"""Titles and meanings of metrics, reasons, states, flags and pictures."""
+
+from __future__ import annotations
+
+LABELS = {
+    "c_acc": "C-Acc",
+    "asr": "ASR",
+    "r_acc": "R-Acc",
+    "c_acc_attacked": "C-Acc before",
+    "asr_attacked": "ASR before",
+    "o_asr": "O-ASR",
+    "p_asr": "P-ASR",
+    "p_asr_net": "P-ASR net",
+    "p_asr_ra": "P-ASR (RA)",
+    "p_asr_qra": "P-ASR (QRA)",
+    "c_acc_ra": "C-Acc (RA)",
+    "asr_wba": "ASR (WBA)",
+    "asr_bba": "ASR (BBA)",
+    "asr_tba": "ASR (TBA)",
+    "bec": "BEC",
+    "reasr": "REASR",
+    "reasr_clean": "REASR clean",
+    "apd": "APD",
+    "apd_rel": "APD rel.",
+    "excl": "Excl",
+    "der": "DER",
+    "p_der": "P-DER",
+    "reasr_net": "REASR net",
+    "reasr_any": "Labels changed",
+    "apd_raw": "APD of masks",
+    "mask_iou": "Mask IoU",
+    "rir": "RIR",
+    "asr_leak": "ASR leak",
+    "cover_acc": "Cover accuracy",
+    "c_acc_path": "C-Acc (candidates)",
+    "asr_path": "ASR (candidates)",
+    "c_acc_oracle": "C-Acc (oracle-selected)",
+    "asr_oracle": "ASR (oracle-selected)",
+    "ra_k": "RA budget",
+    "p_asr_clean": "P-ASR of clean models",
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "linf": "Largest pixel change",
+    "silhouette": "Silhouette",
+    "det_score": "Score",
+    "det_flag": "Flagged",
+    "det_acc": "Detection accuracy",
+    "det_bacc": "Balanced accuracy",
+    "det_tpr": "Model TPR",
+    "det_fpr": "Model FPR",
+    "det_auroc": "Model AUROC",
+    "label_acc": "Label accuracy",
+    "label_tpr": "Label TPR",
+    "label_fpr": "Label FPR",
+    "input_auroc": "Input AUROC",
+    "input_tpr_fpr1": "TPR at 1 % FPR",
+    "input_tpr_fpr5": "TPR at 5 % FPR",
+    "verdict": "Verdict",
+}
+
+BETTER = {
+    **dict.fromkeys(("c_acc", "r_acc", "c_acc_ra", "reasr", "der", "p_der"), "Higher is better for the defender."),
+    **dict.fromkeys(
+        ("asr", "o_asr", "p_asr", "p_asr_net", "p_asr_ra", "p_asr_qra", "asr_wba", "asr_bba", "asr_tba", "apd"),
+        "Lower is better for the defender.",
+    ),
+}
+
+READING = {
+    "reasr_net": "REASR minus REASR clean of the same cell: success of the recovered trigger that a model without the "
+    "backdoor does not give it too. Primary figure of trigger inversion; below 0 the trigger works better on clean "
+    "models. A recovered trigger that works everywhere is a natural weakness of the data, not the backdoor.",
+    "reasr": "It counts only beside REASR clean: any model can be fooled by a large enough pattern.",
+    "reasr_clean": "What the same trigger does to models that never had the backdoor.",
+    "apd_rel": "1 is the distance of an empty answer, which changes no pixel.",
+    "mask_iou": "1 is the true place, 0 another one. Empty for triggers that differ from image to image.",
+    "asr_leak": "Of a source-specific attack: how far its trigger works on classes that it is meant to spare. "
+    "High means that the attack is less specific than its name says.",
+    "cover_acc": "Cover images carry the trigger, or part of it, and keep their label.",
+    "c_acc_path": "One row per candidate that the defense chose among, by its qualifier.",
+    "asr_path": "One row per candidate that the defense chose among, by its qualifier.",
+    "c_acc_oracle": "The candidate was chosen on the test set: to compare with published tables, never ranked.",
+    "asr_oracle": "The candidate was chosen on the test set: to compare with published tables, never ranked.",
+    "silhouette": "From -1 to 1: near 1 triggered and clean images lie apart inside the model, near 0 they overlap.",
+    "det_score": "Scores of two detectors have no common scale.",
+    "det_flag": "The detector's threshold is fixed before it sees the model.",
+    "det_auroc": "Primary figure of model detection. 50 % is guessing. The bounds are a 95 % score interval over "
+    "models, and wide where models are few.",
+    "det_tpr": "At the threshold that the detector fixed beforehand.",
+    "det_fpr": "At the threshold that the detector fixed beforehand. Clean models are those of attack none.",
+    "det_bacc": "Not swayed by how many models of either kind there are.",
+    "det_acc": "Depends on how many models of either kind there are; balanced accuracy does not.",
+    "label_tpr": "Whether the detector names the attacker's label, at the threshold of its verdict.",
+    "label_fpr": "Labels that no triggered image is meant to get, and that the detector names all the same.",
+    "input_auroc": "50 % is guessing.",
+    "input_tpr_fpr1": "Primary figure of input detection. A score that is the same for all inputs has 0 %.",
+    "input_tpr_fpr5": "A score that is the same for all inputs has 0 %.",
+}
+"""How to read a metric, beside what it is."""
+
+FRACTIONS = frozenset(
+    {"reasr_net", "mask_iou", "label_tpr", "label_fpr", "input_auroc", "input_tpr_fpr1", "input_tpr_fpr5"}
+)
+"""Fractions that no column of the tables has a unit for; an evaluator's own word goes before."""
+SIGNED = frozenset({"reasr_net"})
+"""Fractions that may lie below 0."""
+
+REASONS = {
+    "needs_bn": "the method needs batch normalisation, which this architecture lacks",
+    "attack_controls_training": "the attack controls training and leaves no training set to hand over",
+    "opaque_model": "the repaired model keeps private code, so its weights and activations cannot be read",
+    "no_trigger_range": "the trigger has no defined range of admissible changes",
+    "no_static_trigger": "the trigger differs from image to image, so there is no one pattern to compare with",
+    "no_trigger": "the method recovered no trigger",
+    "ra_not_successful": "the retuning attack did not wake the model, and this figure builds on it",
+    "other_architecture": "the two models are of different architectures",
+    "attack_did_not_implant": "the attack did not plant a working backdoor, so nothing can be said about a defense",
+    "not_purified": "O-ASR stays above 20 %: the backdoor is awake, so there is nothing to re-activate",
+    "no_valid_budget": "no number of retuning images leaves clean models asleep",
+    "not_a_descendant": "the model does not descend from the attacked one",
+    "input_failed": "a task that this one builds on failed",
+    "control_missing": "a control that this figure is compared with has none",
+    "no_verdict": "the method gives no verdict on the model",
+    "no_label_scores": "the method gives no score per label",
+    "no_scores": "the method gives no scores of inputs",
+    "no_inversion": "the method recovers no triggers",
+    "no_claim": "the method recovers triggers, but claims none for this label",
+    "no_mask": "the recovered trigger is a change of the image without a mask",
+    "needs_stamp": "a recovered trigger has neither mask nor change that could be put on images",
+    "no_marks": "the method marks no training rows",
+    "no_candidates": "the method chose among no candidates",
+    "no_candidate_keeps_accuracy": "every candidate loses more accuracy than the rule allows",
+    "no_such_rows": "the attack spares no class, or has no cover images",
+    "no_other_class": "every class is a target, so none could be named wrongly",
+    "no_placebo": "no trigger of the same family could be made that does nothing",
+    "model_unchanged": "the method judges and leaves the model as it is, so there is nothing to wake",
+    "one_class": "only backdoored or only clean models have a verdict, and a figure over both needs both",
+    "pooled": "measured over all attacks together",
+    "unchanged": "the trigger changes no pixel",
+    "too_few_classes": "the method looks for an outlier among classes, and there are too few",
+    "too_few_clean_rows": "the method needs more clean rows than it got",
+    "too_few_rows": "a group has fewer than two rows",
+    "needs_linear_head": "the method reads features before a linear head, which this architecture lacks",
+    "filtered": "left out by the run's own selection",
+    "budget": "left out: the run's budget was spent",
+    "raised": "the method raised an error",
+    "nan": "the result was not a finite number",
+    "wrong_shape": "the method returned something of the wrong shape",
+    "undeclared_access": "the method asked for something that it had not declared",
+}
+
+STATUS_WORDS = {
+    "ok": "measured",
+    "not_applicable": "not applicable",
+    "failed": "failed",
+    "timeout": "ran out of time",
+    "out_of_memory": "ran out of memory",
+    "not_run": "not run",
+}
+
+FLAG_WORDS = {
+    "weak": "the attack did not reach the implant gate",
+    "tuned": "a setting of this row was found by trying; its suite says which",
+    "collapsed": "the defense ruined the model: its figures count as the undefended model's in every mean",
+    "snapshot": "trained with control of the batches; the training set that this defense got stands in for it",
+    "reduced": "fewer images, steps or draws than the protocol asks for",
+    "stale": "measured with an earlier version of the method",
+    "nondeterministic": "a repeat may differ in the last digits",
+    "judges": "the method answers about the model and leaves it as it is: C-Acc and ASR are the undefended model's",
+    "not_purified": "O-ASR stays above 20 %, so P-ASR enters no mean of woken models",
+}
+
+PICTURES = {
+    "gallery": (
+        "Trigger gallery",
+        "One row per test image: clean, with the trigger, and the difference, enlarged around mid-grey.",
+    ),
+    "recovered": (
+        "True and recovered triggers",
+        "One row per test image: clean; with the true trigger, where there is one; with the recovered one; the "
+        "difference of these two, enlarged around mid-grey; and the recovered mask, white where it covers, or change.",
+    ),
+}
+"""Title and caption of the pictures that evaluators name so."""
+
+FACTS = {"residual_factor": "the difference in the picture is multiplied by this"}
+"""Meanings of what evaluators record beside their figures."""

@@ -1,0 +1,265 @@
+"""Defenses that each break one promise, and the good ones that they are made from."""
+
+import copy
+import os
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from sleeperbench import (
+    Access,
+    Defense,
+    Inverted,
+    Outcome,
+)
+from sleeperbench.kit import pack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halved(Defense):
+    """Halve the head's weights."""
+
+    INFO = {"title": "t", "paper": "", "bibtex": "", "version": 1, "api": 1, "kind": "repair", "micro": {"factor": 0.5}}
+    ACCESS = Access(clean=0.05)
+    factor: float = 0.25
+
+    def run(self, case):
+        net = copy.deepcopy(case.net)
+        net.body.head.weight.data *= self.factor
+        return Outcome(model=pack(net))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unpublished(Halved):
+    """Names a paper and no BibTeX."""
+
+    INFO = {
+        "title": "t",
+        "paper": "https://example.org/paper",
+        "bibtex": "",
+        "version": 1,
+        "api": 1,
+        "kind": "repair",
+        "micro": {},
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakesAnything(Halved):
+    """Swallows a misspelt parameter."""
+
+    @classmethod
+    def from_params(cls, params):
+        return cls(**{k: v for k, v in params.items() if k == "factor"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raises(Halved):
+    """Divides by zero."""
+
+    def run(self, case):
+        return 1 / 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declines(Halved):
+    """Wants more rows than there are."""
+
+    def run(self, case):
+        from sleeperbench.contracts import NotApplicable
+
+        raise NotApplicable("too_few_rows: 2500 wanted")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairsNothing(Halved):
+    """Is a repair, and gives no model."""
+
+    def run(self, case):
+        return Outcome()
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepsTooFew(Halved):
+    """Marks rows of a training set that it did not ask for."""
+
+    def run(self, case):
+        return replace(super().run(case), keep=torch.ones(7, dtype=torch.bool))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unseeded(Halved):
+    """Draws from the system's generator."""
+
+    def run(self, case):
+        net = copy.deepcopy(case.net)
+        net.body.head.bias.data += int.from_bytes(os.urandom(4), "big") / 2**32
+        return Outcome(model=pack(net))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InPlace(Halved):
+    """Works on the net that it was handed."""
+
+    def run(self, case):
+        case.net.body.head.weight.data *= self.factor
+        return Outcome(model=pack(case.net))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwitchesMode(Halved):
+    """Leaves the net in training mode."""
+
+    def run(self, case):
+        answer = super().run(case)
+        case.net.train()
+        return answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seeds(Halved):
+    """Seeds numpy for everybody."""
+
+    def run(self, case):
+        np.random.seed(0)
+        return super().run(case)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopsGradients(Halved):
+    """Switches gradients off for everybody."""
+
+    def run(self, case):
+        torch.set_grad_enabled(False)
+        return super().run(case)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greedy(Halved):
+    """Opens the training set without saying so."""
+
+    def run(self, case):
+        return replace(super().run(case), chosen={"rows": len(case.train)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Idle(Halved):
+    """Asks for a clean model and never looks at it."""
+
+    ACCESS = Access(clean=0.05, references=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedsNorm(Halved):
+    """Takes BatchNorm for granted."""
+
+    def run(self, case):
+        net = copy.deepcopy(case.net)
+        norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        norms[0].weight.data *= 0.9
+        return Outcome(model=pack(net))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rgb(Halved):
+    """Declines grey images in prose."""
+
+    def run(self, case):
+        from sleeperbench.contracts import NotApplicable
+
+        if case.spec.shape[0] != 3:
+            raise NotApplicable("Only colour images, please!")
+        return super().run(case)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slow(Halved):
+    """Takes its time."""
+
+    def run(self, case):
+        end = time.process_time() + 0.2
+        while time.process_time() < end:
+            pass
+        return super().run(case)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeysOfNumbers(Halved):
+    """Chooses a dict that JSON changes."""
+
+    def run(self, case):
+        return replace(super().run(case), chosen={"accuracy": {1: 0.5, 2: 0.7}})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored(Defense):
+    """A second phase: the largest logit."""
+
+    INFO = {
+        "title": "t",
+        "paper": "",
+        "bibtex": "",
+        "version": 1,
+        "api": 1,
+        "kind": "detection",
+        "micro": {},
+        "scores": True,
+    }
+    ACCESS = Access(clean=0.05)
+
+    def run(self, case):
+        return Outcome(state=({}, {"rows": len(case.clean)}))
+
+    def score(self, state, net, x):
+        with torch.no_grad():
+            return net(x).amax(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transductive(Scored):
+    """Scores a row by what else was asked."""
+
+    def score(self, state, net, x):
+        scores = super().score(state, net, x)
+        return scores - scores.mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silent(Scored):
+    """Writes score() and does not declare it."""
+
+    INFO = {"title": "t", "paper": "", "bibtex": "", "version": 1, "api": 1, "kind": "detection", "micro": {}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stamping(Defense):
+    """Generator-type inversion."""
+
+    INFO = {"title": "t", "paper": "", "bibtex": "", "version": 1, "api": 1, "kind": "inversion", "micro": {}}
+    ACCESS = Access(clean=0.05)
+
+    def run(self, case):
+        return Outcome(inverted=(Inverted(target=0, uses_apply=True),), state=({}, {"rows": len(case.clean)}))
+
+    def stamp(self, state, inv, x):
+        return (x + 0.1).clamp(0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TooBright(Stamping):
+    """Leaves the range of pixels."""
+
+    def stamp(self, state, inv, x):
+        return x + 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peeks(Halved):
+    """Imports what the child process refuses."""
+
+    def run(self, case):
+        import sleeperbench.engine.store  # noqa: F401
+
+        return super().run(case)
