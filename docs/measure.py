@@ -119,6 +119,7 @@ def main() -> int:
     p.add_argument("--seeds", default="0,1", help="default 0,1")
     p.add_argument("--out", type=Path, default=Path("runs/measure"), help="folder of run folders and their store")
     p.add_argument("--run", type=Path, help="take the figures of this run folder and compute nothing")
+    p.add_argument("--command", default="", help="with --run: the command that made it, to stand beside the figures")
     args = p.parse_args()
     kind, _, name = args.method.partition("/")
     if kind not in ("attack", "defense", "evaluator") or not name:
@@ -129,7 +130,7 @@ def main() -> int:
         code = subprocess.run([sys.executable, "-m", "sleeperbench", *argv, "--no-site", "--out", str(run)]).returncode
         if code not in (0, 1):
             return code
-    write(run, kind, name, "sleeperbench " + " ".join(argv))
+    write(run, kind, name, args.command or "sleeperbench " + " ".join(argv))
     return 0
 
 
