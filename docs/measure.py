@@ -26,7 +26,7 @@ SHARES = (
     *("asr_oracle", "c_acc_oracle"),
 )
 """Shown in %."""
-PLAIN = ("det_score", "apd", "apd_rel", "psnr", "ssim", "linf", "ra_k")
+PLAIN = ("det_score", "apd", "apd_raw", "apd_rel", "psnr", "ssim", "linf", "ra_k")
 HEAD = "## Measured"
 
 
@@ -81,6 +81,27 @@ def table(run: Path, rows: list[dict[str, Any]]) -> list[str]:
     return text
 
 
+def candidates(rows: list[dict[str, Any]]) -> list[str]:
+    """One line per model that the defense chose among, where evaluator `selection` measured them."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for r in rows:
+        if r["metric"].endswith("_path") and r["value"] is not None:
+            found.setdefault((r["cell"], r["qualifier"]), {})[r["metric"].removesuffix("_path")] = r["value"]
+    if not found:
+        return []
+    text = [
+        "",
+        "All candidates, on 2,000 test images each:",
+        "",
+        "| cell | candidate | c_acc | asr |",
+        "|---|---|---|---|",
+    ]
+    for (cell, name), v in sorted(found.items()):
+        short = cell.removeprefix("cifar10/small_resnet/")
+        text.append(f"| {short} | {name} | {_shown('c_acc', v.get('c_acc'))} | {_shown('asr', v.get('asr'))} |")
+    return text
+
+
 def _shown(metric: str, value: float | None) -> str:
     if value is None:
         return ""
@@ -106,6 +127,7 @@ def write(run: Path, kind: str, name: str, said: str) -> None:
         *(before, "", HEAD, "", f"`{said}` (suite `cpu`: 10,000 rows, {about['recipe']['epochs']} epochs,"),
         *(f"rate 5 %), torch {v['torch']}, {v['machine']} {v['cpu']}. Shares in %. {' '.join(notes)}".strip(), ""),
         *table(run, rows),
+        *candidates(rows),
         *("", f"All rows: [{file}.json](../measured/{file}.json)."),
     ]
     page.write_text("\n".join(text) + "\n")
