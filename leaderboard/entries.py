@@ -60,7 +60,7 @@ def methods(views: Views) -> Iterator[Page]:
         for name, page in names(views)[f"{kind}s"]:
             rows = views.rows_where(kind, name)
             variants = {r.cell[kind]: r.cell[f"{kind}_params"] for r in rows}
-            parts = []
+            parts: list[Any] = []
             for b in views.boards:
                 parts += _means(views, b, kind, across, [c for c in b.cells if plugin_id(c[kind]) == name])
             entry = plugin(views.results.plugins, kind, name)

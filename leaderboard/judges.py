@@ -45,7 +45,7 @@ def shown(models: Models, metric: str, qualifier: str = "") -> Shown:
         return words.missing(metric, pooled if (metric, "") in models else "not_run: no evaluator measures it")
     if row["value"] is None:
         return words.missing(metric, row["reason"] or row["status"] or "")
-    ends = (row["lower"], row["upper"])
+    ends: tuple[Any, ...] = (row["lower"], row["upper"])
     if None in ends and not qualifier:
         ends = tuple((models.get((metric, f"stat={end}")) or {}).get("value") for end in ("lower", "upper"))
     interval = None if None in ends else (ends[0], ends[1])
