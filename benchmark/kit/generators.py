@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -53,7 +56,10 @@ def _block(inputs: int, outputs: int, relu: bool = True) -> nn.Sequential:
     return nn.Sequential(*layers, *([nn.ReLU(inplace=True)] if relu else []))
 
 
-def seeded(make: type[Hourglass], seed: int, *args: int) -> Hourglass:
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def seeded(make: Callable[..., Net], seed: int, *args: int) -> Net:
     """A network on the CPU with weights drawn from `seed`; no global generator moves."""
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would reseed the accelerators too.

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sleeperbench.contracts.attack import TrainHooks
 from sleeperbench.contracts.context import Cost, Ctx, Recipe
@@ -57,8 +58,10 @@ def fit(
     hooks: TrainHooks | None = None,
     steps: int | None = None,
     keep_epochs: bool = False,
+    optimiser: Literal["sgd", "adam"] = "sgd",
+    statistics: Literal["batch", "running"] = "batch",
 ) -> FitLog:
-    """Train `net` in place with SGD and leave it in eval mode.
+    """Train `net` in place and leave it in eval mode.
 
     Rows are shuffled anew in each epoch, cropped and mirrored in 8 bit (unless the hooks augment), and go to
     `hooks.batch` as float [0, 1]. An epoch drops its last short batch; fewer rows than a batch make one batch of all
@@ -74,6 +77,8 @@ def fit(
         hooks: Control over batch, loss, step and the end of an epoch; steps count on over epochs.
         steps: Number of updates, cycling through epochs, in place of `recipe.epochs`; the last epoch may be cut short.
         keep_epochs: Also keep the model after each epoch; `net` must be a `Classifier`.
+        optimiser: `sgd`, or `adam` with the recipe's rate, decay and schedule and its own betas in place of momentum.
+        statistics: What BatchNorm normalises by: its `batch`, or the `running` statistics, which then stay as they are.
 
     Returns:
         Losses per epoch and what was kept.
@@ -102,15 +107,17 @@ def fit(
     pad, flip = (0, False) if hooks.augments else (recipe.pad, recipe.flip)
     images = pad_zero(data.images.to(ctx.device), pad)
     labels, ids = data.labels.to(ctx.device), data.ids.to(ctx.device)
-    opt = torch.optim.SGD(
-        weights, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, foreach=True
-    )
+    opt = _optimiser(optimiser, weights, recipe)
     losses: list[float] = []
     models: list[Model] = []
     step = 0
     with _seeded(ctx.derive("net"), ctx.device), _autocast(hooks, recipe.precision, ctx.device):
         for epoch in range(epochs):
             net.train()  # anew in each epoch: `epoch_end` may have looked at the net in eval mode
+            if statistics == "running":
+                for module in net.modules():
+                    if isinstance(module, _BatchNorm):
+                        module.eval()
             order = torch.randperm(len(data), generator=ctx.generator("order", epoch)).to(ctx.device)
             views = draw_views(len(data), pad, flip, ctx.generator("views", epoch), ctx.device)
             now = min(per_epoch, total - step)
@@ -139,6 +146,16 @@ def fit(
         raise FloatingPointError(f"weights are not finite after epoch {len(losses)}: lower lr (now {recipe.lr:g})")
     net.eval()
     return FitLog(losses=tuple(losses), steps=step, models=tuple(models))
+
+
+def _optimiser(name: str, weights: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    if name == "sgd":
+        return torch.optim.SGD(
+            weights, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, foreach=True
+        )
+    if name == "adam":
+        return torch.optim.Adam(weights, lr=recipe.lr, weight_decay=recipe.weight_decay, foreach=True)
+    raise ValueError(f"optimiser {name!r} is unknown: use sgd or adam")
 
 
 @contextmanager

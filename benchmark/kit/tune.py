@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Literal
 
 from sleeperbench.contracts.attack import TrainHooks
 from sleeperbench.contracts.context import Ctx
@@ -27,16 +28,18 @@ def tune(
     schedule: str = "constant",
     augment: bool = True,
     hooks: TrainHooks | None = None,
+    optimiser: Literal["sgd", "adam"] = "sgd",
+    statistics: Literal["batch", "running"] = "batch",
 ) -> Model:
     """A fine-tuned copy of `net`; `net` itself keeps its weights, buffers, mode and layout.
 
-    All parameters that require a gradient are tuned and batch normalisation runs on batch statistics, as in training.
+    All parameters that require a gradient are tuned.
 
     Args:
         net: The model to start from.
         data: Labelled rows; fewer than `batch` make one batch of all rows per epoch.
         ctx: Seed, device and costs; crop, flip and precision are those of `ctx.recipe`.
-        lr: Learning rate of SGD; peak value under `cosine`.
+        lr: Learning rate; peak value under `cosine`.
         epochs: Passes over `data`. Either this or `steps`.
         steps: Updates. Published schedules on smaller data keep their meaning in steps, not in epochs.
         batch: Rows per update.
@@ -45,6 +48,8 @@ def tune(
         schedule: `constant`, or `cosine` to zero.
         augment: Crop and flip as in training; False for the images as they are.
         hooks: Another loss, step or batch.
+        optimiser: `sgd`, or `adam`, which leaves `momentum` unused.
+        statistics: BatchNorm normalises by its `batch`, as in training, or by its `running` statistics, which stay.
 
     Returns:
         The tuned model.
@@ -67,5 +72,5 @@ def tune(
         flip=ctx.recipe.flip and augment,
     )
     tuned = copy.deepcopy(net)
-    fit(tuned, data, recipe, ctx, hooks=hooks, steps=steps)
+    fit(tuned, data, recipe, ctx, hooks=hooks, steps=steps, optimiser=optimiser, statistics=statistics)
     return pack(tuned)

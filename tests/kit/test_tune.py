@@ -140,3 +140,38 @@ def test_the_outsiders_defense() -> None:
     outcome = Outcome(model=tune(case.net, case.tune, epochs=self.epochs, lr=self.lr, ctx=case.ctx))
     assert outcome.model is not None
     assert not torch.equal(outcome.model.state["body.head.weight"], case.net.body.head.weight)
+
+
+class Watch(Log):
+    """Keeps the running statistics and the modes of BatchNorm at every step."""
+
+    def loss(self, net: nn.Module, x: Tensor, y: Tensor, mark: Tensor) -> Tensor:
+        self.training = [m.training for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+        return super().loss(net, x, y, mark)
+
+
+def test_running_statistics_stay_and_are_what_is_normalised_by() -> None:
+    given, watch = net(), Watch()
+    tuned = tune(given, data(), epochs=2, lr=0.1, ctx=ctx(), statistics="running", hooks=watch)
+    assert watch.training and not any(watch.training)
+    before = pack(given).state
+    still = [k for k in before if "running" in k]
+    assert still and all(torch.equal(before[k], tuned.state[k]) for k in still)
+    moved = tune(given, data(), epochs=2, lr=0.1, ctx=ctx())
+    assert not any(torch.equal(before[k], moved.state[k]) for k in still)
+
+
+def test_adam_takes_its_own_steps_under_the_same_schedule() -> None:
+    given, log = net(), Log()
+    tuned = tune(given, data(), steps=1, lr=0.01, ctx=ctx(), optimiser="adam", hooks=log)
+    assert log.options["betas"] == (0.9, 0.999) and log.lrs == [0.01]
+    # The first step of Adam moves each weight by the learning rate, whatever its gradient's size.
+    names = dict(given.named_parameters())
+    step = torch.cat([(tuned.state[k] - v.detach()).flatten().abs() for k, v in names.items()])
+    moved = step[step > 0]  # weights behind a ReLU that no row woke have no gradient
+    assert float(moved.max()) <= 0.01 + 1e-6 and float((moved > 0.009).float().mean()) > 0.95
+
+
+def test_an_unknown_optimiser_is_named() -> None:
+    with pytest.raises(ValueError, match="lion"):
+        tune(net(), data(), steps=1, lr=0.01, ctx=ctx(), optimiser="lion")  # type: ignore[arg-type]
