@@ -18,7 +18,8 @@ class Access:
         control: Trains its own model from `train`.
         references: Number of independent clean models.
         oracle: The true backdoor, its trigger and targets.
-        inner: For a wrapper: what it takes from the defense it wraps (`keep`, `inverted`); the same access is added.
+        inner: For a wrapper: what it takes from the defense it wraps (`keep`, `inverted`, or the `cost` of its run);
+            the same access is added.
     """
 
     model: Literal["none", "labels", "scores", "weights"] = "weights"
@@ -27,7 +28,7 @@ class Access:
     control: bool = False
     references: int = 0
     oracle: bool = False
-    inner: Literal["", "keep", "inverted"] = ""
+    inner: Literal["", "keep", "inverted", "cost"] = ""
 
     def track(self) -> str:
         """Access class: T0 weights only, T1 + clean rows, T2 training set, T3 both, T4 oracle, Q queries only."""
@@ -56,6 +57,9 @@ class Needs:
         calibration: Measured once per attack, on the suite's first seed, and shared by all seeds.
         defended_clean: The clean model after the same defense.
         undefended: The attacked model itself.
+        twin: A second model trained anew under the same attack and seed, with other initial weights and order of rows:
+            the same backdoor where the trigger is not trained together with the classifier.
+        lineage: Whether the defended model descends from the attacked one's weights.
         peers: Other defenses whose outcomes it reads, by id; the suite names them.
         surrogates: Architectures of attacked models it transfers from, by id; the suite names them.
         evaluators: Other evaluators whose findings on the same cell it reads.
@@ -70,6 +74,8 @@ class Needs:
     calibration: bool = False
     defended_clean: bool = False
     undefended: bool = False
+    twin: bool = False
+    lineage: bool = False
     peers: tuple[str, ...] = ()
     surrogates: tuple[str, ...] = ()
     evaluators: tuple[str, ...] = ()

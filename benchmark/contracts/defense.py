@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sleeperbench.contracts.access import Access
 from sleeperbench.contracts.attack import Backdoor
-from sleeperbench.contracts.context import Ctx, Recipe
+from sleeperbench.contracts.context import Cost, Ctx, Recipe
 from sleeperbench.contracts.method import Method
 from sleeperbench.contracts.models import Model, ModelSpec
 from sleeperbench.data.images import ImageSet
@@ -33,7 +33,8 @@ class Case(Protocol):
     """What a defense is handed; a property it did not declare raises `UndeclaredAccess`.
 
     `clean` is its clean rows; `tune` and `val` are one fixed split of them, 80 to 20. `train` is the shuffled training
-    set. `inner` is the wrapped defense's outcome, for wrappers.
+    set. `inner` is the wrapped defense's outcome, for wrappers, and `spent` what its run cost. `marks` (N,) are the
+    `Mark`s of the rows of `train`, for oracles that declare both.
     """
 
     net: Any
@@ -45,6 +46,8 @@ class Case(Protocol):
     references: Sequence[Model]
     oracle: Backdoor
     inner: Outcome
+    spent: Cost
+    marks: Tensor
     recipe: Recipe
     ctx: Ctx
 

@@ -32,11 +32,27 @@ class Declared:
         raise AttributeError(f"a case has no {name!r}; it has: {', '.join(self._offered)}")
 
 
-DEFENSE_PARTS = ("net", "spec", "clean", "tune", "val", "train", "references", "oracle", "inner", "recipe", "ctx")
+DEFENSE_PARTS = (
+    "net",
+    "spec",
+    "clean",
+    "tune",
+    "val",
+    "train",
+    "references",
+    "oracle",
+    "inner",
+    "spent",
+    "marks",
+    "recipe",
+    "ctx",
+)
 EVAL_PARTS = (
     "net",
     "spec",
     "attacked",
+    "twin",
+    "descends",
     "outcome",
     "test",
     "probe",

@@ -86,12 +86,16 @@ def open_case(folder: Path, about: dict[str, Any]) -> Any:
         parts["references"] = lambda: tuple(read_model(box / f"reference{i}") for i in range(access["references"]))
     if access["oracle"]:
         parts["oracle"] = lambda: artifacts.read_backdoor(box / "oracle", load_attack(about["oracle"]))
+    if access["oracle"] and access["train"]:
+        parts["marks"] = lambda: artifacts.read_tensors(box / "marks.safetensors")["mark"]
     if access["inner"]:
         parts["inner"] = lambda: artifacts.read_outcome(box / "inner")
+    if access["inner"] == "cost":
+        parts["spent"] = lambda: Cost(**about["spent"])
     return Declared(f"ACCESS of {about['plugin']}", parts, DEFENSE_PARTS)
 
 
-def _scores(folder: Path, method: Any, about: dict[str, Any]) -> Any:
+def _scores(folder: Path, method: Any, about: dict[str, Any], cost: Any) -> Any:
     """Second phase: the defense's scores for the images in `in/asked.safetensors`."""
     from sleeperbench.engine import artifacts
     from sleeperbench.kit.classifier import load, read_model
@@ -100,6 +104,11 @@ def _scores(folder: Path, method: Any, about: dict[str, Any]) -> Any:
     state = artifacts.read_outcome(folder / "in" / "own").state
     net = load(read_model(folder / "in" / "judged"), about["device"])
     images = artifacts.read_tensors(folder / "in" / "asked.safetensors")["images"]
+
+    def count(module: Any, args: tuple[Any, ...], out: Any) -> None:
+        cost.forwards += len(out)
+
+    net.register_forward_hook(count)
     return method.score(state, net, to_float(images).to(about["device"]))
 
 
@@ -157,9 +166,8 @@ def main(folder: Path, share: float) -> None:
             if about["what"] == "run":
                 _write(folder / "out", method.run(case))
             else:
-                artifacts.write_tensors(
-                    folder / "out" / "scores.safetensors", {"scores": _scores(folder, method, about)}
-                )
+                scores = _scores(folder, method, about, case.ctx.cost)
+                artifacts.write_tensors(folder / "out" / "scores.safetensors", {"scores": scores})
             done["cost"] = vars(case.ctx.cost)
         except NotApplicable as e:
             done = {"status": "not_applicable", "reason": str(e)}

@@ -264,6 +264,9 @@ class Planner:
         if needs.defended_clean:
             none = self.clean(ds, arch, seed, 0)
             inputs["defended_clean"] = self.defense(ds, arch, at.variant, seed, none, at.group, oracle=at.attack)
+        further = {"descends": self.descends(at.variant.id)} if needs.lineage else {}
+        if needs.twin and at.group:
+            inputs["twin"] = self.attack(ds, arch, at.attack_variant, at.rate, seed, replica=1)
         for control in needs.controls:
             if control != at.variant.id:
                 inputs[f"control.{control}"] = self.evaluate(
@@ -285,7 +288,7 @@ class Planner:
                 kind="evaluate",
                 name=v.id,
                 version=self.version("evaluator", v.id),
-                params=self.evaluate_params(ds, v, seed) | {"defended": at.variant.id != "none"},
+                params=self.evaluate_params(ds, v, seed) | {"defended": at.variant.id != "none"} | further,
                 seed=self.seed("evaluate", v.id, ds, seed),
                 numerics=self.numerics(),
                 inputs=inputs,
@@ -293,6 +296,15 @@ class Planner:
             ),
             "" if own else at.group,
         )
+
+    @once
+    def descends(self, defense: str) -> bool:
+        """Whether a defense's model is made from the attacked one's weights: it sees them and starts nothing anew."""
+        if defense == "none":
+            return True
+        wrapper, inner = Registry.split_wrapper(defense)
+        info = self.info("defense", wrapper or inner)
+        return self.access(defense).model == "weights" and bool(info.get("descends", True))
 
     @once
     def keeps_model(self, defense: str) -> bool:

@@ -203,11 +203,14 @@ class Work:
                 clean_models=tuple(self.model(k) for r, k in sorted(task.inputs.items()) if r.startswith("clean")),
             )
             method, ctx.inner = make_attack(values[task.name], p["method"])
-            b = method.prepare(rows.train, ctx)
-            poisoned = method.poison(rows.train, b, rows.eligible, p["rate"], ctx)
-            self._check_poisoned(poisoned, rows)
             train_ctx = replace(ctx, seed=derive(task.seed, "train", p["replica"]))
-            hooks = method.hooks(rows.train, b, rows.eligible, p["rate"], train_ctx)
+            try:
+                b = method.prepare(rows.train, ctx)
+                poisoned = method.poison(rows.train, b, rows.eligible, p["rate"], ctx)
+                hooks = method.hooks(rows.train, b, rows.eligible, p["rate"], train_ctx)
+            except NotApplicable as e:
+                raise Failed("not_applicable", str(e)) from e
+            self._check_poisoned(poisoned, rows)
             if "start" in task.inputs:
                 net = self.net(task.inputs["start"])
             else:
@@ -378,6 +381,10 @@ class Work:
             # One order per attack, so that a wrapper's rows are those its inner defense marked.
             view = poisoned.view(derive(int(task.inputs["attack"][:15], 16), "view"))
             artifacts.write_images(box / "train.safetensors", replace(view, digest=""))
+            if access["oracle"]:
+                marked = replace(poisoned, data=replace(poisoned.data, labels=poisoned.mark))
+                mark = marked.view(derive(int(task.inputs["attack"][:15], 16), "view")).labels
+                artifacts.write_tensors(box / "marks.safetensors", {"mark": mark})
         for i in range(access["references"]):
             save_model(self.model(task.inputs[f"reference{i}"]), box / f"reference{i}")
         if access["oracle"]:
@@ -390,6 +397,8 @@ class Work:
             artifacts.write_outcome(
                 _made(box / "inner"), artifacts.read_outcome(self.store.fetch(task.inputs["inner"]))
             )
+        if access["inner"] == "cost":
+            about["spent"] = self.store.manifest(task.inputs["inner"])["result"]["cost"]
         return about
 
     # ---- answer ----------------------------------------------------------------------------------------------------
@@ -414,7 +423,9 @@ class Work:
             save_model(self.model(task.inputs["defense"]), folder / "in" / "judged")
             artifacts.write_tensors(folder / "in" / "asked.safetensors", {"images": images[order]})
             artifacts.write_json(folder / "in" / "case.json", about | {"what": "score"})
-            _, usage = self._child(folder, log, task.timeout)
+            answer, usage = self._child(folder, log, task.timeout)
+            for name in vars(cost):
+                setattr(cost, name, max(0, int(answer["cost"].get(name, 0))))
             scores = artifacts.read_tensors(folder / "out" / "scores.safetensors")["scores"]
         finally:
             remove(folder)
@@ -525,6 +536,10 @@ class Work:
             parts["outcome"] = outcome
         if needs["undefended"]:
             parts["attacked"] = lambda: self.net(inputs["attack"])
+        if needs["twin"]:
+            parts["twin"] = lambda: self.net(inputs["twin"]) if "twin" in inputs else None
+        if needs["lineage"]:
+            parts["descends"] = lambda: p["descends"]
         if needs["clean_models"]:
             parts["clean_models"] = lambda: tuple(self.net(k) for k in part("clean").values())
         if needs["defended_clean"]:

@@ -184,7 +184,9 @@ def access(s: Subject) -> str | None:
     # A control stands in its track by what it stands for, not by what it reads.
     if s.kind == "defense" and s.info.get("kind") != "control":
         declared = dataclasses.asdict(s.cls.ACCESS)  # type: ignore[attr-defined]
-        idle = [n for n in ("train", "references", "oracle", "inner") if declared[n] and n not in run.opened]
+        through = {"train": {"train", "marks"}, "oracle": {"oracle", "marks"}, "inner": {"inner", "spent"}}
+        parts = ("train", "references", "oracle", "inner")
+        idle = [n for n in parts if declared[n] and not through.get(n, {n}) & set(run.opened)]
         hold(not idle, f"ACCESS declares {', '.join(idle)}, which the run never opens")
     return "opens " + (", ".join(sorted(run.opened)) or "nothing")
 

@@ -83,6 +83,8 @@ def evaluation_task(subject: Subject, at: Stage, situation: str) -> Task:
         "recipe": asdict(RECIPE),
         "defended": not situation.startswith("undefended") and needs.scope != "attack",
     }
+    if needs.lineage:
+        params["descends"] = situation != "clean_model"
     inputs = {f"clean{i}": at.clean(i) for i in range(needs.clean_models)}
     if needs.scope == "zoo":
         params["cells"], zoo = _zoo(at, triggers=situation != "zoo_no_trigger")
@@ -96,6 +98,8 @@ def _cell(subject: Subject, needs: Needs, at: Stage, situation: str) -> dict[str
     """Everything that an evaluator of one cell may read, as the planner gathers it."""
     attack = at.clean(0) if situation.endswith("no_trigger") else at.attacked
     inputs = {"attack": attack, "defense": _outcome(at, situation, attack)}
+    if needs.twin and attack == at.attacked:
+        inputs["twin"] = at.classifier(1, triggers=True)
     if needs.defended_clean:
         inputs["defended_clean"] = _outcome(at, "repaired", at.clean(0))
     quiet = attack != at.attacked

@@ -30,6 +30,8 @@ from sleeperbench.testing.nets import ARCHS, register
 SIDE = 16
 TARGET = 1
 RATE = 0.1
+COST = {"forwards": 2000, "backwards": 1000, "queries": 0}
+"""What the stage says that a wrapped defense spent."""
 PLANTED = "sleeperbench.testing.planted:Planted"
 RECIPE = Recipe(epochs=20, lr=0.05, batch=32, pad=1, flip=False)
 NUMERICS = {"precision": "fp32", "threads": 1, "deterministic": True}
@@ -116,7 +118,9 @@ class Stage(Work):
         if not self.store.has(key):
             with self.store.scratch() as folder:
                 write(folder)
-                self.store.commit(key, folder, task={"inputs": dict(inputs)}, env={}, result={"rate_actual": RATE})
+                self.store.commit(
+                    key, folder, task={"inputs": dict(inputs)}, env={}, result={"rate_actual": RATE, "cost": COST}
+                )
         return key
 
     # ---- attack ----------------------------------------------------------------------------------------------------

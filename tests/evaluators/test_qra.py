@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import samples
+import torch
+
+from sleeperbench import Findings, Measurement, Role
+from sleeperbench.contracts import Ctx
+from sleeperbench.evaluators import qra as module
+from sleeperbench.evaluators.accuracy import headline
+from sleeperbench.evaluators.qra import Perturbation, QueryReactivation, mixed, objective, perturbation
+from sleeperbench.kit.classifier import pack
+from sleeperbench.kit.pixels import to_float
+
+
+def found(**values: float | None) -> Findings:
+    return Findings(rows=tuple(Measurement(metric=m, value=v) for m, v in values.items()))
+
+
+def case(net: Any, woken: float = 0.9, k: float | None = 5, control: bool = True, **parts: Any) -> Any:
+    clean = samples.clean_net()
+    known = {
+        "net": net,
+        "probe": samples.digits()["probe"],
+        "bd_probe": samples.badnets_rendered("probe", Role.TRAIN),
+        "bd_test": samples.badnets_rendered("test", Role.TEST),
+        "evaluators": {"ra": found(p_asr_ra=woken), "ra_budget": found(ra_k=k)},
+        "controls": {"clean_model": found(p_asr_qra=0.07, c_asr_qra=0.03)} if control else {},
+        "peers": (SimpleNamespace(name="exact_purification", net=clean), SimpleNamespace(name="ft", net=clean)),
+        "ctx": samples.ctx(3),
+    }
+    return SimpleNamespace(**known | parts)
+
+
+def test_the_perceptron_is_the_released_one_and_stays_in_its_ball() -> None:
+    phi = Perturbation(3072, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), 16 / 255)
+    assert sum(p.numel() for p in phi.parameters()) == 8_394_752
+    x = torch.rand(4, 3, 32, 32)
+    moved = phi(x).detach()
+    assert float((moved - x).abs().max()) <= 16 / 255 + 1e-6 and float(moved.min()) >= 0 and float(moved.max()) <= 1
+    assert not torch.equal(moved, x)
+
+
+def test_it_sees_the_normalised_image() -> None:
+    phi = Perturbation(4, torch.full((1, 1, 1), 0.5), torch.full((1, 1, 1), 0.25), 0.1)
+    x = torch.rand(1, 1, 2, 2)
+    expected = (x + 0.1 * phi.body(((x - 0.5) / 0.25).flatten(1)).view_as(x)).clamp(0, 1)
+    assert torch.equal(phi(x), expected)
+
+
+def test_the_objective_is_the_codes() -> None:
+    target, teacher, surrogate = samples.badnets_net(), samples.clean_net(), samples.clean_net(2)
+    phi = perturbation(target, 0.1, 0)
+    data = samples.digits()["probe"].rows(torch.arange(6))
+    x, y = to_float(data.images), data.labels
+    p, q = teacher(x).double().softmax(1), target(phi(x)).double().softmax(1)
+    ce = -surrogate(phi(x)).double().log_softmax(1)[torch.arange(6), y].mean()
+    expected = 0.2 * (p * (p.log() - q.log())).sum(1).mean() + ce
+    assert float(objective(phi, x, y, target, teacher, surrogate, 0.2).detach()) == pytest.approx(
+        float(expected.detach()), rel=1e-4
+    )
+
+
+def test_half_of_the_images_are_triggered_and_all_have_their_true_label() -> None:
+    probe, bd = samples.digits()["probe"], samples.badnets_rendered("probe", Role.TRAIN)
+    rows = mixed(probe, bd, samples.ctx(), each=40)
+    assert len(rows) == 80
+    true = dict(zip(probe.ids.tolist(), probe.labels.tolist(), strict=True))
+    assert [true[i] for i in rows.ids.tolist()] == rows.labels.tolist()
+    pictures = {int(i): x for i, x in zip(bd.data.ids, bd.data.images, strict=True)}
+    assert all(torch.equal(pictures[int(i)], x) for i, x in zip(rows.ids[40:], rows.images[40:], strict=True))
+
+
+def test_it_learns_to_wake_what_the_teacher_knows_and_changes_no_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attacked model is its own teacher: triggered images are pulled to the target, the others must not be."""
+    net = samples.badnets_net()
+    before = copy.deepcopy(pack(net).state)
+    monkeypatch.setattr(module, "retune", lambda *a, **k: net)
+    c = case(net)
+    rows = QueryReactivation(steps=30).measure(c).rows
+    value = {(m.metric, m.qualifier): m.value for m in rows}
+    assert value["p_asr_qra", ""] > 0.5 > value["c_asr_qra", ""]
+    assert value["p_asr_qra", "control=clean_model"] == 0.07
+    assert all(m.stage == "reactivated" for m in rows)
+    assert all(torch.equal(before[n], t) for n, t in pack(net).state.items())
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_success_is_measured_on_rows_that_count_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(QueryReactivation, "learn", lambda self, case, t, s: torch.nn.Identity())
+    monkeypatch.setattr(module, "retune", lambda *a, **k: None)
+    net, bd = samples.badnets_net(), samples.badnets_rendered("test", Role.TEST)
+    rows = QueryReactivation().measure(case(net)).rows
+    (c_asr,) = [m for m in rows if m.metric == "c_asr_qra" and not m.qualifier]
+    assert c_asr.total == len(bd) and c_asr.value is not None and c_asr.value < 0.1
+
+
+def test_a_peer_gets_the_same_perturbation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(QueryReactivation, "learn", lambda self, case, t, s: torch.nn.Identity())
+    monkeypatch.setattr(module, "retune", lambda *a, **k: None)
+    rows = QueryReactivation(peers=("ft",)).measure(case(samples.badnets_net())).rows
+    on = {m.qualifier: m.value for m in rows if m.metric == "p_asr_qra"}
+    assert set(on) == {"", "control=clean_model", "on=ft"} and on["on=ft"] < 0.2 < on[""]
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ({"bd_test": None}, "no_trigger"),
+        ({"k": None}, "no_valid_budget"),
+        ({"woken": 0.2}, "ra_not_successful"),
+    ],
+)
+def test_why_there_is_no_figure(parts: Any, reason: str) -> None:
+    rows = QueryReactivation().measure(case(samples.badnets_net(), **parts)).rows
+    assert [(m.metric, m.value, m.reason) for m in rows] == [(n, None, reason) for n in ("p_asr_qra", "c_asr_qra")]
+
+
+def test_the_clean_control_is_measured_though_nothing_woke_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(QueryReactivation, "learn", lambda self, case, t, s: torch.nn.Identity())
+    monkeypatch.setattr(module, "retune", lambda *a, **k: None)
+    assert (
+        headline(QueryReactivation().measure(case(samples.clean_net(), woken=0.0, control=False)))["p_asr_qra"]
+        is not None
+    )
+
+
+def test_settings_are_the_published_ones() -> None:
+    q = QueryReactivation()
+    # 50 epochs over 1,000 images in batches of 128 are 8 batches each.
+    assert (q.eps, q.alpha, q.steps, q.lr) == (16 / 255, 0.2, 50 * 8, 0.1)
+    assert isinstance(samples.ctx(), Ctx)
