@@ -12,13 +12,9 @@ from torch.nn import functional as F
 from sleeperbench import Access, Defense, ImageSet, Outcome
 from sleeperbench.contracts import Case, Ctx
 from sleeperbench.kit.augment import crop_flip
-from sleeperbench.kit.classifier import pack
-from sleeperbench.kit.gates import Gates, pruned
+from sleeperbench.kit.candidates import THRESHOLDS, growing, prune_at, prune_most, split
+from sleeperbench.kit.gates import Gates
 from sleeperbench.kit.pixels import to_float
-from sleeperbench.kit.select import accepts, choose, folds, right
-
-THRESHOLDS = tuple(i / 20 for i in range(19))
-"""0, 0.05, ... 0.90, the grid of the authors and of BackdoorBench."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,31 +83,11 @@ class AdversarialNeuronPruning(Defense):
         """The pruned model and, where the threshold was chosen, all candidates."""
         if self.threshold is not None:
             keep = self.masks(case.net, case.clean, case.ctx) > self.threshold
-            about = {"threshold": self.threshold, "pruned": int((~keep).sum()), "channels": len(keep)}
-            return Outcome(model=pack(pruned(case.net, keep)), chosen=about)
+            return prune_at(case, keep, {"threshold": self.threshold})
         rows, held = split(case)
         mask = self.masks(case.net, rows, case.ctx)
-        found = candidates(mask)
-        before, after, path = right(case.net, held, ctx=case.ctx), {}, {}
-        for t, keep in found.items():
-            net = pruned(case.net, keep)
-            after[t], path[name(t)] = right(net, held, ctx=case.ctx), pack(net)
-        best = choose(sorted(found, reverse=True), after.__getitem__, before)
-        chosen: dict[str, Any] = {
-            "threshold": best,
-            "pruned": 0 if best is None else int((~found[best]).sum()),
-            "channels": len(mask),
-            "rows": len(held),
-            "accuracy_before": share(before),
-            "accuracy_after": share(before if best is None else after[best]),
-            "candidates": {
-                name(t): {"pruned": int((~keep).sum()), "accuracy": share(after[t])} for t, keep in found.items()
-            },
-        }
-        if best is None:
-            few = not certifies(len(held))
-            chosen["unchanged"] = f"{len(held)} held-out rows are too few" if few else "no threshold was accepted"
-        return Outcome(model=None if best is None else path[name(best)], chosen=chosen, path=path)
+        found = growing((t, mask > t) for t in THRESHOLDS)
+        return prune_most(case, held, found, what="threshold", form="t={:.2f}")
 
     def masks(self, net: Any, data: ImageSet, ctx: Ctx) -> Tensor:
         """The learnt masks (channels,) in [0, 1].
@@ -148,39 +124,3 @@ class AdversarialNeuronPruning(Defense):
         loss = F.cross_entropy(gates(x, mask, delta, xi), y)
         up = torch.autograd.grad(loss, (delta, xi))
         return delta.detach() + self.eps * up[0].sign(), xi.detach() + self.eps * up[1].sign()
-
-
-def split(case: Case) -> tuple[ImageSet, ImageSet]:
-    """Rows to learn masks on and rows to judge thresholds on."""
-    if certifies(len(case.val)):
-        return case.tune, case.val
-    tenths = folds(case.clean.labels, 10, case.ctx.derive("split"))
-    held = torch.zeros(len(case.clean), dtype=torch.bool)
-    held[torch.cat(tenths[:3])] = True
-    return case.clean.rows(~held), case.clean.rows(held)
-
-
-def certifies(n: int) -> bool:
-    """Whether `n` rows can show that a model which did not change lost nothing."""
-    unchanged = torch.ones(n, dtype=torch.bool)
-    return n > 0 and accepts(unchanged, unchanged)
-
-
-def candidates(mask: Tensor) -> dict[float, Tensor]:
-    """Which channels are kept, by threshold: only thresholds that remove more than the one before."""
-    found, gone = {}, 0
-    for t in THRESHOLDS:
-        keep = mask > t
-        if int((~keep).sum()) > gone:
-            found[t], gone = keep, int((~keep).sum())
-    return found
-
-
-def name(threshold: float) -> str:
-    """A candidate's name in the outcome's path."""
-    return f"t={threshold:.2f}"
-
-
-def share(hit: Tensor) -> float:
-    """Share of the rows that are right."""
-    return float(hit.double().mean())

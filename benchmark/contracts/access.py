@@ -58,7 +58,7 @@ class Needs:
         defended_clean: The clean model after the same defense.
         undefended: The attacked model itself.
         twin: A second model trained anew under the same attack and seed, with other initial weights and order of rows:
-            the same backdoor where the trigger is not trained together with the classifier.
+            the same backdoor where the trigger is not trained together with the classifier. On undefended cells alone.
         lineage: Whether the defended model descends from the attacked one's weights.
         peers: Other defenses whose outcomes it reads, by id; the suite names them.
         surrogates: Architectures of attacked models it transfers from, by id; the suite names them.

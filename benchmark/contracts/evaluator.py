@@ -103,9 +103,10 @@ class EvalCase(Protocol):
     """What an evaluator is handed; a property that its NEEDS do not declare raises `UndeclaredAccess`.
 
     `net` is the defended model in eval mode; `attacked` the undefended one, `twin` one trained anew under the same
-    attack, and `descends` says whether `net` was made from the weights of `attacked`. `test` and `probe` are clean rows
-    that no defense has seen. `bd_test` and `bd_probe` are the same rows triggered, None for attack `none`; `decoy_test`
-    and `decoy_probe` carry the placebo trigger, None when no placebo stays below 10 % ASR on the attacked model.
+    attack (None but on undefended cells), and `descends` says whether `net` was made from the weights of `attacked`.
+    `test` and `probe` are clean rows that no defense has seen. `bd_test` and `bd_probe` are the same rows triggered,
+    None for attack `none`; `decoy_test` and `decoy_probe` carry the placebo trigger, None when no placebo stays below
+    10 % ASR on the attacked model.
     `leak_test` are triggered rows of classes that a source-specific backdoor spares, `cover_test` rows as the attack
     covers them, which both should keep their label; None where an attack has none. `oracle` is the live backdoor.
     `controls` are this evaluator's own findings on the control cells it names. `answers` (N,) are

@@ -129,7 +129,7 @@ class Planner:
         further: dict[str, Any] = {"inner_version": int(chain[1].blueprint.info["version"])} if len(chain) > 1 else {}
         recipe = self.recipe(ds)
         if self.suite.injection and v.id != "none":
-            inputs["start"] = self.clean(ds, arch, seed, START_REPLICA)
+            inputs["start"] = self.clean(ds, arch, seed, START_REPLICA + replica)
             recipe = recipe | self.suite.injection
         if any(p.blueprint.info.get("covers") for p in chain):
             further["covers"] = True
@@ -265,7 +265,7 @@ class Planner:
             none = self.clean(ds, arch, seed, 0)
             inputs["defended_clean"] = self.defense(ds, arch, at.variant, seed, none, at.group, oracle=at.attack)
         further = {"descends": self.descends(at.variant.id)} if needs.lineage else {}
-        if needs.twin and at.group:
+        if needs.twin and at.group and at.variant.id == "none":
             inputs["twin"] = self.attack(ds, arch, at.attack_variant, at.rate, seed, replica=1)
         for control in needs.controls:
             if control != at.variant.id:
@@ -304,7 +304,8 @@ class Planner:
             return True
         wrapper, inner = Registry.split_wrapper(defense)
         info = self.info("defense", wrapper or inner)
-        return self.access(defense).model == "weights" and bool(info.get("descends", True))
+        access = self.access(defense)
+        return access.model == "weights" and not access.control and bool(info.get("descends", True))
 
     @once
     def keeps_model(self, defense: str) -> bool:

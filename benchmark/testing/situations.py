@@ -98,7 +98,7 @@ def _cell(subject: Subject, needs: Needs, at: Stage, situation: str) -> dict[str
     """Everything that an evaluator of one cell may read, as the planner gathers it."""
     attack = at.clean(0) if situation.endswith("no_trigger") else at.attacked
     inputs = {"attack": attack, "defense": _outcome(at, situation, attack)}
-    if needs.twin and attack == at.attacked:
+    if needs.twin and attack == at.attacked and situation == "undefended":
         inputs["twin"] = at.classifier(1, triggers=True)
     if needs.defended_clean:
         inputs["defended_clean"] = _outcome(at, "repaired", at.clean(0))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sleeperbench import ImageSet
-from sleeperbench.defenses.anp import AdversarialNeuronPruning, candidates, split
+from sleeperbench.defenses.anp import AdversarialNeuronPruning
 from sleeperbench.kit.augment import crop_flip
 from sleeperbench.kit.classifier import Classifier, build, load, pack
 from sleeperbench.kit.gates import Gates, channels, pruned
@@ -138,28 +138,6 @@ def test_masks_stay_in_bounds_and_random_state_stays() -> None:
     assert c.ctx.cost.forwards == c.ctx.cost.backwards == 60 * 16 * 3
     with pytest.raises(FloatingPointError, match="lower lr"):
         AdversarialNeuronPruning(steps=1, batch=8, lr=float("nan")).masks(c.net, c.tune, c.ctx)
-
-
-def test_candidates_are_the_thresholds_that_remove_more() -> None:
-    mask = torch.tensor([1.0, 0.2, 0.21, 0.0, 0.95, 0.62])
-    found = candidates(mask)
-    assert list(found) == [0.0, 0.2, 0.25, 0.65]
-    assert [int((~k).sum()) for k in found.values()] == [1, 2, 3, 4]
-    assert torch.equal(found[0.25], torch.tensor([True, False, False, False, True, True]))
-    assert candidates(torch.tensor([0.91, 1.0])) == {}
-    assert list(candidates(torch.tensor([0.9, 0.0]))) == [0.0, 0.9]
-
-
-def test_thresholds_are_judged_on_rows_that_masks_never_saw() -> None:
-    enough = case(val=114)
-    assert split(enough) == (enough.tune, enough.val)
-    short = case(val=113)
-    rows, held = split(short)
-    assert (len(rows), len(held)) == (280, 120)
-    assert torch.equal(torch.cat([rows.ids, held.ids]).sort().values, short.clean.ids.sort().values)
-    off = torch.bincount(held.labels, minlength=10) - 0.3 * torch.bincount(short.clean.labels, minlength=10)
-    assert float(off.abs().max()) < 3, "three tenths, each to within a row of every class"
-    assert torch.equal(held.ids, split(short)[1].ids)
 
 
 def fixed(monkeypatch: pytest.MonkeyPatch, mask: Tensor) -> list[ImageSet]:
