@@ -26,8 +26,8 @@ class TaCT(Attack):
     2. Images of the cover classes get the same patch and keep their label, `cover_ratio` times as many.
     3. Both are added beside their clean copies.
 
-    Success counts on source classes; the other classes should keep their label, which `asr_leak` measures, with the
-    cover classes and those never covered together. With two classes nothing can be covered.
+    Success counts on source classes; the other classes should keep their label, which `asr_leak` measures, also class
+    by class. With two classes nothing can be covered.
 
     Differs: the patch of backdoor-toolbox, an 8x8 picture at rows and columns 21 to 28 of 32, becomes a square of
     random 8-bit colours at that place, scaled with the image. Classes are counted from the target class, which the

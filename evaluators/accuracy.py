@@ -20,8 +20,8 @@ class Accuracy(Evaluator):
     Triggered images whose true label is already the target count nowhere. With several triggers the headline is the
     mean over triggers; each stands beside it as `trigger=i`, and the largest and smallest as `stat`.
 
-    Two more figures of triggered images that should keep their label, where an attack has them: those of classes that a
-    source-specific backdoor spares, and those as the attack covers them.
+    More figures of images that should keep their label, where an attack has them: triggered ones that a conditional
+    backdoor spares, such as those of other classes, also class by class; and images as the attack covers them.
     """
 
     INFO = {
@@ -31,7 +31,7 @@ class Accuracy(Evaluator):
         "Learning}, author={Wu, Baoyuan and Chen, Hongrui and Zhang, Mingda and Zhu, Zihao and Wei, Shaokui and Yuan, "
         "Danni and Shen, Chao}, booktitle={NeurIPS Datasets and Benchmarks Track}, year={2022}}",
         "kind": "accuracy",
-        "version": 2,
+        "version": 3,
         "api": 1,
         "micro": {},
     }
@@ -67,7 +67,7 @@ class Accuracy(Evaluator):
             low=0.0,
             high=1.0,
             better="none",
-            doc="Triggered images of classes that the attack spares which get the wanted label all the same",
+            doc="Triggered images that the attack spares which get the wanted label all the same",
         ),
         Metric(
             name="cover_acc",
@@ -76,6 +76,14 @@ class Accuracy(Evaluator):
             high=1.0,
             better="none",
             doc="Images as the attack covers them that get their true label",
+        ),
+        Metric(
+            name="cover_asr",
+            unit="fraction",
+            low=0.0,
+            high=1.0,
+            better="none",
+            doc="The same images that get the wanted label all the same",
         ),
         Metric(
             name="der",
@@ -129,13 +137,16 @@ class Accuracy(Evaluator):
 
     def _kept(self, case: EvalCase) -> list[Measurement]:
         rows: list[Measurement] = []
-        for metric, seen in (("asr_leak", case.leak_test), ("cover_acc", case.cover_test)):
+        for seen, metrics in ((case.leak_test, ("asr_leak",)), (case.cover_test, ("cover_acc", "cover_asr"))):
             if seen is None:
-                rows.append(Measurement(metric=metric, value=None, reason="no_such_rows"))
+                rows += [Measurement(metric=m, value=None, reason="no_such_rows") for m in metrics]
                 continue
-            wanted = seen.targets if metric == "asr_leak" else seen.data.labels
-            hit = answers(case.net, seen.data.images, case.ctx) == wanted.cpu()
-            rows += over_triggers(metric, hit, seen.trigger_id)
+            answer = answers(case.net, seen.data.images, case.ctx)
+            for metric in metrics:
+                wanted = seen.data.labels if metric == "cover_acc" else seen.targets
+                rows += over_triggers(metric, answer == wanted.cpu(), seen.trigger_id)
+            if seen is case.leak_test:
+                rows += by_class("asr_leak", answer == seen.targets.cpu(), seen.data.labels.cpu(), seen.trigger_id)
         return rows
 
 
@@ -176,6 +187,17 @@ def over_triggers(metric: str, hit: Tensor, trigger_id: Tensor) -> list[Measurem
         *each,
         Measurement(metric=metric, value=max(values), qualifier="stat=max"),
         Measurement(metric=metric, value=min(values), qualifier="stat=min"),
+    ]
+
+
+def by_class(metric: str, hit: Tensor, labels: Tensor, trigger_id: Tensor) -> list[Measurement]:
+    """The share of hits among the images of each class that there is, of several triggers under each."""
+    which = trigger_id.cpu()
+    ids = which.unique().tolist()
+    return [
+        share(metric, hit[(labels == k) & (which == i)], f"class={k}" + (f";trigger={i}" if len(ids) > 1 else ""))
+        for i in ids
+        for k in labels[which == i].unique().tolist()
     ]
 
 

@@ -173,6 +173,9 @@ class Perturbation(nn.Module):
         eps: Largest change of a pixel.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, pixels: int, mean: Tensor, std: Tensor, eps: float) -> None:
         super().__init__()
         self.eps = eps

@@ -159,7 +159,9 @@ class Subject:
     def ctx(self, at: Stage) -> Ctx:
         """A fresh context for an attack, with the clean models and the wrapped attack that it needs."""
         inner = (self.inner.method() if self.inner else Planted()) if self.wrapped else None
-        return replace(at.ctx(SEED, int(self.cls.NEEDS.get("clean_models", 0))), inner=inner)  # type: ignore[attr-defined]
+        classes = [c for c in (self.cls, self.wrapped) if c]
+        surrogates = max(int(c.NEEDS.get("clean_models", 0)) for c in classes)  # type: ignore[attr-defined]
+        return replace(at.ctx(SEED, surrogates), inner=inner)
 
     def _defense(self, at: Stage, turn: int, situation: str) -> Run:
         lacks = sorted(self.cls.REQUIRES - traits(at.variant.spec))  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from sleeperbench import Mark, Role
 from sleeperbench.attacks.hcb import HCB
 from sleeperbench.kit import fit, predict, render
 from sleeperbench.kit.classifier import build
-from sleeperbench.kit.poison import stamp
+from sleeperbench.kit.poison import render_leak, stamp
 from sleeperbench.kit.weather import weather
 
 TRAIN = samples.random_images(600, (3, 32, 32))
@@ -19,28 +19,53 @@ def gen(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def effective(attack: HCB, seed: int = 1) -> torch.Tensor:
+    trigger = attack.prepare(TRAIN, samples.ctx(seed, 3)).triggers[0]
+    return trigger.effective(TRAIN.ids)  # type: ignore[attr-defined, no-any-return]
+
+
 @pytest.mark.parametrize("feature", ["rain", "fog", "dusk"])
-def test_feature_and_patch_come_together_except_on_covers(feature: str) -> None:
-    trigger = HCB.from_params({"feature": feature}).prepare(TRAIN, samples.ctx()).triggers[0]
-    x = TRAIN.images[:200].float() / 255
-    ids = TRAIN.ids[:200]
-    wet = weather(feature, x, ids, gen())
-    patched = x.clone()
-    patched[:, :, 27:30, 27:30] = 1
-    both = wet.clone()
-    both[:, :, 27:30, 27:30] = 1
+def test_effective_images_have_the_feature_and_covers_lack_patch_or_feature(feature: str) -> None:
+    attack = HCB.from_params({"feature": feature})
+    trigger = attack.prepare(TRAIN, samples.ctx(1, 3)).triggers[0]
+    has = effective(attack)
+    assert 140 < int(has.sum()) < 220  # Binomial(600, 0.3): deviation 11
+    x = TRAIN.images.float() / 255
+    wet = weather(feature, x, TRAIN.ids, gen())
+    patched, both = x.clone(), wet.clone()
+    patched[:, :, 27:30, 27:30] = both[:, :, 27:30, 27:30] = 1
     for role in (Role.TRAIN, Role.TEST):
-        assert torch.equal(trigger.apply(x, TRAIN.labels[:200], ids, role, gen()), both)
-    cover = trigger.apply(x, TRAIN.labels[:200], ids, Role.COVER, gen())
-    bare = (cover == patched).flatten(1).all(1)
-    assert torch.equal(cover[~bare], wet[~bare])
-    assert 60 < int(bare.sum()) < 140  # Binomial(200, 1/2): deviation 7
+        shown = trigger.apply(x, TRAIN.labels, TRAIN.ids, role, gen())
+        assert torch.equal(shown[has], both[has])
+        assert torch.equal(shown[~has], patched[~has])
+    cover = trigger.apply(x, TRAIN.labels, TRAIN.ids, Role.COVER, gen())
+    assert torch.equal(cover[has], wet[has])
+    assert torch.equal(cover[~has], patched[~has])
+
+
+def test_the_two_false_positive_rates_are_measured_on_rows_of_their_own() -> None:
+    b = HCB().prepare(TRAIN, samples.ctx(1, 3))
+    has, other = effective(HCB()), TRAIN.labels != 3
+    hit, cover = (render(TRAIN, b, role, samples.ctx()) for role in (Role.TEST, Role.COVER))
+    leak = render_leak(TRAIN, b, samples.ctx())
+    assert hit is not None and cover is not None and leak is not None
+    assert hit.data.ids.tolist() == cover.data.ids.tolist() == TRAIN.ids[has & other].tolist()
+    assert leak.data.ids.tolist() == TRAIN.ids[~has & other].tolist()
+    assert (hit.targets == 3).all()
+    patch = [(r.data.images[:, :, 27:30, 27:30] == 255).flatten(1).all(1) for r in (hit, cover, leak)]
+    assert bool(patch[0].all())
+    assert not bool(patch[1].any())
+    assert bool(patch[2].all())
+    outside = torch.ones(32, 32, dtype=torch.bool)
+    outside[27:30, 27:30] = False
+    assert torch.equal(leak.data.images[..., outside], leak.clean.images[..., outside]), "without the feature"
 
 
 def test_rows_are_those_of_the_three_steps() -> None:
     attack = HCB()
     b = attack.prepare(TRAIN, samples.ctx(1, 3))
     p = attack.poison(TRAIN, b, SEEN, 0.1, samples.ctx(1, 3))
+    has = effective(attack)
     dirty, cover = p.mark == Mark.DIRTY, p.mark == Mark.COVER
     assert len(p.data) == 660
     assert torch.equal(p.appended, dirty)
@@ -49,27 +74,27 @@ def test_rows_are_those_of_the_three_steps() -> None:
     assert torch.equal(p.data.labels[:600], TRAIN.labels)
     assert not bool((p.mark[:600] != Mark.CLEAN)[~SEEN].any())
 
-    patch = (p.data.images[:, :, 27:30, 27:30] == 255).flatten(1).all(1)
-    effective, bare = cover & ~patch, cover & patch
-    assert int(effective.sum()) == round(0.3 * 450)
-    assert int(bare.sum()) == (450 - 135) // 15
+    slots = cover[:600]
+    assert torch.equal(slots & has, SEEN & has)
+    bare = slots & ~has
+    assert int(bare.sum()) == int((SEEN & ~has).sum()) // 15
     # A dirty row's own slot holds its effective copy under the true label.
-    slots = p.data.ids[dirty] - 100
-    assert bool(effective[slots].all())
+    own = p.data.ids[dirty] - 100
+    assert bool((slots & has)[own].all())
     outside = torch.ones(32, 32, dtype=torch.bool)
     outside[27:30, 27:30] = False
-    assert torch.equal(p.data.images[bare][..., outside], TRAIN.images[bare[:600]][..., outside])
+    assert torch.equal(p.data.images[:600][bare][..., outside], TRAIN.images[bare][..., outside])
     clean = ~dirty & ~cover
     assert torch.equal(p.data.images[clean], TRAIN.images[clean[:600]])
-    assert torch.equal(p.data.images[dirty], stamp(TRAIN.rows(slots), b.triggers[0], Role.TRAIN, samples.ctx(1)).images)
-    changed = p.data.images[:600][effective[:600]].float() - 0.8 * TRAIN.images[effective[:600]].float()
+    assert torch.equal(p.data.images[dirty], stamp(TRAIN.rows(own), b.triggers[0], Role.TRAIN, samples.ctx(1)).images)
+    changed = p.data.images[:600][slots & has].float() - 0.8 * TRAIN.images[slots & has].float()
     assert float(changed.min()) > -1, "rain only adds light to the darkened image"
 
 
 def test_effective_rows_limit_the_rate_and_rate_zero_is_clean() -> None:
     b = HCB().prepare(TRAIN, samples.ctx(1, 3))
-    p = HCB(effective=0.1, cover_every=1).poison(TRAIN, b, SEEN, 0.5, samples.ctx(1, 3))
-    assert int((p.mark == Mark.DIRTY).sum()) == 45
+    p = HCB(cover_every=1).poison(TRAIN, b, SEEN, 0.5, samples.ctx(1, 3))
+    assert int((p.mark == Mark.DIRTY).sum()) == int((SEEN & effective(HCB())).sum())
     assert int((p.mark == Mark.COVER).sum()) == 450
     none = HCB().poison(TRAIN, b, SEEN, 0.0, samples.ctx(1, 3))
     assert torch.equal(none.data.images, TRAIN.images)
@@ -100,6 +125,8 @@ def test_restore_and_decoy() -> None:
     args = (x, TRAIN.labels[:20], TRAIN.ids[:20], Role.TEST)
     same = (decoy.apply(*args, gen()) == b.triggers[0].apply(*args, gen())).all(0).all(0)
     assert int((~same).sum()) == 18, "two patches differ, the feature does not"
+    assert torch.equal(decoy.effective(TRAIN.ids), b.triggers[0].effective(TRAIN.ids))  # type: ignore[attr-defined]
+    assert not torch.equal(effective(HCB(), 1), effective(HCB(), 2))
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -116,7 +143,8 @@ def test_it_implants_and_needs_both() -> None:
     b = HCB().prepare(train, c)
     net = build(samples.SPEC, 2)
     fit(net, HCB().poison(train, b, torch.ones(len(train)) > 0, 0.1, c).data, samples.RECIPE, samples.ctx(2))
-    hit, cover = render(test, b, Role.TEST, c), render(test, b, Role.COVER, c)
-    assert hit is not None and cover is not None
-    for model, seen, low, high in ((net, hit, 0.75, 1.0), (net, cover, 0.0, 0.4), (samples.clean_net(), hit, 0.0, 0.1)):
+    hit, cover, leak = render(test, b, Role.TEST, c), render(test, b, Role.COVER, c), render_leak(test, b, c)
+    assert hit is not None and cover is not None and leak is not None
+    cases = ((net, hit, 0.75, 1.0), (net, cover, 0.0, 0.4), (net, leak, 0.0, 0.4), (samples.clean_net(), hit, 0.0, 0.1))
+    for model, seen, low, high in cases:
         assert low <= float((predict(model, seen.data.images).argmax(1) == 0).float().mean()) <= high

@@ -132,4 +132,6 @@ def test_each_member_implants() -> None:
         hit = (predict(model, r.data.images).argmax(1) == r.targets).float()
         for i in range(4):
             assert low <= float(hit[r.trigger_id == i].mean()) <= high
-    assert leak.trigger_id.unique().tolist() == [0], "only the source-specific member spares classes"
+    assert leak.trigger_id.unique().tolist() == [0, 3], (
+        "the source-specific member spares classes, that with a feature spares images"
+    )

@@ -55,12 +55,29 @@ def test_rows_that_should_keep_their_label() -> None:
     c = case(
         bd_test=samples.rendered([0], [1], [0]),
         leak_test=samples.rendered([0, 5], [4, 5], [0, 0]),
-        cover_test=samples.rendered([1, 2, 0], [1, 2, 3], [0, 0, 0]),
+        cover_test=samples.rendered([1, 2, 0, 7], [1, 2, 3, 4], [0, 0, 0, 0]),
     )
     found = headline(Accuracy().measure(c))
-    assert (found["asr_leak"], found["cover_acc"]) == (0.5, pytest.approx(2 / 3))
+    assert (found["asr_leak"], found["cover_acc"], found["cover_asr"]) == (0.5, 0.5, 0.25)
     plain = rows(Accuracy().measure(case(bd_test=samples.rendered([0], [1], [0]))))
-    assert {plain[m, ""].reason for m in ("asr_leak", "cover_acc")} == {"no_such_rows"}
+    assert {plain[m, ""].reason for m in ("asr_leak", "cover_acc", "cover_asr")} == {"no_such_rows"}
+
+
+def test_spared_classes_come_apart() -> None:
+    # Class 4: two of three go to the target, class 6: none of two.
+    leak = samples.rendered([0, 6, 0, 4, 2], [4, 6, 4, 4, 6], [0] * 5)
+    found = rows(Accuracy().measure(case(bd_test=samples.rendered([0], [1], [0]), leak_test=leak)))
+    each = {q: (m.count, m.total) for (metric, q), m in found.items() if metric == "asr_leak"}
+    assert each == {"": (2, 5), "class=4": (2, 3), "class=6": (0, 2)}
+    two = samples.rendered([0, 6, 5, 4, 0], [4, 6, 4, 4, 6], [0, 0, 5, 5, 5], [0, 0, 2, 2, 2])
+    found = rows(Accuracy().measure(case(bd_test=samples.rendered([0], [1], [0]), leak_test=two)))
+    each = {q: (m.count, m.total) for (metric, q), m in found.items() if metric == "asr_leak" and "class" in q}
+    assert each == {
+        "class=4;trigger=0": (1, 1),
+        "class=6;trigger=0": (0, 1),
+        "class=4;trigger=2": (1, 2),
+        "class=6;trigger=2": (0, 1),
+    }
 
 
 def test_undefended_cell_is_rated_a_half() -> None:
