@@ -127,9 +127,8 @@ class LiraHooks(Twice):
         return super().batch(x, y, ids, step)
 
     def epoch_end(self, net: nn.Module, epoch: int) -> bool:
-        """The generator that was trained comes into use."""
-        if self.epoch < self.joint:
-            self.noise.generator.load_state_dict(self.next.state_dict())
+        """The generator that was trained comes into use; after the joint stage it is the same one."""
+        self.noise.generator.load_state_dict(self.next.state_dict())
         self.epoch = epoch + 1
         return False
 

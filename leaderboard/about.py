@@ -12,6 +12,8 @@ from sleeperbench.leaderboard import terms, words
 from sleeperbench.leaderboard.names import linked
 from sleeperbench.schema import HEADLINE_METRICS
 
+BIBTEX = "@misc{sleeperbench,\n  title = {SleeperBench: is the backdoor gone, or only asleep?},\n  year = {2025}\n}"
+"""How to cite the benchmark."""
 Plugins = Mapping[tuple[str, str], Mapping[str, Any]]
 """(kind, id) -> its entry."""
 

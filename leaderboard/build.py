@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import io
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pv
 import pyarrow.parquet as pq
+from jinja2.compiler import CodeGenerator
 
 from sleeperbench.errors import BadInput
 from sleeperbench.leaderboard import charts, pages, terms, words
@@ -26,8 +31,60 @@ from sleeperbench.leaderboard.tables import load
 from sleeperbench.leaderboard.views import Views, href
 
 MANIFEST = "SHA256SUMS"
-ASSETS = ("board.css", "board.js", "icon.svg")
+NAV = (
+    ("index.html", "Overview"),
+    ("tracks.html", "Tracks"),
+    ("table.html", "Table"),
+    ("heatmap.html", "Heat maps"),
+    ("compare.html", "Compare"),
+    ("figures.html", "Figures"),
+    ("protocol.html", "Protocol"),
+    ("submit.html", "Submit"),
+    ("changelog.html", "Changelog"),
+)
 CSP = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'"
+
+
+@lru_cache(maxsize=2**17)
+def _text(value: str) -> str:
+    return str(markupsafe.escape(clean(value)))
+
+
+def _shown(value: Any) -> str:
+    """What a template prints for a value: cleaned and escaped, unless it is markup already."""
+    if type(value) is str:
+        return _text(value)
+    return str(value.__html__()) if hasattr(value, "__html__") else _text(str(value))
+
+
+def _fields(values: Sequence[str], css: str = "") -> markupsafe.Markup:
+    """Fields of a table's line, all of one class: quicker than one by one, on pages that have hundreds."""
+    tag = f'<td class="{_text(css)}">' if css else "<td>"
+    return markupsafe.Markup(tag + f"</td>{tag}".join([_text(v) for v in values]) + "</td>")
+
+
+class _Printing(CodeGenerator):
+    """Has templates print through `_shown` alone, which knows most texts by heart, in place of finalize and escape.
+
+    Cell pages print three hundred texts each. Where Jinja does not ask this class, finalize and autoescape still hold.
+    """
+
+    def _output_child_pre(self, node: Any, frame: Any, finalize: Any) -> None:
+        if frame.eval_ctx.volatile or not frame.eval_ctx.autoescape:
+            super()._output_child_pre(node, frame, finalize)
+        else:
+            self.write("environment.shown(")
+
+    def _output_child_post(self, node: Any, frame: Any, finalize: Any) -> None:
+        if frame.eval_ctx.volatile or not frame.eval_ctx.autoescape:
+            super()._output_child_post(node, frame, finalize)
+        else:
+            self.write(")")
+
+
+class _Environment(jinja2.Environment):
+    code_generator_class = _Printing
+    shown = staticmethod(_shown)
 
 
 def _finalize(value: Any) -> Any:
@@ -35,16 +92,30 @@ def _finalize(value: Any) -> Any:
 
 
 def _environment() -> jinja2.Environment:
-    env = jinja2.Environment(
+    env = _Environment(
         loader=jinja2.PackageLoader("sleeperbench.leaderboard", "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        auto_reload=False,
         trim_blocks=True,
         lstrip_blocks=True,
         finalize=_finalize,
     )
     env.globals |= {"csp": CSP, "words": words, "terms": terms, "charts": charts, "href": href, "https": https}
+    env.globals |= {"nav": NAV, "once": _once(), "fields": _fields}
     return env
+
+
+def _once() -> Callable[[Any, Callable[[Any], Any]], Any]:
+    """A template's function that renders what many pages share a single time, by the object that it shows."""
+    done: dict[int, tuple[Any, Any]] = {}
+
+    def once(shown: Any, macro: Callable[[Any], Any]) -> Any:
+        if id(shown) not in done:
+            done[id(shown)] = shown, macro(shown)  # kept with it, so that no other object gets its id
+        return done[id(shown)][1]
+
+    return once
 
 
 class Site:
@@ -52,32 +123,36 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.digests: dict[str, str] = {}
+        self.files: dict[str, tuple[str, str]] = {}
+        self.made: set[str] = set()
 
     def write(self, path: str, data: bytes) -> None:
         """Write one file; the same bytes again are fine."""
         digest = hashlib.sha256(data).hexdigest()
-        if self.digests.setdefault(path.lower(), digest) != digest:
+        name, known = self.files.setdefault(path.lower(), (path, digest))
+        if known != digest:
             raise AssertionError(f"two pages would be {path}")
-        target = self.folder / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(data)
+        folder = path.rpartition("/")[0]
+        if folder not in self.made:
+            (self.folder / folder).mkdir(parents=True, exist_ok=True)
+            self.made.add(folder)
+        with open(f"{self.folder}/{name}", "wb") as f:
+            f.write(data)
 
     def manifest(self) -> str:
         """Digest and path of every file, as sha256sum prints them."""
-        files = sorted(p for p in self.folder.rglob("*") if p.is_file())
-        lines = [(hashlib.sha256(p.read_bytes()).hexdigest(), p.relative_to(self.folder).as_posix()) for p in files]
-        return "".join(f"{d}  {p}\n" for d, p in lines)
+        return "".join(f"{digest}  {path}\n" for path, digest in sorted(self.files.values(), key=lambda f: f[0]))
 
 
 def _assets(site: Site) -> dict[str, str]:
-    """Copy the style sheet, script and icon under names that hold their digest."""
+    """Copy style sheets, scripts and icon under names that hold their digest."""
     names = {}
-    for name in ASSETS:
-        data = (resources.files("sleeperbench.leaderboard") / "static" / name).read_bytes()
-        stem, _, end = name.rpartition(".")
-        names[name] = f"assets/{stem}.{hashlib.sha256(data).hexdigest()[:8]}.{end}"
-        site.write(names[name], data)
+    for file in sorted((resources.files("sleeperbench.leaderboard") / "static").iterdir(), key=lambda f: f.name):
+        if file.is_file():
+            data = file.read_bytes()
+            stem, _, end = file.name.rpartition(".")
+            names[file.name] = f"assets/{stem}.{hashlib.sha256(data).hexdigest()[:8]}.{end}"
+            site.write(names[file.name], data)
     return names
 
 
@@ -116,14 +191,27 @@ def _earlier(out: Path) -> set[str]:
     return {p for p in paths if ".." not in p.split("/") and not p.startswith("/")}
 
 
-def _install(built: Path, out: Path, earlier: set[str]) -> None:
+def _install(built: Path, files: set[str], out: Path, earlier: set[str]) -> None:
     """Move a finished site into place, file by file and its index last, and remove pages that it no longer has."""
-    files = {p.relative_to(built).as_posix() for p in built.rglob("*") if p.is_file()}
+    for folder in {f.rpartition("/")[0] for f in files}:
+        (out / folder).mkdir(parents=True, exist_ok=True)
     for path in sorted(files, key=lambda p: (p == MANIFEST, p == "index.html", p)):
-        (out / path).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(built / path, out / path)
+        os.replace(f"{built}/{path}", f"{out}/{path}")
     for path in sorted(earlier - files - {MANIFEST}):
         (out / path).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _kept() -> Iterator[None]:
+    """What is made meanwhile stays to the end of a build, so no collection need go through it now or later."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was:
+            gc.enable()
 
 
 def build(runs: Sequence[Path], out: Path) -> Path:
@@ -135,7 +223,16 @@ def build(runs: Sequence[Path], out: Path) -> Path:
     Raises:
         BadInput: a table is missing, unreadable or of another schema version, or `out` cannot be written.
     """
-    views = Views(load(runs))
+    try:
+        return _build(runs, out)
+    finally:
+        gc.unfreeze()
+
+
+def _build(runs: Sequence[Path], out: Path) -> Path:
+    with _kept():
+        views = Views(load(runs))
+        _ = views.rows
     env = _environment()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -146,13 +243,15 @@ def build(runs: Sequence[Path], out: Path) -> Path:
     try:
         site = Site(built)
         env.globals |= {"assets": _assets(site), "views": views}
+        macros = lru_cache(lambda root: env.get_template("macros.html.j2").make_module({"root": root}))
         for path, template, context in pages.every_page(views, site.write):
-            text = env.get_template(template).render(root="../" * path.count("/"), path=path, **context)
+            root = "../" * path.count("/")
+            text = env.get_template(template).render(root=root, path=path, m=macros(root), **context)
             site.write(path, text.encode("utf-8"))
         _downloads(site, views)
         site.write("cite.bib", clean(pages.bibliography(views)).encode("utf-8"))
         (built / MANIFEST).write_text(site.manifest(), encoding="utf-8")
-        _install(built, out, earlier)
+        _install(built, {path for path, _ in site.files.values()} | {MANIFEST}, out, earlier)
     except OSError as e:
         raise BadInput(f"cannot write the site to {out}: {e.strerror}; is there space left?") from e
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sleeperbench.leaderboard import words
 
@@ -86,11 +87,40 @@ class Lines:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """A bar from `x0`, `width` long, with its whisker; the figure stands beside it as `text`."""
+
+    group: str
+    label: str
+    series: int
+    x0: float
+    width: float
+    y: float
+    low: float
+    high: float
+    text: str
+    between: str
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A picture of bars, a group of them per name, below each other."""
+
+    x_name: str
+    y_name: str
+    x_ticks: tuple[tuple[float, str], ...]
+    names: tuple[tuple[float, str], ...]
+    bars: tuple[Bar, ...]
+    legend: tuple[str, ...]
+    height: int
+
+
+@dataclass(frozen=True)
 class Series:
-    """One curve; `low` and `high` are empty or as long as `x`."""
+    """One curve; `low` and `high` are empty or as long as `x`, which holds names where the series is one of bars."""
 
     label: str
-    x: tuple[float, ...]
+    x: tuple[Any, ...]
     y: tuple[float, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
@@ -123,7 +153,7 @@ def _y(a: Axis, value: float) -> float:
     return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - a.low) / (a.high - a.low), 1)
 
 
-def _spread(wanted: Sequence[tuple[float, float]]) -> list[float]:
+def spread(wanted: Sequence[tuple[float, float]]) -> list[float]:
     """Heights of labels: as near to where they are wanted as 13 units between neighbours in reach allow."""
     placed: list[tuple[float, float]] = []
     heights = [0.0] * len(wanted)
@@ -143,7 +173,7 @@ def scatter(points: Sequence[Point], x_name: str, y_name: str, *, y_share: bool)
     xa = axis(x_name, [v for p in points for v in (p.x, *p.x_span)], share=True, full=True)
     ya = axis(y_name, [v for p in points for v in (p.y, *p.y_span)], share=y_share, full=True)
     at = [(_x(xa, p.x), _y(ya, p.y)) for p in points]
-    heights = _spread([(x + 10, y + 4) for x, y in at])
+    heights = spread([(x + 10, y + 4) for x, y in at])
     marks = tuple(
         Mark(p, x, y, _x(xa, p.x_span[0]), _x(xa, p.x_span[1]), _y(ya, p.y_span[0]), _y(ya, p.y_span[1]), x + 10, h)
         for p, (x, y), h in zip(points, at, heights, strict=True)
@@ -181,3 +211,103 @@ def lines(series: Sequence[Series], x_name: str, y_name: str) -> Lines:
         tuple((_y(ya, v), t) for v, t in ya.ticks),
         tuple(drawn),
     )
+
+
+def bars(series: Sequence[Series], x_name: str, y_name: str) -> Bars:
+    """Bars on a common axis that holds 0: a group per name in the order of first mention, a bar per series in it."""
+    groups = list(dict.fromkeys(name for s in series for name in s.x))
+    axis_ = axis(y_name, [0.0, *(v for s in series for v in (*s.y, *s.low, *s.high))], share=False)
+    thick = 16 if len(series) == 1 else 10
+    step = thick * len(series) + 10
+    top, zero = TOP + 4, _x(axis_, 0.0)
+    drawn = []
+    for k, s in enumerate(series):
+        ends = list(zip(s.low, s.high, strict=True)) or [(v, v) for v in s.y]
+        for name, value, (low, high) in zip(s.x, s.y, ends, strict=True):
+            x = _x(axis_, value)
+            y = float(top + groups.index(name) * step + k * thick)
+            between = words.span(low, high, False) if s.low else ""
+            whisker = _x(axis_, low), _x(axis_, high)
+            left, width = min(x, zero), round(abs(x - zero), 1)
+            drawn.append(Bar(name, s.label, k, left, width, y, *whisker, words.number(value, False), between))
+    return Bars(
+        x_name,
+        y_name,
+        tuple((_x(axis_, v), t) for v, t in axis_.ticks),
+        tuple((top + i * step + thick * len(series) / 2, name) for i, name in enumerate(groups)),
+        tuple(drawn),
+        tuple(s.label for s in series),
+        top + step * len(groups) + BOTTOM,
+    )
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A defense on the line of average ranks: its place there, and its label at one side."""
+
+    name: str
+    href: str
+    title: str
+    x: float
+    label_x: float
+    label_y: float
+    anchor: str
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A critical-difference diagram; `bars` join defenses whose ranks are nearer than the critical difference."""
+
+    ticks: tuple[tuple[float, str], ...]
+    marks: tuple[Rank, ...]
+    bars: tuple[tuple[float, float, float], ...]
+    rule: tuple[float, float, str]
+    height: int
+
+
+SIDE = 170
+"""Room for labels at each side of a line of ranks."""
+RANK_LINE = 58
+"""Height of the line of ranks."""
+
+
+def ranks(given: Sequence[tuple[str, str, float]], cd: float) -> Ranks | None:
+    """Average ranks of defenses as (name, page, rank) on a line from 1 at the left, as Demsar (2006) draws them."""
+    if len(given) < 2:
+        return None
+    k = len(given)
+    order = sorted(given, key=lambda g: (g[2], g[0]))
+
+    def at(rank: float) -> float:
+        return round(SIDE + (WIDTH - 2 * SIDE) * (rank - 1) / (k - 1), 1)
+
+    bars: list[tuple[float, float, float]] = []
+    last = -1
+    for i in range(k):
+        j = max(n for n in range(i, k) if order[n][2] - order[i][2] <= cd)
+        if j > max(i, last):
+            bars.append((at(order[i][2]) - 3, at(order[j][2]) + 3, RANK_LINE + 9.0 + 6 * (len(bars) % 6)))
+            last = j
+    below = RANK_LINE + 30 + 6 * min(len(bars), 6)
+    half = (k + 1) // 2
+    marks = []
+    for i, (name, link, rank) in enumerate(order):
+        left = i < half
+        y = below + 17 * (i if left else k - 1 - i)
+        title = f"{name}: average rank {rank:.2f} of {k}"
+        marks.append(
+            Rank(
+                name,
+                link,
+                title,
+                at(rank),
+                SIDE - 10.0 if left else WIDTH - SIDE + 10.0,
+                float(y),
+                "end" if left else "start",
+            )
+        )
+    step = max(1, round(k / 12))
+    ticks = tuple((at(r), str(r)) for r in range(1, k + 1) if (r - 1) % step == 0 or r == k)
+    shown = min(cd, k - 1)
+    rule = (at(1), at(1 + shown), f"critical difference {cd:.2f}")
+    return Ranks(ticks, tuple(marks), tuple(bars), rule, below + 17 * half + 6)

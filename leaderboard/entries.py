@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shlex
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
 
-from sleeperbench.leaderboard import judges, media, words
+from sleeperbench.leaderboard import judges, media, paging, words
 from sleeperbench.leaderboard.about import params, plugin
 from sleeperbench.leaderboard.names import plugin_id
-from sleeperbench.leaderboard.summary import Board, Cell, setting, tally
-from sleeperbench.leaderboard.tracks import ANSWERS, ZOO, judge
-from sleeperbench.leaderboard.views import Views, href
+from sleeperbench.leaderboard.summary import Cell, setting, tally
+from sleeperbench.leaderboard.tables import Run
+from sleeperbench.leaderboard.tracks import ZOO
+from sleeperbench.leaderboard.views import Head, Row, Views, href
 from sleeperbench.schema import HEADLINE_METRICS, reproduce
 
 Page = tuple[str, str, dict[str, Any]]
@@ -34,102 +38,126 @@ def names(views: Views) -> dict[str, list[tuple[str, str]]]:
     return {kind: [(n, href(kind, n)) for n in sorted(ids)] for kind, ids in listed.items()}
 
 
-def _means(views: Views, board: Board, kind: str, across: str, mine: Sequence[Cell]) -> Iterator[dict[str, Any]]:
-    """Means per attack and defense: of the models that were handed out, then of the answers that were given."""
-    for answers in (False, True):
-        metrics = [m for m in board.metrics if (m in ANSWERS) is answers and any(c[m] is not None for c in mine)]
-        shown = {d for m in metrics for d in board.having(m)}
-        groups: dict[tuple[str, str], list[Cell]] = {}
-        for c in mine:
-            if c["defense"] in shown:
-                groups.setdefault((setting(c), c["defense"]), []).append(c)
-        several = len({k[kind == "defense"] for k in groups}) > 1
-        lines = []
-        for (s, d), cells in sorted(groups.items()):
-            other = d if kind == "attack" else s
-            own = (s if kind == "attack" else d) if several else ""
-            link = href(f"{across}s", cells[0][across])
-            lines.append((own, views.mean_row(board, other, link, cells, metrics)))
-        if lines:
-            yield {"board": board, "metrics": metrics, "lines": lines, "several": several, "answers": answers}
+def run_line(views: Views, run: Run) -> dict[str, Any]:
+    """A run in a few words: its suite, how many cells are from it, and how they came out."""
+    suite = run.info.get("suite", "")
+    named = suite if isinstance(suite, dict) else {"name": suite}
+    mine = [c for c in views.results.cells if views.results.owner[c["cell"]] is run]
+    return {
+        "name": run.name,
+        "suite": str(named.get("name", "")),
+        "title": str(named.get("title", "")),
+        "cells": len(mine),
+        "tally": tally(mine),
+    }
 
 
-def methods(views: Views) -> Iterator[Page]:
-    """A page per attack and per defense: what it is, how it was set, its means and its rows."""
-    for kind, across in (("attack", "defense"), ("defense", "attack")):
-        for name, page in names(views)[f"{kind}s"]:
-            rows = views.rows_where(kind, name)
-            variants = {r.cell[kind]: r.cell[f"{kind}_params"] for r in rows}
-            parts: list[Any] = []
-            for b in views.boards:
-                parts += _means(views, b, kind, across, [c for c in b.cells if plugin_id(c[kind]) == name])
-            entry = plugin(views.results.plugins, kind, name)
-            context = {
-                "kind": kind,
-                "across": across,
-                "name": name,
-                "plugin": entry,
-                "variants": [(v, params(p, entry["fields"])) for v, p in sorted(variants.items())],
-                "access": sorted({r.cell["access"] for r in rows}) if kind == "defense" else [],
-                "role": rows[0].role if rows and kind == "defense" else "",
-                "not_implanted": sorted(
-                    {
-                        (s, r)
-                        for b in views.boards
-                        for s, r in b.not_implanted.items()
-                        if kind == "attack" and s in {setting(x.cell) for x in rows}
-                    }
-                ),
-                "parts": parts,
-                "rows": rows,
-                "tally": tally([r.cell for r in rows]),
-                "judges": kind == "defense" and any(judge(r.cell) for r in rows),
-                "used_by": sorted({u for b in views.boards for u in judges.used_by(b, name)})
-                if kind == "defense"
-                else [],
-                "zoos": judges.zoos(views, name) if kind == "defense" else [],
-            }
-            yield page, "method.html.j2", context
+def _measurement(views: Views, m: Mapping[str, Any]) -> tuple[Any, ...]:
+    """A measurement as a table's line: css, metric, words before the figure, figure and its order, what follows it."""
+    metric, value, low, high = m["metric"] or "", m["value"], m["lower"], m["upper"]
+    share = views.share(metric)
+    finite = value is not None and math.isfinite(value)
+    span = "none"
+    if low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
+        span = words.span(low, high, share)
+    return (
+        "" if finite else "unmeasured",
+        views.head(metric),
+        (m["qualifier"] or "none", m["stage"] or "none", m["evaluator"] or "none"),
+        words.reason_word(m["reason"] or m["status"] or "") if value is None else words.number(value, share),
+        repr(value) if finite else "",
+        ("not a count" if m["total"] is None else f"{m['count']} of {m['total']}", span),
+        words.status_text(m) + (f"; {m['flag']}" if m["flag"] else ""),
+    )
+
+
+def _cost(task: Mapping[str, Any]) -> tuple[str, tuple[str, ...], str]:
+    """What one task cost, as a table's line: evaluator, numbers, key."""
+    measured = [task[k] for k in ("seconds", "cpu_seconds", "peak_mb")]
+    counted = [task[k] for k in ("forwards", "backwards", "queries", "method_version")]
+    numbers = ["unknown" if v is None else words.number(v, False) for v in measured]
+    numbers += ["unknown" if v is None else str(v) for v in counted]
+    return task["evaluator"] or "not recorded", tuple(numbers), (task["task_key"] or "unknown")[:16]
+
+
+def _machine(views: Views, tasks: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, str, str], ...]:
+    """What the tasks ran on: each answer once, which is one answer in nearly all cells."""
+    ran_on = {(t["device"], t["threads"], t["precision"], t["env"], t["dist"], t["dist_version"]) for t in tasks}
+    answers = [sorted({str(a or "unknown") for a in column}) for column in zip(*ran_on, strict=True)]
+    names = ("Device", "Threads", "Precision", "Libraries", "Distribution", "Version of the distribution")
+    return views.same(tuple((name, "; ".join(found), "") for name, found in zip(names, answers, strict=bool(ran_on))))
+
+
+def _cell(
+    views: Views,
+    row: Row,
+    siblings: Sequence[Row],
+    having: Mapping[Path, frozenset[str]],
+    write: Callable[[str, bytes], None],
+) -> Page:
+    c = row.cell
+    measured = views.results.measured(c["cell"])
+    run = views.results.owner[c["cell"]]
+    tasks = sorted(
+        {m["task_key"]: m for m in measured}.values(), key=lambda m: (m["evaluator"] or "", m["task_key"] or "")
+    )
+    attack = views.plugin("attack", plugin_id(c["attack"]))
+    defense = views.plugin("defense", plugin_id(c["defense"]))
+    shown = media.load(run.path, c["cell"], write) if row.href[6:-5] in having[run.path] else media.Media()
+    moved = c["rate"] is not None and c["rate_actual"] is not None and abs(c["rate_actual"] - c["rate"]) > 0.0005
+    shown_as = list(zip(views.heads, row.figures, strict=True))
+    empty: dict[str, list[Head]] = {}
+    for head, f in shown_as:
+        if f.empty:
+            empty.setdefault(f.title.removeprefix("no figure: "), []).append(head)
+    context = {
+        "row": row,
+        "possible": words.number(c["rate_actual"], True) if moved else "",
+        "headline": [(head, f) for head, f in shown_as if not f.empty],
+        "empty": [(why, views.same(tuple(heads))) for why, heads in empty.items()],
+        "measured": [_measurement(views, m) for m in measured],
+        "tasks": [_cost(t) for t in tasks],
+        "machine": _machine(views, tasks),
+        "media": shown,
+        "curves": [*shown.curves, *media.measured_curves(measured, shown.curves)],
+        "run": run.name,
+        "attack_params": views.params("attack", c),
+        "defense_params": views.params("defense", c),
+        "attack": attack,
+        "defense": defense,
+        "command": shlex.join(["sleeperbench", *reproduce(c, c["suite"]), "--out", "DIR"]),
+        "siblings": siblings,
+    }
+    return row.href, "cell.html.j2", context
 
 
 def cells(views: Views, write: Callable[[str, bytes], None]) -> Iterator[Page]:
     """A page per cell: pictures, curves, every measurement, settings, cost, provenance, and how to repeat it."""
-    of_attack: dict[tuple[str, ...], list[Any]] = {}
+    of_attack: dict[tuple[str, ...], list[Row]] = {}
     for r in views.rows:
-        c = r.cell
-        of_attack.setdefault((c["suite"], c["dataset"], c["arch"], setting(c), str(c["seed"])), []).append(r)
-    for r in views.rows:
-        c = r.cell
-        measured = views.results.measured(c["cell"])
-        run = views.results.owner[c["cell"]]
-        tasks = {m["task_key"]: m for m in measured}
-        siblings = of_attack[c["suite"], c["dataset"], c["arch"], setting(c), str(c["seed"])]
-        attack = plugin(views.results.plugins, "attack", plugin_id(c["attack"]))
-        defense = plugin(views.results.plugins, "defense", plugin_id(c["defense"]))
-        context = {
-            "row": r,
-            "metrics": [*views.metrics, *(["verdict"] if views.verdicts else [])],
-            "measured": measured,
-            "tasks": sorted(tasks.values(), key=lambda m: (m["evaluator"] or "", m["task_key"] or "")),
-            "media": media.load(run.path, c["cell"], write),
-            "run": run.name,
-            "attack_params": params(c["attack_params"], attack["fields"]),
-            "defense_params": params(c["defense_params"], defense["fields"]),
-            "attack": attack,
-            "defense": defense,
-            "command": shlex.join(["sleeperbench", *reproduce(c, c["suite"]), "--out", "DIR"]),
-            "siblings": [s for s in siblings if s is not r],
-        }
-        yield r.href, "cell.html.j2", context
+        of_attack.setdefault(_model(r.cell), []).append(r)
+    having = {run.path: frozenset(p.name for p in (run.path / "media").glob("*")) for run in views.results.runs}
+    # In the order of the measurements, so that each is read once.
+    for r in sorted(views.rows, key=lambda r: r.cell["cell"]):
+        yield _cell(views, r, of_attack[_model(r.cell)], having, write)
+
+
+def _model(cell: Cell) -> tuple[str, ...]:
+    """What cells of one attacked model agree in."""
+    return (cell["suite"], cell["dataset"], cell["arch"], setting(cell), str(cell["seed"]))
 
 
 def datasets(views: Views) -> Iterator[Page]:
     """A page per data set."""
     for name, page in names(views)["datasets"]:
         rows = views.rows_where("dataset", name)
+        given = [r.info.get("datasets") for r in views.results.runs]
+        about = [d[name] for d in given if isinstance(d, dict) and isinstance(d.get(name), dict)]
+        facts = list(dict.fromkeys(json.dumps(f, sort_keys=True) for f in about))
         context = {
             "name": name,
             "digests": sorted({r.cell["data_digest"] for r in rows}),
+            "facts": [params(f) for f in facts],
             "boards": [b for b in views.boards if b.key[0] == name],
             "attacks": sorted({(plugin_id(r.cell["attack"]), r.attack_href) for r in rows}),
             "defenses": sorted({(plugin_id(r.cell["defense"]), r.defense_href) for r in rows}),
@@ -139,19 +167,29 @@ def datasets(views: Views) -> Iterator[Page]:
         yield page, "dataset.html.j2", context
 
 
-def metrics(views: Views) -> Iterator[Page]:
-    """A page per metric: what it means, its unit, who measures it, and each defense's mean."""
+def metrics(views: Views, heat: Mapping[str, str]) -> Iterator[Page]:
+    """A page per metric: what it means, its unit, who measures it, and each defense's mean.
+
+    Args:
+        views: What pages share.
+        heat: Id of a heat map -> where it is.
+    """
     table = views.results.measurements
     for name, page in names(views)["metrics"]:
         rows = table.filter(pc.equal(table["metric"], name))
-        values = [v for v in rows["value"].to_pylist() if v is not None]
-        parts = []
+        values = [v for v in rows["value"].to_pylist() if v is not None and math.isfinite(v)]
+        parts: list[dict[str, Any]] = []
+        room, left = paging.ROOM - 10_000, 0
         for b in views.boards:
+            if room < 0:
+                left += name in b.metrics
+                continue
             if name in b.metrics:
                 tracks: Any = views.by_track(b, [name], b.having(name))
                 parts.append({"board": b, "metrics": [name], "tracks": tracks, "over": "attacks"})
             for t in judges.tables(views, b, name) if name in ZOO else []:
                 parts.append({"board": b, "metrics": [name], "tracks": t.groups, "over": "models"})
+            room -= sum(paging.mean_row(x) for p in parts if p["board"] is b for _, some in p["tracks"] for x in some)
         stages = ["attacked", "defended", "reactivated"]
         qualifiers = rows["qualifier"].unique().to_pylist()
         share = views.share(name)
@@ -170,5 +208,7 @@ def metrics(views: Views) -> Iterator[Page]:
             if values
             else [],
             "parts": parts,
+            "left": left,
+            "heat": next((heat[f"heat-{n}-{name}"] for n, b in enumerate(views.boards, 1) if name in b.metrics), ""),
         }
         yield page, "metric.html.j2", context

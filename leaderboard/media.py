@@ -6,18 +6,22 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeperbench.leaderboard import terms
-from sleeperbench.leaderboard.charts import Lines, Series, lines
+from sleeperbench.leaderboard import terms, words
+from sleeperbench.leaderboard.charts import Bars, Lines, Series, bars, lines
 from sleeperbench.leaderboard.names import digest12
 
 LARGEST = 8_000_000
 MOST_VALUES = 5000
+MOST_BARS = 200
+MOST_SERIES = 40
 LARGEST_VALUE = 1e30
+NOT_ORDERED = frozenset({"draw", "trigger", "seed", "label", "class", "source"})
+"""Keys of qualifiers whose numbers only tell rows apart."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,120}\.png")
 
 
@@ -35,10 +39,24 @@ class Picture:
 
 @dataclass(frozen=True)
 class Curve:
-    """A titled picture of curves."""
+    """A titled picture of curves or of bars.
+
+    Args:
+        title: What it shows.
+        chart: Where its marks go.
+        source: Who drew it, as `evaluator-name`.
+        measured: Drawn from measurements, whose table holds its values.
+    """
 
     title: str
-    chart: Lines
+    chart: Lines | Bars
+    source: str = ""
+    measured: bool = False
+
+    @property
+    def barred(self) -> bool:
+        """Whether it is a picture of bars."""
+        return isinstance(self.chart, Bars)
 
 
 @dataclass(frozen=True)
@@ -76,10 +94,19 @@ def _numbers(value: Any) -> tuple[float, ...] | None:
     return tuple(float(v) for v in value)
 
 
+def _names(value: Any) -> tuple[str, ...] | None:
+    """Names of a JSON list, each once, such as those of layers; None where it holds anything else."""
+    if not isinstance(value, list) or not 0 < len(value) <= MOST_BARS or not all(isinstance(v, str) for v in value):
+        return None
+    return tuple(value) if len(set(value)) == len(value) else None
+
+
 def _series(raw: Any) -> Series | None:
     if not isinstance(raw, dict):
         return None
-    x, y = _numbers(raw.get("x")), _numbers(raw.get("y"))
+    names = _names(raw.get("x"))
+    x: tuple[Any, ...] | None = names or _numbers(raw.get("x"))
+    y = _numbers(raw.get("y"))
     low, high = _numbers(raw.get("low") or []), _numbers(raw.get("high") or [])
     if not x or y is None or low is None or high is None or len(x) != len(y):
         return None
@@ -93,13 +120,69 @@ def _curve(raw: Any) -> Curve | None:
         return None
     series = [_series(s) for s in _list(raw.get("series"))]
     good = [s for s in series if s is not None]
-    if not good or len(good) < len(series):
+    named = {isinstance(s.x[0], str) for s in good}
+    if not good or len(good) < len(series) or len(series) > MOST_SERIES or len(named) > 1:
         return None
     name = _text(raw.get("name"))
     title = _text(raw.get("title")) or name
     if re.fullmatch(r"(.*-)?roc", name):
         title = f"ROC curve. {title}"
-    return Curve(title, lines(good, _text(raw.get("x_label")), _text(raw.get("y_label"))))
+    draw = bars if named == {True} else lines
+    return Curve(title, draw(good, _text(raw.get("x_label")), _text(raw.get("y_label"))), name)
+
+
+def measured_curves(rows: Iterable[Mapping[str, Any]], drawn: Sequence[Curve]) -> list[Curve]:
+    """Pictures of figures that differ in one part of their qualifier: bars by layer, curves by a number.
+
+    Args:
+        rows: Measurements of one cell.
+        drawn: Curves that evaluators recorded; what such an evaluator measures by a number is in its own curve.
+    """
+    found: dict[tuple[str, str, str, str], dict[Any, Mapping[str, Any]]] = {}
+    for m in rows:
+        value = m["value"]
+        if value is None or not abs(value) <= LARGEST_VALUE or "=" not in (m["qualifier"] or ""):
+            continue
+        parts = [p.partition("=")[::2] for p in m["qualifier"].split(";")]
+        for i, (key, text) in enumerate(parts):
+            at: Any = text if key == "layer" else _number(text)
+            if at is not None and key not in NOT_ORDERED:
+                rest = ";".join(f"{k}={v}" for k, v in (*parts[:i], *parts[i + 1 :]))
+                found.setdefault((m["evaluator"] or "", m["metric"] or "", key, rest), {})[at] = m
+    own = {c.source.rpartition("-")[0] for c in drawn}
+    pictures: dict[tuple[str, str, str], list[Series]] = {}
+    for (evaluator, metric, key, rest), by in found.items():
+        if len(by) < (2 if key == "layer" else 3) or (key != "layer" and evaluator in own):
+            continue
+        x = sorted(by, key=_natural)[:MOST_BARS] if key == "layer" else sorted(by)
+        y = tuple(float(by[v]["value"]) for v in x)
+        ends = [(by[v]["lower"], by[v]["upper"]) for v in x]
+        whole = all(_finite(a) and _finite(b) for a, b in ends)
+        low, high = (tuple(a for a, _ in ends), tuple(b for _, b in ends)) if whole else ((), ())
+        pictures.setdefault((evaluator, metric, key), []).append(Series(rest or metric, tuple(x), y, low, high))
+    made = []
+    for (evaluator, metric, key), series in pictures.items():
+        draw = bars if key == "layer" else lines
+        title = f"{words.label(metric)} by {key}"
+        made.append(Curve(title, draw(series[:MOST_SERIES], key, words.label(metric)), f"{evaluator}-{metric}", True))
+    return made
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts `layer2` before `layer10`."""
+    return [(p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in re.split(r"([0-9]{1,9})", name)]
+
+
+def _finite(value: Any) -> bool:
+    return value is not None and abs(value) <= LARGEST_VALUE
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if abs(value) <= LARGEST_VALUE else None
 
 
 def _facts(raw: dict[str, Any]) -> Facts:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import unicodedata
 from urllib.parse import urlsplit
 
 _PLAIN = re.compile(r"[a-z0-9_][a-z0-9_.]*(:[a-z0-9_][a-z0-9_.]*)*")
@@ -12,7 +11,7 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
 _VARIANT = re.compile(r"~[0-9a-f]{6}$")
 _HOST = re.compile(r"(?=.{1,253}$)([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]([a-z0-9-]{0,61}[a-z0-9])", re.IGNORECASE)
 _URL_CHARS = re.compile(r"[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=%-]{9,2000}")
-_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_UNPRINTED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def digest12(text: str) -> str:
@@ -65,7 +64,4 @@ def clean(text: str) -> str:
     """`text` with a replacement mark for control characters, marks that turn the reading direction, and surrogates."""
     if text.isascii() and text.isprintable():
         return text
-    text = text.replace("\r\n", "\n")
-    return "".join(
-        "\ufffd" if c in _BIDI or (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t") else c for c in text
-    )
+    return _UNPRINTED.sub("\ufffd", text.replace("\r\n", "\n"))

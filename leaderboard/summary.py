@@ -45,6 +45,11 @@ def track(cell: Cell) -> str:
     return cell["access"] if role(cell) == "defense" else "control"
 
 
+def trains(cell: Cell) -> bool:
+    """The defense trains the model itself; without a kind in plugins.json, the poisoned training set says so."""
+    return cell["kind"] == "in_training" or (not cell["kind"] and cell["access"] in ("T2", "T3"))
+
+
 def setting(cell: Cell) -> str:
     """The attack with its rate: what seeds are drawn within."""
     rate = cell["rate"]
@@ -56,14 +61,19 @@ def weak(cell: Cell) -> bool:
     return "weak" in cell["flags"] or cell["reason"].partition(":")[0] == "attack_did_not_implant"
 
 
+def failed(cell: Cell) -> bool:
+    """The cell has no figures through the defense's or the submitter's doing: it failed, or they keep them back."""
+    return cell["status"] in LOST or cell["reason"].partition(":")[0] == "withheld"
+
+
 def lost(cell: Cell) -> bool:
     """The cell failed, or the defense ruined the model: no success, whatever its figures say."""
-    return cell["status"] in LOST or "collapsed" in cell["flags"]
+    return failed(cell) or "collapsed" in cell["flags"]
 
 
 def not_purified(cell: Cell) -> bool:
     """A defense meant to remove the backdoor and it is still awake; one that judges was not meant to."""
-    return not judge(cell) and cell["o_asr"] is not None and cell["o_asr"] > PURIFIED
+    return cell["o_asr"] is not None and cell["o_asr"] > PURIFIED and not judge(cell)
 
 
 def why_empty(cell: Cell, metric: str) -> str:
@@ -110,9 +120,22 @@ class Board:
         return found
 
     @cached_property
+    def of_field(self) -> Mapping[tuple[str, str], list[Cell]]:
+        """(attack setting, defense) -> its cells, one per seed."""
+        found: dict[tuple[str, str], list[Cell]] = {}
+        for c in self.cells:
+            found.setdefault((setting(c), c["defense"]), []).append(c)
+        return found
+
+    @cached_property
     def settings(self) -> list[str]:
         """All attack settings but the clean models'."""
         return sorted({setting(c) for c in self.cells if c["attack"] != NONE})
+
+    @cached_property
+    def asked(self) -> frozenset[str]:
+        """Attack settings that implanted: what a complete defense has figures for."""
+        return frozenset(setting(c) for c in attacked(self.cells) if not weak(c))
 
     @cached_property
     def not_implanted(self) -> Mapping[str, str]:
@@ -144,7 +167,7 @@ class Board:
         """
         if weak(cell):
             return None, "attack_did_not_implant", False
-        instead = "collapsed" in cell["flags"] or (cell["status"] in LOST and cell[metric] is None)
+        instead = "collapsed" in cell["flags"] or (failed(cell) and cell[metric] is None)
         if instead and role(cell) != "defense":
             return None, cell["reason"] or "collapsed", False
         if instead and metric in NOTHING:
@@ -204,11 +227,11 @@ def tally(cells: Sequence[Cell]) -> dict[str, int]:
     return {
         "cells": len(cells),
         "measured": sum(c["status"] == "ok" for c in cells),
-        "failed": sum(c["status"] in LOST for c in cells),
+        "failed": sum(failed(c) for c in cells),
         "collapsed": sum("collapsed" in c["flags"] for c in cells),
         "not_purified": sum(not_purified(c) and c["attack"] != NONE for c in cells),
         "weak": sum(weak(c) for c in cells),
         "not_applicable": sum(c["status"] == "not_applicable" for c in cells),
         "judged": sum(judge(c) for c in cells),
-        "not_run": sum(c["status"] == "not_run" and not weak(c) for c in cells),
+        "not_run": sum(c["status"] == "not_run" and not weak(c) and not failed(c) for c in cells),
     }

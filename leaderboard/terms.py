@@ -141,6 +141,7 @@ REASONS = {
     "too_few_clean_rows": "the method needs more clean rows than it got",
     "too_few_rows": "a group has fewer than two rows",
     "needs_linear_head": "the method reads features before a linear head, which this architecture lacks",
+    "withheld": "the submitter keeps the figure back, so it counts as a failure",
     "filtered": "left out by the run's own selection",
     "budget": "left out: the run's budget was spent",
     "raised": "the method raised an error",

@@ -65,6 +65,9 @@ TRACKS = (
 
 def judge(cell: Mapping[str, Any]) -> bool:
     """The defense answers about the model and leaves it as it is, as plugins.json or the cell's reasons say."""
+    known: bool | None = cell.get("judges")
+    if known is not None:
+        return known
     reasons = (cell["reason"], *cell["reasons"].values())
     return cell["kind"] in JUDGES or any(r.partition(":")[0] == "model_unchanged" for r in reasons)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from sleeperbench.leaderboard import about, terms, words
 from sleeperbench.leaderboard.names import digest12, file_name, plugin_id
+from sleeperbench.leaderboard.stats import Estimate
 from sleeperbench.leaderboard.summary import (
     BOARD,
     NONE,
@@ -27,10 +28,11 @@ from sleeperbench.leaderboard.summary import (
     setting,
     tally,
     track,
+    trains,
     weak,
     why_empty,
 )
-from sleeperbench.leaderboard.tables import Results
+from sleeperbench.leaderboard.tables import Results, plain
 from sleeperbench.leaderboard.tracks import METRICS, NOTHING, judge
 from sleeperbench.leaderboard.words import Shown
 
@@ -38,17 +40,19 @@ MEASURED_AS = {"o_asr": "asr"}
 """Headline columns whose measurement has another name."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """A cell as a table's row: `css` greys what is no success, `badges` are (flag, meaning)."""
 
     cell: Cell
     href: str
+    dataset_href: str
     attack_href: str
     defense_href: str
     rate: str
     role: str
     status: str
+    short: str
     badges: tuple[tuple[str, str], ...]
     css: str
     figures: tuple[Shown, ...]
@@ -68,9 +72,34 @@ class MeanRow:
     figures: tuple[Shown, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A column of figures: its metric, heading, page and meaning."""
+
+    metric: str
+    label: str
+    href: str
+    doc: str
+
+
+@lru_cache(maxsize=200_000)
 def href(kind: str, label: str) -> str:
     """Where the page of a data set, attack, defense, metric or cell is, from the site's root."""
     return f"cells/{digest12(label)}.html" if kind == "cells" else f"{kind}/{file_name(plugin_id(label))}.html"
+
+
+INTERVALS = {
+    "t": "95 % t interval over seeds within attacks",
+    "range": "range over cells: an attack has fewer than 3 seeds",
+}
+"""What the ends of an estimate are."""
+
+
+def estimate_note(e: Estimate, share: bool) -> str:
+    """The second line of a mean: its interval, its range, or that it is one cell."""
+    if e.kind not in INTERVALS:
+        return "1 cell"
+    return f"{'range ' if e.kind == 'range' else ''}{words.span(e.low, e.high, share)}"
 
 
 def mean_shown(mean: Mean, share: bool) -> Shown:
@@ -78,12 +107,8 @@ def mean_shown(mean: Mean, share: bool) -> Shown:
     e = mean.estimate
     if e is None:
         return words.missing(mean.metric, mean.reason)
-    kinds = {
-        "t": "95 % t interval over seeds within attacks",
-        "range": "range over cells: an attack has fewer than 3 seeds",
-    }
-    note = f"{'range ' if e.kind == 'range' else ''}{words.span(e.low, e.high, share)}" if e.kind in kinds else "1 cell"
-    title = f"mean over {e.attacks} attack settings, {e.cells} cells; {kinds.get(e.kind, 'a single cell')}"
+    note = estimate_note(e, share)
+    title = f"mean over {e.attacks} attack settings, {e.cells} cells; {INTERVALS.get(e.kind, 'a single cell')}"
     if mean.as_none:
         nothing = mean.metric in NOTHING
         note += f"; {mean.as_none} as {'nothing' if nothing else 'none'}"
@@ -97,6 +122,14 @@ class Views:
 
     def __init__(self, results: Results) -> None:
         self.results = results
+        self._heads: dict[str, Head] = {}
+        self._same: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self._shares: dict[str, bool] = {}
+        self._fields: dict[tuple[Any, ...], Mean | None] = {}
+        self._overall: dict[tuple[Any, ...], Mean] = {}
+        self.contests: dict[tuple[str, ...], Any] = {}
+        self._plugins: dict[tuple[str, str], Mapping[str, Any]] = {}
+        self._params: dict[tuple[str, str, str], list[tuple[str, str, str]]] = {}
         self.units, self.docs = about.declared(results.plugins)
         self.boards = boards(results.cells)
         self.metrics = [m for m in METRICS if any(c[m] is not None for c in results.cells)]
@@ -114,7 +147,43 @@ class Views:
 
     def share(self, metric: str) -> bool:
         """Whether a metric is printed as per cent."""
-        return words.is_share(metric, self.units)
+        if metric not in self._shares:
+            self._shares[metric] = words.is_share(metric, self.units)
+        return self._shares[metric]
+
+    @cached_property
+    def heads(self) -> tuple[Head, ...]:
+        """The columns of figures that a table of cells has, in order."""
+        made = [Head(m, words.label(m), href("metrics", m), self.docs.get(m, "")) for m in self.metrics]
+        verdict = Head("verdict", "Verdict", "protocol.html", "Flagged as backdoored.")
+        return (*made, verdict) if self.verdicts else tuple(made)
+
+    def head(self, metric: str) -> Head:
+        """Name and page of any metric."""
+        if metric not in self._heads:
+            self._heads[metric] = Head(metric, words.label(metric), href("metrics", metric), self.docs.get(metric, ""))
+        return self._heads[metric]
+
+    def same(self, answers: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The answers, the same object whenever they are the same."""
+        return self._same.setdefault(answers, answers)
+
+    def plugin(self, kind: str, name: str) -> Mapping[str, Any]:
+        """What is known of a plugin."""
+        if (kind, name) not in self._plugins:
+            self._plugins[kind, name] = about.plugin(self.results.plugins, kind, name)
+        return self._plugins[kind, name]
+
+    def params(self, kind: str, cell: Cell) -> list[tuple[str, str, str]]:
+        """Parameters of a cell's attack or defense as (name, value, meaning)."""
+        return self.params_of(kind, plugin_id(cell[kind]), cell[f"{kind}_params"])
+
+    def params_of(self, kind: str, name: str, text: str) -> list[tuple[str, str, str]]:
+        """Parameters of a plugin as (name, value, meaning)."""
+        key = kind, name, text
+        if key not in self._params:
+            self._params[key] = about.params(key[2], self.plugin(kind, key[1])["fields"])
+        return self._params[key]
 
     @cached_property
     def intervals(self) -> Mapping[tuple[str, str, float], Mapping[str, Any]]:
@@ -123,7 +192,7 @@ class Views:
         rows = self.results.measurements.select(columns)
         names = {MEASURED_AS.get(m, m) for m in self.metrics}
         known = pc.and_(pc.is_valid(rows["lower"]), pc.is_in(rows["metric"], value_set=pa.array(sorted(names))))
-        found = rows.filter(known).to_pylist()
+        found = plain(rows.filter(known))
         return {(r["cell"], r["metric"], r["value"]): r for r in found if not r["qualifier"]}
 
     def headline(self, cell: Cell, metric: str) -> Shown:
@@ -181,11 +250,13 @@ class Views:
         return Row(
             cell=cell,
             href=href("cells", cell["cell"]),
+            dataset_href=href("datasets", cell["dataset"]),
             attack_href=href("attacks", cell["attack"]),
             defense_href=href("defenses", cell["defense"]),
             rate="" if cell["rate"] is None else f"{100 * cell['rate']:g} %",
             role=role(cell),
             status=words.status_text(cell),
+            short=words.status_short(cell),
             badges=self.badges(cell),
             css=css,
             figures=(*shown, self.verdict(cell)) if self.verdicts else shown,
@@ -195,10 +266,33 @@ class Views:
         """The rows of one data set, attack or defense, whatever its parameters."""
         return [r for r in self.rows if plugin_id(r.cell[column]) == plugin]
 
-    def mean_row(self, board: Board, name: str, link: str, cells: Sequence[Cell], metrics: Sequence[str]) -> MeanRow:
-        """A line of means over these cells."""
-        means = [board.mean(cells, m, self.units) for m in metrics]
-        asked = {setting(c) for c in attacked(board.cells) if not weak(c)}
+    def field(self, board: Board, attack: str, defense: str, metric: str) -> Mean | None:
+        """The mean over seeds of one attack setting and defense; None where the board has no such cell."""
+        key = board.key, attack, defense, metric
+        if key not in self._fields:
+            cells = board.of_field.get((attack, defense))
+            self._fields[key] = board.mean(cells, metric, self.units) if cells else None
+        return self._fields[key]
+
+    def overall(self, board: Board, defense: str, metric: str) -> Mean:
+        """A defense's mean over all attacks of a board."""
+        key = board.key, defense, metric
+        if key not in self._overall:
+            self._overall[key] = board.mean(attacked(board.of_defense[defense]), metric, self.units)
+        return self._overall[key]
+
+    def mean_row(
+        self,
+        board: Board,
+        name: str,
+        link: str,
+        cells: Sequence[Cell],
+        metrics: Sequence[str],
+        known: Sequence[Mean] | None = None,
+    ) -> MeanRow:
+        """A line of means over these cells; `known` are the means where they were worked out before."""
+        means = known if known is not None else [board.mean(cells, m, self.units) for m in metrics]
+        asked = board.asked
         covered = {setting(c) for c in cells if c["status"] == "ok" or (lost(c) and role(c) == "defense")} & asked
         count = tally(cells)
         badges = []
@@ -214,10 +308,18 @@ class Views:
     def by_track(
         self, board: Board, metrics: Sequence[str], defenses: Sequence[str]
     ) -> list[tuple[str, list[MeanRow]]]:
-        """(access class, lines of those of `defenses` that are in it) for the access classes of a board."""
-        groups: dict[str, list[MeanRow]] = {}
+        """(track and access class, lines of those of `defenses` that are in it) for the access classes of a board."""
+        groups: dict[tuple[bool, str], list[MeanRow]] = {}
         for d in defenses:
             cells = board.of_defense[d]
-            line = self.mean_row(board, d, href("defenses", d), attacked(cells), metrics)
-            groups.setdefault(track(cells[0]), []).append(line)
-        return [(TRACKS.get(t, f"access {t or 'not recorded'}"), lines) for t, lines in groups.items()]
+            known = [self.overall(board, d, m) for m in metrics]
+            line = self.mean_row(board, d, href("defenses", d), attacked(cells), metrics, known)
+            groups.setdefault((track(cells[0]) != "control" and trains(cells[0]), track(cells[0])), []).append(line)
+        titles = {
+            k: TRACKS.get(k[1], f"access {k[1] or 'not recorded'}")
+            if k[1] == "control"
+            else f"{'In-training' if k[0] else 'Repair'}, {TRACKS.get(k[1], 'access ' + (k[1] or 'not recorded'))}"
+            for k in groups
+        }
+        order = sorted(groups, key=lambda k: (k[1] == "control", k[0]))
+        return [(titles[k], groups[k]) for k in order]

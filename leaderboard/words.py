@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from sleeperbench.leaderboard import terms
@@ -13,7 +14,7 @@ from sleeperbench.schema import CELLS, MEASUREMENTS, Column
 COLUMNS: Mapping[str, Column] = {c.name: c for c in (*MEASUREMENTS, *CELLS)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shown:
     """A figure as a table shows it. `order` is the raw value, empty without one; `note` is a second line."""
 
@@ -60,6 +61,13 @@ def reason_word(reason: str) -> str:
     return reason.partition(":")[0].strip().replace("_", " ")[:28] or "no reason given"
 
 
+MEANINGS: Mapping[str, str] = {
+    **{reason_word(word): text for word, text in terms.REASONS.items()},
+    **{word.replace("_", " "): text for word, text in terms.FLAG_WORDS.items()},
+}
+"""Words that stand in empty fields and on badges -> what they mean."""
+
+
 def reason_text(reason: str) -> str:
     """A reason in full: its word, what that means, and its detail."""
     word, _, detail = reason.partition(":")
@@ -79,6 +87,7 @@ def status_short(row: Mapping[str, Any]) -> str:
     return words if row["status"] == "ok" else f"{words}: {reason_word(row['reason'] or '')}"
 
 
+@lru_cache(maxsize=100_000)
 def missing(metric: str, reason: str) -> Shown:
     """An empty field: the reason's word, with the whole of it in the title."""
     return Shown(metric, reason_word(reason), title=f"no figure: {reason_text(reason)}", empty=True)

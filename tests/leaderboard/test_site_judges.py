@@ -35,36 +35,32 @@ def order(row: Tag, metric: str) -> float:
 
 def test_judges_stand_in_no_table_of_repairs(judged: dict[str, Page]) -> None:
     repairs = {"none", "ft", "retrain:spectral", "unlearn:neural_cleanse"}
-    for page, table in (("index.html", "board-1"), ("compare.html", "compare-1"), ("metrics/o_asr.html", "means-1")):
+    for page, table in (("tracks.html", "board-1"), ("metrics/o_asr.html", "means-1")):
         assert set(lines(judged[page], table)) == repairs
-    assert "strip" not in judged["index.html"].by_id("board-1").text
+    assert "strip" not in judged["tracks.html"].by_id("board-1").text
     left_out = [p.text for p in judged["index.html"].root.all("p") if p.text.startswith("Not drawn")]
     assert left_out
     assert not [p for p in left_out if "strip" in p or "neural_cleanse (" in p]
 
 
-@pytest.mark.parametrize("page", ["index.html", "compare.html"])
-def test_each_track_has_the_methods_with_figures_in_it(judged: dict[str, Page], page: str) -> None:
-    id = {"index.html": "board-1", "compare.html": "compare-1"}[page]
-    titles = [t.text for t in judged[page].root.all("h3")]
-    assert [t for t in titles if "etection" in t or "nversion" in t] == [
-        "Model detection",
-        "Input detection",
-        "Trigger inversion",
-    ]
-    assert set(lines(judged[page], f"{id}-model")) == {"neural_cleanse"}
-    assert set(lines(judged[page], f"{id}-input")) == {"strip"}
-    assert set(lines(judged[page], f"{id}-inversion")) == {"neural_cleanse"}
+def test_each_track_has_the_methods_with_figures_in_it(judged: dict[str, Page]) -> None:
+    page = judged["tracks.html"]
+    titles = [t.text for t in page.root.all("h3")]
+    tracks = ["Model detection", "Input detection", "Trigger inversion"]
+    assert [t for t in titles if t in tracks] == tracks
+    assert set(lines(page, "board-1-model")) == {"neural_cleanse"}
+    assert set(lines(page, "board-1-input")) == {"strip"}
+    assert set(lines(page, "board-1-inversion")) == {"neural_cleanse"}
 
 
 def test_no_table_without_data(tmp_path: Path) -> None:
     cells, rows = judging.tables()
     kept = [r for r in rows if r["metric"].startswith("input")]
-    index = read(build([write_run(tmp_path / "r", cells[:0], [])], tmp_path / "empty").parent / "index.html")
+    index = read(build([write_run(tmp_path / "r", cells[:0], [])], tmp_path / "empty").parent / "tracks.html")
     assert "Input detection" not in index.text
     bare = [c | {"reasr": None, "reasr_clean": None, "apd_rel": None} for c in cells]
     index = read(
-        build([write_run(tmp_path / "r", bare, kept, judging.plugins())], tmp_path / "s").parent / "index.html"
+        build([write_run(tmp_path / "r", bare, kept, judging.plugins())], tmp_path / "s").parent / "tracks.html"
     )
     titles = [t.text for t in index.root.all("h3")]
     assert "Input detection" in titles
@@ -74,7 +70,7 @@ def test_no_table_without_data(tmp_path: Path) -> None:
 
 
 def test_means_of_input_detection_are_over_settings_of_means_over_seeds(judged: dict[str, Page]) -> None:
-    row = lines(judged["index.html"], "board-1-input")["strip"]
+    row = lines(judged["tracks.html"], "board-1-input")["strip"]
     td = figures(row)["input_tpr_fpr1"]
     assert order(row, "input_tpr_fpr1") == pytest.approx(((0.9 + 0.7) / 2 + (0.2 + 0.4) / 2) / 2)
     assert td.text == "55.0 % range 20.0–90.0"
@@ -83,7 +79,7 @@ def test_means_of_input_detection_are_over_settings_of_means_over_seeds(judged: 
 
 
 def test_inversion_is_held_against_clean_models(judged: dict[str, Page]) -> None:
-    row = lines(judged["index.html"], "board-1-inversion")["neural_cleanse"]
+    row = lines(judged["tracks.html"], "board-1-inversion")["neural_cleanse"]
     # badnets: 0.75 twice; blended: -0.25, and 0 of the seed without a claim
     assert order(row, "reasr_net") == pytest.approx((0.75 + (-0.25 + 0.0) / 2) / 2)
     assert figures(row)["reasr_net"].text == "31.2 % range -25.0 to 75.0"
@@ -92,7 +88,7 @@ def test_inversion_is_held_against_clean_models(judged: dict[str, Page]) -> None
 
 
 def test_model_detection_shows_counts_and_intervals_over_models(judged: dict[str, Page]) -> None:
-    row = lines(judged["index.html"], "board-1-model")["neural_cleanse"]
+    row = lines(judged["tracks.html"], "board-1-model")["neural_cleanse"]
     shown = figures(row)
     assert shown["det_auroc"].text == "87.5 % 50.0–96.9"
     assert shown["det_tpr"].text == "75.0 % 3 of 4; 30.1–95.4"
@@ -122,7 +118,7 @@ def test_a_detectors_page_has_its_figures_per_attack(judged: dict[str, Page]) ->
 
 
 def test_what_judges_without_a_line_have_to_say(judged: dict[str, Page]) -> None:
-    (aside,) = [t for t in judged["index.html"].root.all("ul") if t.attrs.get("class") == "aside"]
+    (aside,) = [t for t in judged["tracks.html"].root.all("ul") if t.attrs.get("class") == "aside"]
     silent, spectral = (li.text for li in aside.all("li"))
     assert silent == "silent judges, and has no figure in these tables: failed: raised."
     assert spectral.startswith("spectral marks training rows and leaves the model as it is.")
@@ -160,7 +156,7 @@ def test_a_failed_judge_counts_as_an_answer_that_says_nothing(tmp_path: Path) ->
     rows = [r for r in rows if r["cell"] != bad["cell"]]
     rows.append(measurement(bad, "input_tpr_fpr1", status="timeout", reason="budget"))
     index = read(
-        build([write_run(tmp_path / "r", cells, rows, judging.plugins())], tmp_path / "s").parent / "index.html"
+        build([write_run(tmp_path / "r", cells, rows, judging.plugins())], tmp_path / "s").parent / "tracks.html"
     )
     row = lines(index, "board-1-input")["strip"]
     assert order(row, "input_tpr_fpr1") == pytest.approx(((0.9 + 0.0) / 2 + 0.3) / 2)
@@ -170,7 +166,7 @@ def test_a_failed_judge_counts_as_an_answer_that_says_nothing(tmp_path: Path) ->
 
 def test_judges_are_known_without_plugins_json(run: Path, tmp_path: Path) -> None:
     cells, rows = judging.tables()
-    index = read(build([write_run(tmp_path / "r", cells, rows)], tmp_path / "s").parent / "index.html")
+    index = read(build([write_run(tmp_path / "r", cells, rows)], tmp_path / "s").parent / "tracks.html")
     assert not {"strip", "neural_cleanse"} & {*lines(index, "board-1")}
     assert figures(lines(index, "board-1-input")["strip"])["input_tpr_fpr1"].text.startswith("55.0 %")
 
@@ -225,4 +221,4 @@ def test_hostile_judges_are_inert(tmp_path: Path) -> None:
         page = read(path)
         assert not page.wrong
         assert all(t.attrs.get("src", "").endswith(".js") for t in page.root.all("script"))
-    assert lines(read(site / "index.html"), "board-1-input")
+    assert lines(read(site / "tracks.html"), "board-1-input")

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from synthetic import png, write_media
 
-from sleeperbench.leaderboard import charts, media
+from sleeperbench.leaderboard import charts, figures, media
+from sleeperbench.leaderboard.tables import load
+from sleeperbench.leaderboard.views import Views
 
 
 def loaded(tmp_path: Path, index: Any, files: dict[str, bytes] | None = None) -> tuple[media.Media, dict[str, bytes]]:
@@ -143,3 +146,100 @@ def test_a_band_runs_there_and_back() -> None:
     assert [c.split(",")[0] for c in corners] == [left, right, right, left]
     assert corners[0].split(",")[1] == str(float(charts.HEIGHT - charts.BOTTOM))
     assert corners[3].split(",")[1] == str(float(charts.TOP))
+
+
+LAYERS = {"title": "BEC by layer", "x_label": "layer", "y_label": "BEC"}
+
+
+def test_a_series_over_names_is_drawn_as_bars(tmp_path: Path) -> None:
+    ends = {"low": [0.4, -0.5, 0.9], "high": [0.6, 0.0, 1.0]}
+    series = [{"label": "bec", "x": ["conv1", "layer2", "fc"], "y": [0.5, -0.25, 1.0], **ends}]
+    found, _ = loaded(tmp_path, {"cell": "cell", "curves": [{"name": "bec-layers", **LAYERS, "series": series}]})
+    assert found.notes == ()
+    (curve,) = found.curves
+    assert curve.barred
+    chart = curve.chart
+    assert isinstance(chart, charts.Bars)
+    scale = {text: x for x, text in chart.x_ticks}
+    first, second, third = chart.bars
+    assert [b.group for b in chart.bars] == ["conv1", "layer2", "fc"]
+    zero, one = scale["0"], scale["1"]
+    assert (first.x0, first.width) == pytest.approx((zero, (one - zero) / 2), abs=0.11)
+    assert second.x0 + second.width == pytest.approx(zero, abs=0.11), "a bar below 0 ends at 0"
+    assert second.x0 == pytest.approx(zero - (one - zero) / 4, abs=0.11)
+    assert third.high == pytest.approx(one)
+    assert first.between == "0.4 to 0.6"
+    assert first.y < second.y < third.y < chart.height
+
+
+@pytest.mark.parametrize(
+    "series",
+    [
+        [{"label": "a", "x": ["l1", 2], "y": [1, 2]}],
+        [{"label": "a", "x": ["l1", "l1"], "y": [1, 2]}],
+        [{"label": "a", "x": ["l1"], "y": [1]}, {"label": "b", "x": [1], "y": [1]}],
+        [{"label": str(i), "x": [1], "y": [1]} for i in range(media.MOST_SERIES + 1)],
+        [{"label": "a", "x": [str(i) for i in range(media.MOST_BARS + 1)], "y": [0] * (media.MOST_BARS + 1)}],
+    ],
+)
+def test_bars_that_cannot_be_drawn_are_left_out_with_a_note(tmp_path: Path, series: Any) -> None:
+    found, _ = loaded(tmp_path, {"cell": "cell", "curves": [{"name": "a", "series": series}]})
+    assert found.curves == ()
+    assert len(found.notes) == 1
+
+
+def row(metric: str, qualifier: str, value: float | None, **more: Any) -> dict[str, Any]:
+    base = {"evaluator": "bec", "metric": metric, "qualifier": qualifier, "value": value, "lower": None, "upper": None}
+    return base | more
+
+
+def test_figures_by_layer_are_drawn_from_the_measurements() -> None:
+    rows = [row("bec_layerwise", f"layer=layer{i}", i / 10) for i in (1, 10, 2)]
+    rows += [row("bec_layerwise", f"layer=layer{i};variant=post", i / 20) for i in (1, 2)]
+    rows += [row("bec_layerwise", "layer=layer3", None), row("bec_layerwise", "layer=layer4", float("nan"))]
+    (curve,) = media.measured_curves(rows, [])
+    assert curve.title == "bec_layerwise by layer"
+    assert isinstance(curve.chart, charts.Bars)
+    assert [n for _, n in curve.chart.names] == ["layer1", "layer2", "layer10"], "numbers within names count as numbers"
+    assert curve.chart.legend == ("bec_layerwise", "variant=post")
+    assert {(b.group, b.label): b.text for b in curve.chart.bars}["layer10", "bec_layerwise"] == "1"
+
+
+def test_figures_by_a_number_are_drawn_as_a_curve_with_its_band() -> None:
+    rows = [row("asr_wake", f"k={k}", k / 50, evaluator="wake", lower=k / 60, upper=k / 40) for k in (25, 1, 10)]
+    rows += [row("p_asr_ra", f"draw={k}", 0.5, evaluator="ra") for k in range(5)]
+    rows += [row("asr_few", f"k={k}", 0.5, evaluator="few") for k in (1, 2)]
+    (curve,) = media.measured_curves(rows, [])
+    assert isinstance(curve.chart, charts.Lines)
+    (line,) = curve.chart.lines
+    assert [x for x, _, _ in line.values] == ["1", "10", "25"]
+    assert line.band
+    drawn = media.Curve("own", curve.chart, "wake-k")
+    assert media.measured_curves(rows, [drawn]) == [], "an evaluator's own curve is not drawn twice"
+
+
+def test_figures_for_papers_are_few_the_same_and_name_no_day(hostile_run: Path) -> None:
+    views = Views(load([hostile_run]))
+
+    def drawn() -> tuple[list[figures.Figure], dict[str, bytes]]:
+        written: dict[str, bytes] = {}
+        return figures.figures(views, written.__setitem__), written
+
+    made, written = drawn()
+    assert 1 <= len(made) <= figures.MOST
+    assert drawn() == (made, written)
+    for f in made:
+        svg = written[f.svg].decode()
+        assert re.fullmatch(r"downloads/figures/[a-z0-9_.-]+\.svg", f.svg)
+        assert "<dc:date>" not in svg
+        assert "<script" not in svg
+        assert "circles" in f.caption
+    pdf = written[figures.PDF].decode("latin-1")
+    assert "CreationDate" not in pdf
+    assert pdf.count("/Type /Page\n") + pdf.count("/Type /Page ") == len(made)
+    assert [f.page for f in made] == [i + 1 for i in range(len(made))]
+
+
+def test_no_more_figures_than_promised(hostile_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "MOST", 1)
+    assert len(figures.figures(Views(load([hostile_run])), lambda p, d: None)) == 1

@@ -1,0 +1,278 @@
+"""Pages of attacks and defenses: what each is, how it was set, what it costs, where it stands, and all its cells."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sleeperbench.leaderboard import boards, judges, media, paging, ranking, stats, words
+from sleeperbench.leaderboard.entries import Page, names
+from sleeperbench.leaderboard.names import digest12, plugin_id
+from sleeperbench.leaderboard.paging import Section
+from sleeperbench.leaderboard.summary import NONE, Board, Cell, lost, setting, tally, weak
+from sleeperbench.leaderboard.tracks import ANSWERS, judge
+from sleeperbench.leaderboard.views import Row, Views, href
+
+SHEET = 12
+"""Most pictures on an attack's contact sheet."""
+FULL = 250
+ROWS_ROOM = 120_000
+"""Rows and bytes up to which a page shows its cells in full; beyond, its means link to each."""
+Anchors = dict[tuple[Any, ...], str]
+"""(kind, board's key, attack setting, defense) -> where its line of means is."""
+
+
+def _seeds(cells: Sequence[Cell]) -> list[tuple[str, str, str]]:
+    """(page, seed, css) of cells, by seed."""
+    css = {True: "lost", False: ""}
+    return [
+        (
+            href("cells", c["cell"]),
+            str(c["seed"]),
+            "weak" if weak(c) else css[lost(c)] if c["status"] == "ok" else "lost",
+        )
+        for c in sorted(cells, key=lambda c: (c["seed"], c["cell"]))
+    ]
+
+
+def _sections(views: Views, n: int, board: Board, kind: str, across: str, name: str) -> list[Section]:
+    """Means per attack and defense: of the models that were handed out, then of the answers that were given."""
+    mine = {key: cells for key, cells in board.of_field.items() if plugin_id(cells[0][kind]) == name}
+    made = []
+    for answers in (False, True):
+        metrics = [
+            m
+            for m in board.metrics
+            if (m in ANSWERS) is answers and any(c[m] is not None for cells in mine.values() for c in cells)
+        ]
+        shown = {d for m in metrics for d in board.having(m)}
+        groups = {key: cells for key, cells in mine.items() if key[1] in shown}
+        several = len({k[kind == "defense"] for k in groups}) > 1
+        lines, weights = [], []
+        for (s, d), cells in sorted(groups.items()):
+            other = d if kind == "attack" else s
+            own = (s if kind == "attack" else d) if several else ""
+            known = [m for x in metrics if (m := views.field(board, s, d, x)) is not None]
+            line = views.mean_row(board, other, href(f"{across}s", cells[0][across]), cells, metrics, known)
+            anchor = f"m{'a' if answers else ''}-{digest12(chr(0).join((*board.key, s, d)))}"
+            lines.append((own, line, _seeds(cells), anchor, (s, d)))
+            weights.append(paging.mean_row(line) + 2 * paging.size(own) + 70 * len(cells) + 60)
+        if lines:
+            head = {"board": board, "metrics": metrics, "several": several, "answers": answers, "key": board.key}
+            made.append(
+                Section(
+                    n,
+                    "method_means",
+                    f"means-{n}{'-answers' * answers}",
+                    head,
+                    lines,
+                    weights,
+                    1500 + 260 * len(metrics),
+                )
+            )
+    return made
+
+
+def _gate(views: Views, name: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Per board and rate: the bars at which the attack counts as implanted, and what was measured without a defense."""
+    info = entry.get("info")
+    info = info if isinstance(info, dict) else {}
+    found = []
+    for b in views.boards:
+        for s in b.settings:
+            cells = b.of_field.get((s, NONE), [])
+            if not cells or plugin_id(cells[0]["attack"]) != name:
+                continue
+            run = views.results.owner[cells[0]["cell"]]
+            suite = run.info.get("suite")
+            gate = suite.get("gate") if isinstance(suite, dict) else None
+            low = bool(info.get("clean_label")) or (cells[0]["rate"] or 0) <= 0.01
+            bar = gate.get("implant_asr_low" if low else "implant_asr") if isinstance(gate, dict) else None
+            clean = [c for key, some in b.of_field.items() if key[1] == NONE for c in some if c["attack"] == NONE]
+            reference = stats.mean_over_attacks({"": [c["c_acc"] for c in clean if c["c_acc"] is not None]}, share=True)
+            measured = {}
+            for m in ("o_asr", "c_acc", "r_acc"):
+                values = [c[m] for c in cells if c[m] is not None]
+                e = stats.mean_over_attacks({s: values}, share=True)
+                measured[m] = "not measured" if e is None else words.number(e.value, True) + _ends(e)
+            found.append(
+                {
+                    "board": b.title,
+                    "setting": s,
+                    "declared": _bar(info.get("implant_asr")),
+                    "gate": _bar(bar),
+                    "published": _bar(info.get("published_asr")),
+                    "measured": measured,
+                    "clean": "not measured" if reference is None else words.number(reference.value, True),
+                    "implanted": "no: " + words.reason_text(b.not_implanted[s]) if s in b.not_implanted else "yes",
+                    "seeds": _seeds(cells),
+                }
+            )
+    return found
+
+
+def _ends(e: stats.Estimate) -> str:
+    if e.kind == "single":
+        return " (1 seed)"
+    return f" ({'range ' * (e.kind == 'range')}{words.span(e.low, e.high, True)})"
+
+
+def _bar(value: Any) -> str:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+    return words.number(float(value), True) if number else "not recorded"
+
+
+def _sheet(
+    views: Views, rows: Sequence[Row], having: Mapping[Path, frozenset[str]], write: Callable[[str, bytes], None]
+) -> list[dict[str, Any]]:
+    """One picture of the trigger per setting, from the undefended model's cell of the lowest seed that has one."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for r in sorted(
+        rows, key=lambda r: (r.cell["dataset"], r.cell["arch"], setting(r.cell), r.cell["seed"], r.cell["cell"])
+    ):
+        key = r.cell["dataset"], r.cell["arch"], setting(r.cell)
+        run = views.results.owner[r.cell["cell"]]
+        if r.cell["defense"] != NONE or key in found or len(found) == SHEET or r.href[6:-5] not in having[run.path]:
+            continue
+        pictures = media.load(run.path, r.cell["cell"], write).pictures
+        if pictures:
+            found[key] = {"picture": pictures[0], "href": r.href, "title": " · ".join((*key, f"seed {r.cell['seed']}"))}
+    return list(found.values())
+
+
+def _standings(views: Views, name: str) -> list[dict[str, Any]]:
+    """Where a defense stands in the rankings of each board."""
+    found = []
+    for n, b in enumerate(views.boards, 1):
+        for c in boards.views_contests(views, b):
+            for d in c.scores:
+                if plugin_id(d) == name:
+                    found.append(
+                        {
+                            "board": b.title,
+                            "contest": c,
+                            "n": n,
+                            "line": ranking.standing(views, c, d),
+                            "of": len(c.scores),
+                        }
+                    )
+    return found
+
+
+def _cost(rows: Sequence[Row]) -> str:
+    """Wall time of a cell's own tasks."""
+    seconds = [r.cell["seconds"] for r in rows if r.cell["seconds"] is not None and r.cell["status"] == "ok"]
+    if not seconds:
+        return ""
+    ends = (
+        f", from {words.number(min(seconds), False)} to {words.number(max(seconds), False)} s"
+        if len(seconds) > 1
+        else ""
+    )
+    return f"median {words.number(statistics.median(seconds), False)} s{ends}, over {len(seconds)} measured cells"
+
+
+def _fields(views: Views, rows: Sequence[Row], kind: str, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    info = views.results.plugins.get((kind, name), {})
+    declared = info.get("info")
+    given = declared if isinstance(declared, dict) else {}
+    seeds = sorted({r.cell["seed"] for r in rows})
+    family = ranking.family(views, name) if kind == "attack" and name != NONE else ""
+    return {
+        "access": sorted({r.cell["access"] for r in rows}) if kind == "defense" else [],
+        "family": "not declared" if family.startswith(ranking.UNKNOWN) else family.replace("_", " "),
+        "labels": {"True": "clean", "False": "dirty"}.get(str(given.get("clean_label")), "")
+        if kind == "attack"
+        else "",
+        "seeds": [str(s) for s in seeds[:30]] + ["and more"] * (len(seeds) > 30),
+        "cost": _cost(rows),
+        "sources": sorted({r.cell["clean_source"] for r in rows} - {""}) if kind == "defense" else [],
+        "gate": _gate(views, name, info) if kind == "attack" and name != NONE else [],
+    }
+
+
+def methods(views: Views, write: Callable[[str, bytes], None]) -> tuple[list[Page], Anchors]:
+    """A page per attack and per defense, more where its means need them; and where each line of means is."""
+    made: list[Page] = []
+    anchors: Anchors = {}
+    having = {run.path: frozenset(p.name for p in (run.path / "media").glob("*")) for run in views.results.runs}
+    of: dict[tuple[str, str], list[Row]] = {}
+    for r in views.rows:
+        for kind in ("attack", "defense"):
+            of.setdefault((kind, plugin_id(r.cell[kind])), []).append(r)
+    for kind, across in (("attack", "defense"), ("defense", "attack")):
+        for name, page in names(views)[f"{kind}s"]:
+            rows = of.get((kind, name), [])
+            variants = {r.cell[kind]: r.cell[f"{kind}_params"] for r in rows}
+            entry = views.plugin(kind, name)
+            found = [s for n, b in enumerate(views.boards, 1) for s in _sections(views, n, b, kind, across, name)]
+            sections = [replace(s, id=f"means-{i}") for i, s in enumerate(found, 1)]
+            full = len(rows) <= FULL and sum(map(_row_weight, rows)) <= ROWS_ROOM
+            context: dict[str, Any] = {
+                "kind": kind,
+                "across": across,
+                "name": name,
+                "plugin": entry,
+                "variants": [(v, views.params_of(kind, name, p)) for v, p in sorted(variants.items())],
+                "role": rows[0].role if rows and kind == "defense" else "",
+                "rows": rows if full else [],
+                "all_rows": len(rows),
+                "tally": tally([r.cell for r in rows]),
+                "judges": kind == "defense" and any(judge(r.cell) for r in rows),
+                "used_by": sorted({u for b in views.boards for u in judges.used_by(b, name)})
+                if kind == "defense"
+                else [],
+                "zoos": judges.zoos(views, name) if kind == "defense" else [],
+                "standings": _standings(views, name) if kind == "defense" else [],
+                "sheet": _sheet(views, rows, having, write) if kind == "attack" else [],
+                **_fields(views, rows, kind, name, entry),
+            }
+            first = paging.Section(0, "intro", "about", None, fixed=12_000 + _intro(context))
+            parts = paging.cut([first, *sections])
+            if full and rows:
+                weight = 6000 + sum(map(_row_weight, rows))
+                used = sum(s.fixed + sum(s.weights[: len(s.lines)]) for s in parts[-1])
+                if weight + used > paging.ROOM:
+                    parts.append([])
+            stem = page.removesuffix(".html")
+            files = [page if i == 0 else f"{stem}--p{i + 1}.html" for i in range(len(parts))]
+            for i, part in enumerate(parts):
+                shown = [s for s in part if s.kind != "intro"]
+                for s in shown:
+                    for _, _, _, anchor, (attack, defense) in s.lines:
+                        anchors.setdefault((kind, s.head["key"], attack, defense), f"{files[i]}#{anchor}")
+                more = {"sections": shown, "number": i + 1, "files": files, "last": i == len(parts) - 1}
+                made.append((files[i], "method.html.j2", context | more))
+    return made, anchors
+
+
+def _row_weight(row: Row) -> int:
+    """About how many bytes a row of the table of cells takes, on the safe side."""
+    c = row.cell
+    named = sum(2 * paging.size(c[k]) for k in ("cell", "attack", "defense", "dataset", "arch"))
+    linked = len(row.href) + len(row.attack_href) + len(row.defense_href) + len(row.dataset_href)
+    state = 2 * paging.size(row.short) + sum(60 + 2 * paging.size(b) for b, _ in row.badges)
+    return (
+        600
+        + named
+        + linked
+        + state
+        + sum(90 + len(f.metric) + len(f.order) + paging.size(f.text) + len(f.note) for f in row.figures)
+    )
+
+
+def _intro(context: Mapping[str, Any]) -> int:
+    """About how many bytes stand before the means."""
+    plugin = context["plugin"]
+    settings = sum(
+        150 + paging.size(k) + paging.size(v) + paging.size(d) for _, some in context["variants"] for k, v, d in some
+    )
+    text = paging.size(plugin["doc"]) + paging.size(plugin["more"]) + paging.size(plugin["bibtex"])
+    zoo = sum(paging.figure(f) for z in context["zoos"] for _, some in z.lines for f in some)
+    gates = sum(900 + 60 * len(g["seeds"]) for g in context["gate"])
+    lines = itertools.chain(context["standings"], context["sheet"])
+    return settings + text + zoo + gates + sum(1100 for _ in lines)

@@ -1,0 +1,295 @@
+"""The table of all cells as a visitor uses it: sort, facets, search, links, columns, files, keyboard, no script."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from conftest import ROWS_A_PAGE, Board, Open
+from playwright.sync_api import Page, expect
+
+FACETS = ["Data set", "Architecture", "Attack", "Rate", "Defense", "Access", "Status"]
+
+
+def open_table(visit: Open, state: str = "", **options: Any) -> Page:
+    page = visit("table.html" + (f"#{state}" if state else ""), **options)
+    page.locator("#board[data-ready]").wait_for()
+    return page
+
+
+def names(page: Page) -> list[str]:
+    """Names of the cells on the page, in their order."""
+    return page.locator("#board tbody tr[data-cell]").evaluate_all("rows => rows.map((r) => r.dataset.cell)")
+
+
+def every_name(page: Page) -> list[str]:
+    """The same over all pages of what is shown."""
+    found = names(page)
+    while page.locator("#pager").is_visible() and page.get_by_role("button", name="Next").is_enabled():
+        page.get_by_role("button", name="Next").click()
+        found += names(page)
+    return found
+
+
+def figures(page: Page, metric: str) -> list[str]:
+    return page.locator(f"#board tbody td[data-metric={metric}]").evaluate_all("all => all.map((t) => t.dataset.order)")
+
+
+def sort_button(page: Page, metric: str) -> Any:
+    return page.locator(f"#board thead th[data-metric={metric}] button.sort")
+
+
+def facet_of(page: Page, name: str) -> Any:
+    return page.get_by_role("combobox", name=re.compile(f"^{name}"))
+
+
+def search_of(page: Page) -> Any:
+    return page.get_by_role("searchbox", name="Search")
+
+
+def choose(page: Page, facet: str, value: str) -> None:
+    facet_of(page, facet).select_option(f"={value}")
+
+
+def saved(page: Page, button: str) -> str:
+    with page.expect_download() as download:
+        page.get_by_role("button", name=button).click()
+    return Path(download.value.path()).read_text(encoding="utf-8")
+
+
+def shown(page: Page) -> int:
+    text = page.locator("#shown").inner_text()
+    found = re.search(r"\d+", text)
+    assert found, text
+    return int(found[0])
+
+
+def is_contestant(cell: dict[str, Any]) -> bool:
+    return cell["defense"] not in ("none", "clean_model", "exact_purification")
+
+
+def test_a_click_sorts_all_cells_by_a_figure(visit: Open, board: Board) -> None:
+    page = open_table(visit)
+    sort_button(page, "c_acc").click()
+    expect(page.locator("#board th[data-metric=c_acc]")).to_have_attribute("aria-sort", "descending")
+    best = max(c["c_acc"] for c in board.cells if c["c_acc"] is not None and is_contestant(c))
+    first = [float(v) for v in figures(page, "c_acc") if v]
+    assert first[0] == best
+    assert first == sorted(first, reverse=True)
+    sort_button(page, "c_acc").click()
+    expect(page.locator("#board th[data-metric=c_acc]")).to_have_attribute("aria-sort", "ascending")
+    order = {c["cell"]: c for c in board.cells}
+    everything = every_name(page)
+    assert sorted(everything) == sorted(order)
+    # Contestants come before controls, and empty fields last in either order.
+    groups = [[order[n]["c_acc"] for n in everything if is_contestant(order[n]) is kind] for kind in (True, False)]
+    assert [is_contestant(order[n]) for n in everything] == sorted(map(is_contestant, board.cells), reverse=True)
+    for values in groups:
+        numbers = [v for v in values if v is not None]
+        assert numbers == sorted(numbers)
+        assert values[len(numbers) :] == [None] * (len(values) - len(numbers))
+        assert numbers
+
+
+def test_words_sort_too(visit: Open) -> None:
+    page = open_table(visit, "dataset=gtsrb")
+    page.locator("#board thead th", has_text="Defense").locator("button.sort").click()
+    contestants = page.locator("#board tbody:not(.controls) tr[data-cell]")
+    shown = contestants.evaluate_all("r => r.map((x) => x.dataset.defense)")
+    assert shown == sorted(shown)
+    assert len(set(shown)) > 1
+
+
+HOLDS: dict[tuple[str, str], Callable[[dict[str, Any]], bool]] = {
+    ("Data set", "gtsrb"): lambda c: c["dataset"] == "gtsrb",
+    ("Architecture", "small_resnet"): lambda c: c["arch"] == "small_resnet",
+    ("Attack", "wanet"): lambda c: c["attack"] == "wanet",
+    ("Rate", "no rate"): lambda c: c["rate"] is None,
+    ("Defense", "unlearn:ft"): lambda c: c["defense"] == "unlearn:ft",
+    ("Access", "T4"): lambda c: c["access"] == "T4",
+}
+
+
+def test_a_facet_keeps_what_it_names(visit: Open, board: Board) -> None:
+    page = open_table(visit)
+    for (facet, value), holds in HOLDS.items():
+        choose(page, facet, value)
+        wanted = sorted(c["cell"] for c in board.cells if holds(c))
+        assert 0 < len(wanted) < len(board.cells)
+        assert sorted(every_name(page)) == wanted
+        assert shown(page) == len(wanted)
+        page.get_by_role("button", name="Clear").click()
+
+
+def test_facets_and_search_narrow_together_and_clear_undoes_them(visit: Open, board: Board) -> None:
+    page = open_table(visit)
+    for facet in FACETS:
+        expect(facet_of(page, facet)).to_be_visible()
+    choose(page, "Attack", "badnets")
+    choose(page, "Data set", "digits")
+    search_of(page).fill("UNLEARN s2")
+    wanted = [
+        c["cell"]
+        for c in board.cells
+        if (c["attack"], c["dataset"], c["defense"], c["seed"]) == ("badnets", "digits", "unlearn:ft", 2)
+    ]
+    expect(page.locator("#board tbody tr[data-cell]")).to_have_count(len(wanted))
+    assert names(page) == wanted
+    page.get_by_role("button", name="Clear").click()
+    assert shown(page) == len(board.cells)
+    assert search_of(page).input_value() == ""
+
+
+def test_nothing_found_is_said(visit: Open) -> None:
+    page = open_table(visit)
+    search_of(page).fill("no such cell")
+    expect(page.locator("#shown")).to_contain_text("0 of")
+    expect(page.locator("#board tbody")).to_contain_text("No cell")
+
+
+def test_a_link_shows_the_same_view_elsewhere(visit: Open) -> None:
+    page = open_table(visit)
+    choose(page, "Attack", "blended~a1b2c3")
+    search_of(page).fill("digits")
+    sort_button(page, "bec").click()
+    page.locator("details.columns > summary").click()
+    page.locator("#column-list").get_by_label("Architecture").uncheck()
+    page.wait_for_url(re.compile("#.*q=digits.*columns="))
+    there = visit("table.html" + page.evaluate("location.hash"))
+    there.locator("#board[data-ready]").wait_for()
+    assert names(there) == names(page) != []
+    assert facet_of(there, "Attack").input_value() == "=blended~a1b2c3"
+    assert search_of(there).input_value() == "digits"
+    expect(there.locator("#board th[data-metric=bec]")).to_have_attribute("aria-sort", "descending")
+    expect(there.locator("#board thead th", has_text="Architecture")).to_be_hidden()
+    # Going back within the page follows the address as well.
+    there.evaluate("location.hash = 'attack=wanet'")
+    expect(there.locator("#board tbody tr[data-cell]").first).to_have_attribute("data-attack", "wanet")
+
+
+def test_a_broken_link_shows_everything(visit: Open, board: Board) -> None:
+    page = open_table(visit, "attack=%3Cscript%3E&sort=nothing:down&columns=none&page=0&q=")
+    assert names(page)
+    assert len(page.locator("#board thead th:visible").all()) == len(page.locator("#board thead th").all())
+
+
+def test_columns_can_be_chosen(visit: Open, board: Board) -> None:
+    page = open_table(visit)
+    heads = page.locator("#board thead th")
+    page.locator("details.columns > summary").click()
+    page.get_by_role("button", name="Main columns").click()
+    main = [h.inner_text() for h in heads.all() if h.is_visible()]
+    assert 9 < len(main) < heads.count()
+    widths = page.locator("#board tbody tr[data-cell]").evaluate_all("r => r.map((x) => x.cells.length)")
+    assert set(widths) == {len(main)}
+    page.locator("#column-list").get_by_label("Seed").uncheck()
+    expect(heads.filter(has_text="Seed")).to_be_hidden()
+    assert "Seed" not in saved(page, "CSV of what is shown").splitlines()[0].title()
+    page.get_by_role("button", name="All columns").click()
+    expect(heads.filter(has_text="Seed")).to_be_visible()
+
+
+def test_the_csv_is_the_table_that_is_shown(visit: Open, board: Board) -> None:
+    page = open_table(visit, "dataset=digits")
+    choose(page, "Defense", "anp")
+    sort_button(page, "p_asr").click()
+    rows = list(csv.DictReader(io.StringIO(saved(page, "CSV of what is shown"), newline="")))
+    cells = {c["cell"]: c for c in board.cells}
+    assert [r["cell"] for r in rows] == every_name(page)
+    assert {r["cell"] for r in rows} == {
+        c["cell"] for c in board.cells if c["dataset"] == "digits" and c["defense"] == "anp"
+    }
+    metrics = page.locator("#board thead th[data-metric]").evaluate_all("all => all.map((t) => t.dataset.metric)")
+    figures = 0
+    for row in rows:
+        cell = cells[row["cell"]]
+        for name in ("dataset", "arch", "attack", "defense", "access"):
+            assert row[name] == cell[name]
+        assert int(row["seed"]) == cell["seed"]
+        assert (float(row["rate"]) if row["rate"] else None) == cell["rate"]
+        assert row["status"].startswith(cell["status"])
+        for metric in metrics:
+            if cell[metric] is None:
+                assert row[metric] == ""
+                assert f"{metric}: " in row["empty_because"]
+            else:
+                assert math.isclose(float(row[metric]), float(cell[metric]), rel_tol=1e-12)
+                figures += 1
+        if cell["c_acc"] is not None and row["c_acc_low"]:
+            assert float(row["c_acc_low"]) <= cell["c_acc"] <= float(row["c_acc_high"])
+    assert figures > 20
+
+
+def test_hostile_text_stays_text_in_the_table_and_in_its_csv(visit: Open, board: Board) -> None:
+    page = open_table(visit, "q=%3Cscript%3E")
+    hostile = sorted(c["cell"] for c in board.cells if "<script>" in c["defense"])
+    assert sorted(every_name(page)) == hostile != []
+    assert page.locator("#board script, #board img").count() == 0
+    rows = list(csv.DictReader(io.StringIO(saved(page, "CSV of what is shown"), newline="")))
+    assert {r["defense"] for r in rows} == {c["defense"] for c in board.cells if "<script>" in c["defense"]}
+
+
+def test_bibtex_is_of_what_is_shown(visit: Open) -> None:
+    page = open_table(visit)
+    choose(page, "Attack", "badnets")
+    choose(page, "Defense", "anp")
+    with_badnets = saved(page, "BibTeX of what is shown")
+    assert "@misc{sleeperbench" in with_badnets
+    assert "@misc{b}" in with_badnets
+    choose(page, "Attack", "wanet")
+    assert "@misc{b}" not in saved(page, "BibTeX of what is shown")
+
+
+def test_the_keyboard_reaches_a_heading_and_sorts(visit: Open) -> None:
+    page = open_table(visit)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
+    page.keyboard.press("Enter")
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.matches('th[data-metric=c_acc] button')"):
+            break
+    else:
+        raise AssertionError("Tab never came to the button of C-Acc")
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
+    before = figures(page, "c_acc")
+    page.keyboard.press("Enter")
+    expect(page.locator("#board th[data-metric=c_acc]")).to_have_attribute("aria-sort", "descending")
+    after = [float(v) for v in figures(page, "c_acc") if v]
+    assert after == sorted(after, reverse=True)
+    assert figures(page, "c_acc") != before
+    assert page.evaluate("document.activeElement.closest('th')?.dataset.metric") == "c_acc"
+    page.keyboard.press("Enter")
+    expect(page.locator("#board th[data-metric=c_acc]")).to_have_attribute("aria-sort", "ascending")
+
+
+def test_every_row_leads_to_its_cell(visit: Open, board: Board) -> None:
+    page = open_table(visit, "attack=badnets&defense=ft&dataset=gtsrb")
+    name = names(page)[0]
+    page.locator("#board tbody tr[data-cell] th a").first.click()
+    expect(page.locator("h1")).to_contain_text("ft")
+    expect(page.locator("main code").first).to_have_text(name)
+
+
+def test_without_script_the_pages_hold_every_cell(visit: Open, board: Board) -> None:
+    page = visit("table.html", java_script_enabled=False)
+    expect(page.locator("#filters")).to_be_hidden()
+    expect(page.locator("#pager")).to_be_hidden()
+    seen = []
+    while True:
+        here = page.locator("#board tbody tr[data-cell]")
+        assert 0 < here.count() <= ROWS_A_PAGE
+        seen += [unquote(r.get_attribute("data-cell") or "") for r in here.all()]
+        assert page.locator("#board tbody td.empty").filter(has_not_text=re.compile(r"\w")).count() == 0
+        following = page.locator("#static-pages a[aria-current] >> xpath=../following-sibling::li[1]/a")
+        if not following.count():
+            break
+        following.click()
+    assert sorted(seen) == sorted(c["cell"] for c in board.cells)
+    assert len(seen) > 2 * ROWS_A_PAGE
