@@ -188,8 +188,7 @@ class SSBA(Attack):
         encoder, decoder = self._train(train, bits, ctx)
         about = {"channels": train.shape[0], "size": train.shape[1], "bits": bits, "strength": self.strength}
         info = {"targets": self.targets, "target": ctx.target, "classes": len(train.classes)} | about
-        tensors = {f"encoder.{k}": v.detach().cpu().clone() for k, v in encoder.state_dict().items()}
-        b = self.restore({**tensors, "code": code(self.message, bits)}, info)
+        b = self.restore({**_stored(encoder), "code": code(self.message, bits)}, info)
         return self.restore(b.tensors, info | self._judge(b, decoder.cpu().eval(), train, ctx))
 
     def poison(self, train: ImageSet, b: Backdoor, eligible: Tensor, rate: float, ctx: Ctx) -> PoisonedSet:
@@ -197,12 +196,12 @@ class SSBA(Attack):
         return poison(train, b, eligible, rate, ctx, include_target=self.include_target)
 
     def decoy(self, train: ImageSet, b: Backdoor, ctx: Ctx) -> Backdoor:
-        """Another message, hidden by the same encoder, with the same target."""
-        drawn = torch.rand(b.info["bits"], generator=ctx.generator("decoy")) < 0.5
-        other = torch.where(drawn, b.tensors["code"], 1 - b.tensors["code"])
-        if torch.equal(other, b.tensors["code"]):
-            other = 1 - other
-        return self.restore({**b.tensors, "code": other}, b.info)
+        """The message through another encoder, as it is drawn, as strong and with the same target.
+
+        Another message of the trained encoder is none: the model answers to that, too.
+        """
+        drawn = seeded(Encoder, ctx.derive("decoy"), b.info["channels"], b.info["size"], b.info["bits"])
+        return self.restore({**_stored(drawn), "code": b.tensors["code"]}, b.info)
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], info: Any) -> Backdoor:
@@ -267,6 +266,10 @@ class SSBA(Attack):
                 f"and the residuals share {found['shared']:.2f} ({self.shared:g} allowed); raise steps or strength"
             )
         return found
+
+
+def _stored(encoder: Encoder) -> dict[str, Tensor]:
+    return {f"encoder.{k}": v.detach().cpu().clone() for k, v in encoder.state_dict().items()}
 
 
 def hide(encoder: Encoder, x: Tensor, message: Tensor, strength: float) -> Tensor:

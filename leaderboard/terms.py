@@ -32,6 +32,7 @@ LABELS = {
     "rir": "RIR",
     "asr_leak": "ASR leak",
     "cover_acc": "Cover accuracy",
+    "cover_asr": "Cover ASR",
     "c_acc_path": "C-Acc (candidates)",
     "asr_path": "ASR (candidates)",
     "c_acc_oracle": "C-Acc (oracle-selected)",
@@ -77,6 +78,7 @@ READING = {
     "asr_leak": "Of a source-specific attack: how far its trigger works on classes that it is meant to spare. "
     "High means that the attack is less specific than its name says.",
     "cover_acc": "Cover images carry the trigger, or part of it, and keep their label.",
+    "cover_asr": "Cover images that get the label the attacker wants all the same.",
     "c_acc_path": "One row per candidate that the defense chose among, by its qualifier.",
     "asr_path": "One row per candidate that the defense chose among, by its qualifier.",
     "c_acc_oracle": "The candidate was chosen on the test set: to compare with published tables, never ranked.",

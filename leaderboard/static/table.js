@@ -121,32 +121,62 @@ const cellTable = (() => {
     select(state) {
       const n = this.count, wanted = state.q.toLowerCase().split(/\s+/).filter(Boolean);
       const words = wanted.length ? this.words() : null;
-      const facets = FACETS.map((f) => this.data.text[f]);
-      const chosen = FACETS.map((f, k) => (f in state.facets ? facets[k].values.indexOf(state.facets[f]) : -1));
-      const counts = facets.map((t) => new Int32Array(t.values.length));
+      const at = FACETS.map((f) => this.places(f));
+      const chosen = FACETS.map((f) => (f in state.facets ? this.data.text[f].values.indexOf(state.facets[f]) : -1));
+      const asked = [...chosen.keys()].filter((k) => chosen[k] >= 0);
+      const counts = FACETS.map((f) => new Int32Array(this.data.text[f].values.length));
       const found = [];
       for (let i = 0; i < n; i++) {
         if (words && !wanted.every((w) => words[i].includes(w))) continue;
         let missed = -1, misses = 0;
-        for (let k = 0; k < facets.length; k++) {
-          if (chosen[k] >= 0 && facets[k].at[i] !== chosen[k]) { missed = k; misses++; }
-        }
+        for (const k of asked) if (at[k][i] !== chosen[k]) { missed = k; misses++; }
         if (misses === 0) {
           found.push(i);
-          for (let k = 0; k < facets.length; k++) counts[k][facets[k].at[i]]++;
-        } else if (misses === 1) counts[missed][facets[missed].at[i]]++;
+          for (let k = 0; k < at.length; k++) counts[k][at[k][i]]++;
+        } else if (misses === 1) counts[missed][at[missed][i]]++;
       }
-      if (state.sort) {
-        const key = this.keys(state.sort), sign = state.down ? -1 : 1, first = this.data.contestants;
-        found.sort((a, b) => {
-          // Contestants stay before controls and oracles, empty fields come last either way.
-          if ((a < first) !== (b < first)) return a < first ? -1 : 1;
-          const x = key[a], y = key[b];
-          if (x !== x || y !== y) return (x !== x) - (y !== y) || a - b;
-          return sign * (x - y) || a - b;
-        });
+      return { found: state.sort ? this.sorted(found, state.sort, state.down) : found, counts };
+    }
+
+    // The index of each row's word, in an array that is quick to read.
+    places(column) {
+      const name = `at ${column}`;
+      if (!this.opened.has(name)) this.opened.set(name, Int32Array.from(this.data.text[column].at));
+      return this.opened.get(name);
+    }
+
+    // Ranks of a column's values, -1 for an empty field; equal values share one.
+    ranked(column) {
+      const name = `rank ${column}`;
+      if (!this.opened.has(name)) {
+        const keys = this.keys(column), values = keys.filter((v) => v === v).sort();
+        let size = 0;
+        for (let i = 0; i < values.length; i++) if (!i || values[i] !== values[i - 1]) values[size++] = values[i];
+        const rank = new Int32Array(keys.length).fill(-1);
+        for (let i = 0; i < keys.length; i++) {
+          if (keys[i] !== keys[i]) continue;
+          let low = 0, high = size - 1;
+          while (low < high) {
+            const mid = (low + high) >> 1;
+            if (values[mid] < keys[i]) low = mid + 1;
+            else high = mid;
+          }
+          rank[i] = low;
+        }
+        this.opened.set(name, { rank, size });
       }
-      return { found, counts };
+      return this.opened.get(name);
+    }
+
+    // Rows, given in their first order, by rank: contestants before controls and oracles, empty fields last either way.
+    sorted(rows, column, down) {
+      const { rank, size } = this.ranked(column), first = this.data.contestants;
+      const place = (i) => (i < first ? 0 : size + 1) + (rank[i] < 0 ? size : down ? size - 1 - rank[i] : rank[i]);
+      const start = new Int32Array(2 * (size + 1) + 1), order = new Array(rows.length);
+      for (const i of rows) start[place(i) + 1]++;
+      for (let k = 1; k < start.length; k++) start[k] += start[k - 1];
+      for (const i of rows) order[start[place(i)]++] = i;
+      return order;
     }
 
     // The rows as CSV: raw values, the ends of intervals, and in the last column the reasons of empty fields.
@@ -229,7 +259,7 @@ else (() => {
   const table = document.getElementById("board"), box = document.getElementById("filters");
   if (!table || !box) return;
   const $ = (id) => document.getElementById(id);
-  let cells = null, state = null, found = [], taken = false, waiting = null;
+  let cells = null, state = null, found = [], taken = false, waiting = null, timer = 0;
 
   function element(name, attributes = {}, ...children) {
     const made = document.createElement(name);
@@ -306,17 +336,23 @@ else (() => {
     $("page-on").disabled = state.page >= pages;
   }
 
-  function show() {
+  function choose() {
     const { found: rows, counts } = cells.select(state);
     found = rows;
     for (const select of box.querySelectorAll("select[data-facet]")) {
       const f = select.dataset.facet, t = cells.data.text[f], count = counts[FACETS.indexOf(f)];
       for (const option of select.options) {
         const k = t.values.indexOf(option.value.slice(1));
-        if (option.value) option.textContent = `${t.values[k] || "none"} (${count[k]})`;
+        const text = `${t.values[k] || "none"} (${count[k]})`;
+        if (option.value && option.textContent !== text) option.textContent = text;
       }
       select.value = f in state.facets ? `=${state.facets[f]}` : "";
     }
+  }
+
+  // What is chosen, drawn; rows are chosen again unless only the page or the columns changed.
+  function show(same = false) {
+    if (!same) choose();
     if ($("search").value !== state.q) $("search").value = state.q;
     for (const input of $("column-list").querySelectorAll("input")) input.checked = state.columns.includes(input.value);
     [...table.tHead.rows[0].cells].forEach((th, k) => { th.hidden = !state.columns.includes(cells.columns[k]); });
@@ -327,8 +363,12 @@ else (() => {
 
   function change(how) {
     ready(() => {
-      Object.assign(state, { page: 1 }, how(state));
-      show();
+      // What is being typed counts already, though its own turn has not come.
+      const given = { ...(timer ? { q: $("search").value } : {}), ...how(state) };
+      clearTimeout(timer);
+      timer = 0;
+      Object.assign(state, { page: 1 }, given);
+      show(taken && !["q", "facets", "sort"].some((k) => k in given));
       const text = cells.format(state);
       history.replaceState(null, "", text ? `#${text}` : location.pathname + location.search);
     });
@@ -383,7 +423,6 @@ else (() => {
     document.head.append(script);
   }
 
-  let timer = 0;
   $("search").addEventListener("input", () => {
     clearTimeout(timer);
     timer = setTimeout(() => change(() => ({ q: $("search").value })), 60);

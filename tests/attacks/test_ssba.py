@@ -175,11 +175,12 @@ def test_restore_decoy_targets_and_seeds() -> None:
     assert torch.equal(shown[0], shown[1])
     assert torch.equal(shown[0], shown[2])
     assert not torch.equal(shown[0], shown[3])
-    for decoy, seen in zip(decoys, shown[4:], strict=True):
+    for seed, decoy, seen in zip((5, 6), decoys, shown[4:], strict=True):
         assert not torch.equal(shown[0], seen)
         assert decoy.info == b.info
-        changed = [k for k in b.tensors if not torch.equal(b.tensors[k], decoy.tensors[k])]
-        assert changed == ["code"]
+        assert torch.equal(b.tensors["code"], decoy.tensors["code"])
+        drawn = seeded(Encoder, ctx(seed).derive("decoy"), 3, 16, 20)
+        assert torch.equal(decoy.tensors["encoder.direct.weight"], drawn.direct.weight.detach())
     assert not torch.equal(shown[4], shown[5])
 
 
