@@ -166,7 +166,7 @@ def test_mask_training_thins_the_mask_out() -> None:
     part = samples.digits()["train"].rows(torch.arange(192))
     c = samples.ctx(2)
     densities = []
-    for epochs in (1, 4):
+    for epochs in (1, 12):
         b = Iad(mask_epochs=epochs).prepare(part, c)
         with torch.no_grad():
             m = threshold(b.triggers[0].mask(to_float(part.images)))  # type: ignore[attr-defined]
