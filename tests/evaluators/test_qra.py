@@ -9,7 +9,6 @@ import samples
 import torch
 
 from sleeperbench import Findings, Measurement, Role
-from sleeperbench.contracts import Ctx
 from sleeperbench.evaluators import qra as module
 from sleeperbench.evaluators.accuracy import headline
 from sleeperbench.evaluators.qra import Perturbation, QueryReactivation, mixed, objective, perturbation
@@ -133,4 +132,3 @@ def test_settings_are_the_published_ones() -> None:
     q = QueryReactivation()
     # 50 epochs over 1,000 images in batches of 128 are 8 batches each.
     assert (q.eps, q.alpha, q.steps, q.lr) == (16 / 255, 0.2, 50 * 8, 0.1)
-    assert isinstance(samples.ctx(), Ctx)
