@@ -46,8 +46,9 @@ class BTI(Defense):
         "Decoupling Benign Features}, author={Xu, Xiong and Huang, Kunzhe and Li, Yiming and Qin, Zhan and Ren, Kui}, "
         "booktitle={International Conference on Learning Representations}, year={2024}}",
         "kind": "inversion",
-        "version": 1,
+        "version": 2,
         "api": 1,
+        "stamps": True,
         "micro": {"pretrain_steps": 4, "mask_steps": 4, "generator_steps": 4, "width": 4},
         "effort": ["pretrain_steps", "mask_steps", "generator_steps"],
     }

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sleeperbench import Access, Defense, Outcome
-from sleeperbench.contracts import Case, NotApplicable
+from sleeperbench.contracts import Case, NotApplicable, QueryNet
 from sleeperbench.kit.pixels import to_float
-from sleeperbench.kit.predict import device_of, evaluating
 
 _BATCH = 1000
-"""Blended images per forward pass."""
+"""Blended images at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +50,13 @@ class Strip(Defense):
         "Networks}, author={Gao, Yansong and Xu, Change and Wang, Derui and Chen, Shiping and Ranasinghe, Damith C. "
         "and Nepal, Surya}, booktitle={Annual Computer Security Applications Conference}, year={2019}}",
         "kind": "detection",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"overlays": 16},
         "effort": ["overlays"],
         "scores": True,
     }
-    ACCESS = Access(clean=0.05)
+    ACCESS = Access(model="scores", clean=0.05)
 
     overlays: int = 100
     mode: Literal["add", "blend"] = "add"
@@ -85,27 +84,24 @@ class Strip(Defense):
         count = min(self.overlays, n // 2)
         overlays = case.clean.images[order[:count]]
         calibration = case.clean.images[order[count:]]
-        x = to_float(calibration).to(device_of(case.net))
-        clean = self._entropies(case.net, x, overlays)
-        case.ctx.cost.forwards += len(calibration) * count
+        clean = self._entropies(case.net, to_float(calibration).to(case.ctx.device), overlays)
         # At most floor(frr n) entropies lie strictly below this one.
         threshold = float(clean.sort().values[math.floor(self.frr * len(clean))])
         about = {"overlays": count, "calibration_rows": len(clean), "threshold": threshold}
         chosen = about | {"clean_mean": float(clean.mean()), "clean_std": float(clean.std(unbiased=False))}
         return Outcome(state=({"overlays": overlays}, {"threshold": threshold}), chosen=chosen)
 
-    def score(self, state: tuple[Mapping[str, Tensor], Any], net: nn.Module, x: Tensor) -> Tensor:
+    def score(self, state: tuple[Mapping[str, Tensor], Any], net: QueryNet, x: Tensor) -> Tensor:
         """-H in nats, (N,) from -ln K to 0."""
         return -self._entropies(net, x, state[0]["overlays"])
 
-    def _entropies(self, net: nn.Module, x: Tensor, overlays: Tensor) -> Tensor:
+    def _entropies(self, net: QueryNet, x: Tensor, overlays: Tensor) -> Tensor:
         """Mean entropy (N,), over overlays (M, C, H, W) uint8, of the answers to blended x (N, C, H, W) in [0, 1]."""
         o = to_float(overlays).to(x.device)
         parts = []
-        with evaluating(net), torch.no_grad():
-            for rows in x.split(max(1, _BATCH // len(o))):
-                keep = 1.0 if self.mode == "add" else 1 - self.alpha
-                blended = (keep * rows[:, None] + self.alpha * o[None]).clamp(0, 1)
-                p = net(blended.flatten(0, 1)).float().softmax(1)
-                parts.append(torch.special.entr(p).sum(1).view(len(rows), len(o)).mean(1))
+        for rows in x.split(max(1, _BATCH // len(o))):
+            keep = 1.0 if self.mode == "add" else 1 - self.alpha
+            blended = (keep * rows[:, None] + self.alpha * o[None]).clamp(0, 1)
+            p = net(blended.flatten(0, 1))
+            parts.append(torch.special.entr(p).sum(1).view(len(rows), len(o)).mean(1))
         return torch.cat(parts)

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from sleeperbench import EvalCase, Evaluator, Findings, ImageSet, Inverted, Measurement, Metric, Needs
-from sleeperbench.contracts import Ctx, NotApplicable, Rendered
+from sleeperbench import EvalCase, Evaluator, Findings, Inverted, Measurement, Metric, Needs
+from sleeperbench.contracts import NotApplicable, Rendered
 from sleeperbench.evaluators.accuracy import answers, share
-from sleeperbench.kit.masks import appliable
-from sleeperbench.kit.recovered import difference, picture, some, stamped, victims
+from sleeperbench.kit.recovered import Stamper, difference, picture, some, victims
 
 _PAIRS = 100
 _DISTANCES = ("apd", "apd_rel", "apd_raw", "mask_iou")
@@ -43,7 +42,7 @@ class Inversion(Evaluator):
         "Jianjin and Li, Qi and Zhu, Hongliang and Shen, Zongliang and Fu, Anmin}, "
         "journal={arXiv preprint arXiv:2508.04094}, year={2025}}",
         "kind": "inversion",
-        "version": 2,
+        "version": 3,
         "api": 1,
         "micro": {},
     }
@@ -112,11 +111,12 @@ class Inversion(Evaluator):
         outcome = case.outcome
         if not outcome.inverted and "claimed" not in outcome.chosen:
             return self._nothing("no_inversion")
-        if not all(appliable(claim) for claim in outcome.inverted):
+        stamp = Stamper(case)
+        if not all(stamp.knows(claim) for claim in outcome.inverted):
             return self._nothing("needs_stamp: a recovered trigger has neither mask nor delta")
-        claims = _one_per_label(outcome.inverted, case)
+        claims = _one_per_label(outcome.inverted, case, stamp)
         true = [] if case.bd_test is None else sorted(int(t) for t in case.bd_test.targets.unique())
-        rows = [row for claim in claims.values() for row in _success(claim, case)]
+        rows = [row for claim in claims.values() for row in _success(claim, case, stamp)]
         lost = [t for t in true if t not in claims]
         rows += [_at(m, t, 0.0) for t in lost for m in ("reasr", "reasr_any", "reasr_clean")]
         wanted = true or list(claims)
@@ -125,7 +125,7 @@ class Inversion(Evaluator):
             rows += [Measurement(metric=m, value=None, reason="no_trigger") for m in _DISTANCES]
         else:
             for label in true:
-                rows += _distances(claims.get(label), label, case.bd_test, _static(case, label))
+                rows += _distances(claims.get(label), label, case.bd_test, _static(case, label), stamp)
             apd, empty = _mean("apd", rows, true), _mean("apd", rows, true, ";trigger=none")
             # Of the means, so that a faint trigger among several does not decide it.
             rows += [apd, empty, _relative(apd.value, empty.value)]
@@ -133,7 +133,7 @@ class Inversion(Evaluator):
         found = tuple(replace(row, stage="attacked") for row in rows)
         if not claims:
             return Findings(rows=found)
-        sheet, factor = picture(case, claims, true)
+        sheet, factor = picture(case, claims, true, stamp)
         return Findings(rows=found, pictures={"recovered": sheet}, curves={"recovered": {"residual_factor": factor}})
 
     def _nothing(self, reason: str) -> Findings:
@@ -141,27 +141,27 @@ class Inversion(Evaluator):
         return Findings(rows=tuple(rows))
 
 
-def _one_per_label(inverted: Sequence[Inverted], case: EvalCase) -> dict[int, Inverted]:
+def _one_per_label(inverted: Sequence[Inverted], case: EvalCase, stamp: Stamper) -> dict[int, Inverted]:
     """The claims by label; of several for one label the one that works best on the probe rows."""
     claims: dict[int, Inverted] = {}
     for label in sorted({claim.target for claim in inverted}):
         same = [claim for claim in inverted if claim.target == label]
         if len(same) > 1:
-            hits = [_hit(case.attacked, claim, case.probe, case.ctx).double().mean() for claim in same]
+            hits = [_hit(case.attacked, claim, case, stamp, "probe").double().mean() for claim in same]
             same = [same[int(torch.stack(hits).argmax())]]
         claims[label] = same[0]
     return claims
 
 
-def _success(claim: Inverted, case: EvalCase) -> list[Measurement]:
+def _success(claim: Inverted, case: EvalCase, stamp: Stamper) -> list[Measurement]:
     """Rows of one claim: on the attacked model, and on clean ones."""
     at = f"label={claim.target}"
     data = victims(claim, case.test)
     before = answers(case.attacked, data.images, case.ctx)
-    after = answers(case.attacked, stamped(claim, data.images), case.ctx)
+    after = answers(case.attacked, stamp(claim, data), case.ctx)
     # Replica 0 of attack `none` is the attacked model itself where there is no attack.
     nets = case.clean_models if case.bd_test is not None else case.clean_models[1:]
-    clean = [float(_hit(net, claim, case.test, case.ctx).double().mean()) for net in nets]
+    clean = [float(_hit(net, claim, case, stamp).double().mean()) for net in nets]
     return [
         share("reasr", after == claim.target, at),
         share("reasr_any", after != before, at),
@@ -169,19 +169,20 @@ def _success(claim: Inverted, case: EvalCase) -> list[Measurement]:
     ]
 
 
-def _hit(net: nn.Module, claim: Inverted, data: ImageSet, ctx: Ctx) -> Tensor:
-    """Whether the recovered trigger sends each of its victims among `data` to the claimed label, bool (n,)."""
-    return answers(net, stamped(claim, victims(claim, data).images), ctx) == claim.target
+def _hit(net: nn.Module, claim: Inverted, case: EvalCase, stamp: Stamper, part: str = "test") -> Tensor:
+    """Whether the recovered trigger sends each of its victims in `part` to the claimed label, bool (n,)."""
+    data = victims(claim, case.probe if part == "probe" else case.test)
+    return answers(net, stamp(claim, data, part), case.ctx) == claim.target
 
 
 def _distances(
-    claim: Inverted | None, label: int, bd_test: Rendered, static: Sequence[tuple[Tensor, Tensor]]
+    claim: Inverted | None, label: int, bd_test: Rendered, static: Sequence[tuple[Tensor, Tensor]], stamp: Stamper
 ) -> list[Measurement]:
     """Rows of one true target: how far the claim, or nothing, lies from its triggers."""
     rows = some(bd_test.targets == label, _PAIRS)
-    clean, triggered = bd_test.clean.images[rows], bd_test.data.images[rows]
-    apd = difference(clean if claim is None else stamped(claim, clean), triggered)
-    empty = difference(clean, triggered)
+    clean, triggered = bd_test.clean.rows(rows), bd_test.data.images[rows]
+    apd = difference(clean.images if claim is None else stamp(claim, clean), triggered)
+    empty = difference(clean.images, triggered)
     found = [
         _at("apd", label, apd),
         _at("apd", label, empty, also=";trigger=none"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sleeperbench.contracts.access import Access
 from sleeperbench.contracts.attack import Backdoor
@@ -120,7 +120,7 @@ class Defense(Method):
     def run(self, case: Case) -> Outcome:
         """Repair or inspect the model of `case`."""
 
-    def score(self, state: tuple[Mapping[str, Tensor], Any], net: nn.Module, x: Tensor) -> Tensor:
+    def score(self, state: tuple[Mapping[str, Tensor], Any], net: Any, x: Tensor) -> Tensor:
         """Second phase: (N,) scores, larger is more suspicious. Row i may not depend on the other rows."""
         raise NotImplementedError  # abstract
 

@@ -111,7 +111,8 @@ class EvalCase(Protocol):
     covers them, which both should keep their label; None where an attack has none. `oracle` is the live backdoor.
     `controls` are this evaluator's own findings on the control cells it names. `answers` (N,) are
     an input detector's second-phase scores, `asked` (N,) says which of those images were triggered; both are None where
-    the defense has no second phase or the attack no trigger.
+    the defense has no second phase or the attack no trigger. `stamps` are uint8 images with recovered triggers that are
+    the inverter's own code: `<i>.test` and `<i>.probe`, like `test` and `probe`, for `outcome.inverted[i]`.
     """
 
     net: nn.Module
@@ -138,6 +139,7 @@ class EvalCase(Protocol):
     cells: Sequence[Mapping[str, Any]]
     answers: Tensor | None
     asked: Tensor | None
+    stamps: Mapping[str, Tensor]
     recipe: Recipe
     is_defended: bool
     ctx: Ctx

@@ -72,6 +72,7 @@ EVAL_PARTS = (
     "cells",
     "answers",
     "asked",
+    "stamps",
     "recipe",
     "is_defended",
     "ctx",

@@ -28,6 +28,7 @@ OPEN = (
     "sleeperbench.engine.artifacts",
     "sleeperbench.engine.cases",
     "sleeperbench.engine.loading",
+    "sleeperbench.engine.questions",
 )
 """What a defense may import of this package."""
 
@@ -55,6 +56,7 @@ def open_case(folder: Path, about: dict[str, Any]) -> Any:
     from sleeperbench.engine import artifacts
     from sleeperbench.engine.cases import DEFENSE_PARTS, Declared
     from sleeperbench.engine.loading import load_attack
+    from sleeperbench.engine.questions import queried
     from sleeperbench.kit.classifier import load, read_model
 
     box, access = folder / "in", about["access"]
@@ -75,6 +77,8 @@ def open_case(folder: Path, about: dict[str, Any]) -> Any:
     }
     if access["model"] == "weights":
         parts["net"] = lambda: load(read_model(box / "model"), device)
+    elif queried(access):
+        parts["net"] = lambda: asked(folder, about, ctx.cost)
     if access["clean"]:
         parts["clean"] = lambda: artifacts.read_images(box / "clean.safetensors")
         split = artifacts.read_tensors(box / "split.safetensors")
@@ -95,21 +99,49 @@ def open_case(folder: Path, about: dict[str, Any]) -> Any:
     return Declared(f"ACCESS of {about['plugin']}", parts, DEFENSE_PARTS)
 
 
+def asked(folder: Path, about: dict[str, Any], cost: Any) -> Any:
+    """The model of a query-only defense: its desk is open while the case is."""
+    from sleeperbench.contracts.models import ModelSpec
+    from sleeperbench.engine.questions import SOCKET, Asked
+
+    labels = about["access"]["model"] == "labels"
+    return Asked(folder / "in" / SOCKET, ModelSpec.from_json(about["spec"]), labels, cost)
+
+
 def _scores(folder: Path, method: Any, about: dict[str, Any], cost: Any) -> Any:
     """Second phase: the defense's scores for the images in `in/asked.safetensors`."""
     from sleeperbench.engine import artifacts
+    from sleeperbench.engine.questions import queried
     from sleeperbench.kit.classifier import load, read_model
     from sleeperbench.kit.pixels import to_float
 
     state = artifacts.read_outcome(folder / "in" / "own").state
-    net = load(read_model(folder / "in" / "judged"), about["device"])
     images = artifacts.read_tensors(folder / "in" / "asked.safetensors")["images"]
+    if queried(about["access"]):
+        return method.score(state, asked(folder, about, cost), to_float(images).to(about["device"]))
+    net = load(read_model(folder / "in" / "judged"), about["device"])
 
     def count(module: Any, args: tuple[Any, ...], out: Any) -> None:
         cost.forwards += len(out)
 
     net.register_forward_hook(count)
     return method.score(state, net, to_float(images).to(about["device"]))
+
+
+def _stamps(folder: Path, method: Any, about: dict[str, Any]) -> dict[str, Any]:
+    """Second phase of an inverter: uint8 images of `in/asked.safetensors` with each recovered trigger asked for."""
+    import torch
+
+    from sleeperbench.engine import artifacts
+    from sleeperbench.kit.pixels import to_float, to_uint8
+
+    own = artifacts.read_outcome(folder / "in" / "own")
+    images = artifacts.read_tensors(folder / "in" / "asked.safetensors")["images"]
+    found = {}
+    for i in about["claims"]:
+        parts = (to_float(part).to(about["device"]) for part in images.split(1000))
+        found[str(i)] = torch.cat([to_uint8(method.stamp(own.state, own.inverted[i], x)).cpu() for x in parts])
+    return found
 
 
 def _progress(path: Path) -> Any:
@@ -165,6 +197,8 @@ def main(folder: Path, share: float) -> None:
             method = load_class(about["value"]).from_params(about["method"])
             if about["what"] == "run":
                 _write(folder / "out", method.run(case))
+            elif about["what"] == "stamp":
+                artifacts.write_tensors(folder / "out" / "stamps.safetensors", _stamps(folder, method, about))
             else:
                 scores = _scores(folder, method, about, case.ctx.cost)
                 artifacts.write_tensors(folder / "out" / "scores.safetensors", {"scores": scores})

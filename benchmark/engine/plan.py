@@ -274,8 +274,10 @@ class Planner:
                 )
         for other in needs.evaluators:
             inputs[f"evaluator.{other}"] = self.support(ds, arch, other, seed, at)
-        if "scores" in needs.outcome and at.group and self.answers(at.variant.id):
+        if "scores" in needs.outcome and at.group and self.second_phase(at.variant.id, "scores"):
             inputs["answer"] = self.answer(ds, arch, seed, at)
+        if "inverted" in needs.outcome and self.second_phase(at.variant.id, "stamps"):
+            inputs["stamps"] = self.answer(ds, arch, seed, at, phase="stamp")
         for peer in (*needs.peers, *v.params.get("peers", ())):
             d = self.default("defense", peer)
             inputs[f"peer.{peer}"] = self.defense(ds, arch, d, seed, at.attack, at.group)
@@ -313,20 +315,20 @@ class Planner:
         return ":" not in defense and self.info("defense", defense)["kind"] in JUDGES
 
     @once
-    def answers(self, plugin: str) -> bool:
-        """Whether a defense has a second phase: its INFO says `"scores": True`."""
-        return bool(self.info("defense", plugin).get("scores")) if ":" not in plugin else False
+    def second_phase(self, plugin: str, what: str) -> bool:
+        """Whether a defense has a second phase: its INFO says `"scores": True`, or `"stamps": True`."""
+        return bool(self.info("defense", plugin).get(what)) if ":" not in plugin else False
 
     @once
-    def answer(self, ds: str, arch: str, seed: int, at: _At) -> str:
-        """Task of a defense's second phase: scores for a mix that it has not seen."""
+    def answer(self, ds: str, arch: str, seed: int, at: _At, phase: str = "score") -> str:
+        """Task of a defense's second phase: scores for a mix that it has not seen, or images with what it recovered."""
         first = self.plan.tasks[at.defense]
         return self.add(
             Task(
                 kind="answer",
                 name=first.name,
                 version=first.version,
-                params=first.params,
+                params=first.params | ({"phase": phase} if phase != "score" else {}),
                 seed=first.seed,
                 numerics=first.numerics,
                 inputs={"attack": at.attack, "defense": at.defense, **first.inputs},
@@ -471,7 +473,7 @@ class Planner:
                     continue
                 evaluation = Evaluation(evaluator=e.id, needs=needs)
                 cell.evaluations.append(evaluation)
-                if needs.outcome == ("scores",) and not self.answers(d.id):
+                if needs.outcome == ("scores",) and not self.second_phase(d.id, "scores"):
                     evaluation.reason = "no_scores: the defense has no second phase"
                 elif needs.outcome == ("scores",) and not group:
                     evaluation.reason = "no_trigger"

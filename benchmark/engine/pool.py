@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sleeperbench.engine import sandbox
 from sleeperbench.engine.casefiles import make_cases, remove_cases
 from sleeperbench.engine.task import Task
 from sleeperbench.engine.worker import die_with_parent
@@ -63,7 +64,11 @@ class Pool:
 
     def _start(self, number: int, device: str) -> Slot:
         threads = str(self.threads)
-        env = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+        env = (
+            sandbox.MALLOC
+            | os.environ
+            | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+        )
         env["PYTHONHASHSEED"] = "0"  # one order of sets in every process
         index = device.partition(":")[2]
         env["CUDA_VISIBLE_DEVICES"] = (

@@ -30,6 +30,12 @@ KEPT = (
     "LD_LIBRARY_PATH",
 )
 """All that the fork server, and so every child, has of the user's environment."""
+MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": str(1 << 32)}
+"""glibc keeps what a training step frees for the next one, instead of having the kernel clear every page again.
+
+Processor seconds of a step at batch 256 and 28 x 28 pixels, small_cnn: 0.20 before (a quarter of it in the kernel),
+0.15 with it; at 32 x 32, small_resnet and batch 128: 0.44 and 0.42. The peak memory is the same to 5 %.
+"""
 _INSIDE = Path("/case")
 _CAPABILITY_VERSION = 0x20080522
 
@@ -39,7 +45,7 @@ def environment() -> dict[str, str]:
     """What a fork server is started with: nothing that names a run, a store or an attack."""
     env = {k: os.environ[k] for k in KEPT if k in os.environ}
     # One order of sets in every process, and packages of the user's own site without their home.
-    return env | {"PYTHONHASHSEED": "0", "PYTHONUSERBASE": site.getuserbase(), "PYTHONUNBUFFERED": "1"}
+    return env | MALLOC | {"PYTHONHASHSEED": "0", "PYTHONUSERBASE": site.getuserbase(), "PYTHONUNBUFFERED": "1"}
 
 
 def drop_capabilities() -> None:
@@ -163,7 +169,7 @@ def command(folder: Path, *, code: Iterable[Path], hidden: Iterable[Path], cuda:
     scratch = str(_INSIDE / "scratch")
     env = {k: os.environ[k] for k in KEPT if k in os.environ}
     env |= {"HOME": scratch, "TMPDIR": scratch, "USER": "nobody", "LOGNAME": "nobody", "PATH": "/usr/bin:/bin"}
-    env |= {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+    env |= MALLOC | {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
     for name, value in sorted(env.items()):
         args += ["--setenv", name, value]
     args += ["--chdir", scratch, "--", sys.executable, "-P", "-m", "sleeperbench.engine.child"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -29,6 +30,7 @@ from sleeperbench.engine.casefiles import Unusable, answer_bytes, check_answer, 
 from sleeperbench.engine.cases import EVAL_PARTS, Declared
 from sleeperbench.engine.lease import Leases
 from sleeperbench.engine.loading import load_attack, load_class, make_attack
+from sleeperbench.engine.questions import Desk, queried
 from sleeperbench.engine.store import Store
 from sleeperbench.engine.syntax import of_plugin
 from sleeperbench.engine.task import Task
@@ -312,7 +314,7 @@ class Work:
         try:
             about = self._stage(task, values, folder)
             artifacts.write_json(folder / "in" / "case.json", about | {"what": "run"})
-            answer, usage = self._child(folder, log, task.timeout)
+            answer, usage = self._child(folder, log, task.timeout, self.desk(folder, access, task.inputs["attack"]))
             outcome = self._checked(artifacts.read_outcome(folder / "out"), spec, access, folder)
             artifacts.write_outcome(out, outcome)
             for name in vars(cost):
@@ -321,15 +323,24 @@ class Work:
         finally:
             remove(folder)
 
-    def _child(self, folder: Path, log: Path, seconds: float) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Fork for a staged folder; returns the child's answer and what it used.
+    def desk(self, folder: Path, access: Mapping[str, Any], model: str) -> Desk | None:
+        """Who answers a query-only defense's questions about the model of an artifact; None for other defenses."""
+        if not queried(access):
+            return None
+        return Desk(folder / "in", self.net(model), self.model(model).spec, access["model"] == "labels")
+
+    def _child(
+        self, folder: Path, log: Path, seconds: float, desk: Desk | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Fork for a staged folder; returns the child's answer and what it used. Queries are those the desk counted.
 
         Raises:
             Failed: it timed out, died, declined or raised.
         """
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the child's share is as large as this process's
-        usage = self.fork(folder, log, seconds)
+        with desk or contextlib.nullcontext():
+            usage = self.fork(folder, log, seconds)
         if usage["timeout"]:
             raise Failed("timeout", f"budget: no answer after {seconds:g} s")
         try:
@@ -342,6 +353,8 @@ class Work:
                 known = answer["status"] in ("not_applicable", "failed", "out_of_memory")
                 raise Failed(answer["status"] if known else "failed", str(answer["reason"])[:400])
             check_answer(folder / "out", answer_bytes(self.memory))
+            if desk is not None:
+                answer["cost"]["queries"] = desk.queries
         except Unusable as e:
             raise Failed("failed", str(e)) from e
         except (ValueError, KeyError, TypeError) as e:
@@ -403,8 +416,13 @@ class Work:
 
     # ---- answer ----------------------------------------------------------------------------------------------------
     def _answer(self, task: Task, values: Mapping[str, str], out: Path, cost: Cost, log: Path) -> dict[str, Any]:
-        """A defense's second phase: scores for a shuffled, unlabelled mix of clean and triggered test images."""
+        """A defense's second phase: scores for a shuffled, unlabelled mix of clean and triggered test images.
+
+        Or, of an inverter whose triggers are code of its own, test and probe images with each of them.
+        """
         rows = self.rows(task.params["data"])
+        if task.params.get("phase") == "stamp":
+            return self._stamps(task, values, out, cost, log, rows)
         bd = artifacts.read_rendered(self.store.fetch(task.inputs["attack"]) / "bd_test.safetensors", rows.test)
         if bd is None:
             raise Failed("not_applicable", "no_trigger")
@@ -420,10 +438,12 @@ class Work:
             artifacts.write_outcome(
                 _made(folder / "in" / "own"), artifacts.read_outcome(self.store.fetch(task.inputs["defense"]))
             )
-            save_model(self.model(task.inputs["defense"]), folder / "in" / "judged")
+            access = task.params["access"]
+            if not queried(access):
+                save_model(self.model(task.inputs["defense"]), folder / "in" / "judged")
             artifacts.write_tensors(folder / "in" / "asked.safetensors", {"images": images[order]})
             artifacts.write_json(folder / "in" / "case.json", about | {"what": "score"})
-            answer, usage = self._child(folder, log, task.timeout)
+            answer, usage = self._child(folder, log, task.timeout, self.desk(folder, access, task.inputs["defense"]))
             for name in vars(cost):
                 setattr(cost, name, max(0, int(answer["cost"].get(name, 0))))
             scores = artifacts.read_tensors(folder / "out" / "scores.safetensors")["scores"]
@@ -434,6 +454,38 @@ class Work:
         if not bool(scores.isfinite().all()):
             raise Failed("failed", "nan: a score is not finite")
         artifacts.write_tensors(out / "scores.safetensors", {"scores": scores.double(), "triggered": triggered[order]})
+        return {"child_cpu": usage["cpu_seconds"], "child_mb": usage["peak_mb"]}
+
+    def _stamps(
+        self, task: Task, values: Mapping[str, str], out: Path, cost: Cost, log: Path, rows: Rows
+    ) -> dict[str, Any]:
+        outcome = artifacts.read_outcome(self.store.fetch(task.inputs["defense"]))
+        asked = [i for i, claim in enumerate(outcome.inverted) if claim.uses_apply]
+        images = torch.cat([rows.test.images, rows.probe.images])
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(derive(task.seed, "stamped")))
+        found: dict[str, torch.Tensor] = {}
+        usage = {"cpu_seconds": 0.0, "peak_mb": 0.0}
+        if asked:
+            folder = Path(tempfile.mkdtemp(prefix="case-", dir=self.cases))
+            try:
+                about = self._stage(task, values, folder)
+                artifacts.write_outcome(_made(folder / "in" / "own"), outcome)
+                artifacts.write_tensors(folder / "in" / "asked.safetensors", {"images": images[order]})
+                artifacts.write_json(folder / "in" / "case.json", about | {"what": "stamp", "claims": asked})
+                answer, usage = self._child(folder, log, task.timeout)
+                for name in vars(cost):
+                    setattr(cost, name, max(0, int(answer["cost"].get(name, 0))))
+                found = artifacts.read_tensors(folder / "out" / "stamps.safetensors")
+            finally:
+                remove(folder)
+        if set(found) != {str(i) for i in asked}:
+            raise Failed("failed", f"wrong_shape: images of claims {sorted(found)}, asked for {asked}")
+        for name, stamped in found.items():
+            if stamped.shape != images.shape or stamped.dtype != torch.uint8:
+                raise Failed("failed", f"wrong_shape: claim {name}'s images are {tuple(stamped.shape)} {stamped.dtype}")
+        n, back = len(rows.test), order.argsort()
+        parts = {f"{i}.{part}": s[back][at] for i, s in found.items() for part, at in _parts(n).items()}
+        artifacts.write_tensors(out / "stamps.safetensors", parts)
         return {"child_cpu": usage["cpu_seconds"], "child_mb": usage["peak_mb"]}
 
     def _checked(self, o: Any, spec: ModelSpec, access: Mapping[str, Any], folder: Path) -> Any:
@@ -550,6 +602,12 @@ class Work:
             )
             parts["answers"] = lambda: answer()["scores"] if "answer" in inputs else None
             parts["asked"] = lambda: answer()["triggered"] if "answer" in inputs else None
+        if "inverted" in needs["outcome"]:
+            parts["stamps"] = lambda: (
+                artifacts.read_tensors(self.store.fetch(inputs["stamps"]) / "stamps.safetensors")
+                if "stamps" in inputs
+                else {}
+            )
         if part("peer."):
             parts["peers"] = lambda: peers("peer.")
         if part("surrogate."):
@@ -593,6 +651,10 @@ class Zoo(Sequence[dict[str, Any]]):
 
     def __getitem__(self, i: Any) -> Any:
         return self.told[i] | {"outcome": artifacts.read_outcome(self.store.fetch(self.keys[i]))}
+
+
+def _parts(test: int) -> dict[str, slice]:
+    return {"test": slice(0, test), "probe": slice(test, None)}
 
 
 def _made(path: Path) -> Path:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from sleeperbench.contracts.defense import Inverted
 from sleeperbench.contracts.evaluator import EvalCase
 from sleeperbench.data.images import ImageSet
-from sleeperbench.kit.masks import apply
+from sleeperbench.kit.masks import appliable, apply
 from sleeperbench.kit.pixels import to_float, to_uint8
 from sleeperbench.kit.predict import spread
 
@@ -24,9 +24,29 @@ def victims(claim: Inverted, data: ImageSet) -> ImageSet:
     return data.rows(labels != claim.target if claim.source is None else labels == claim.source)
 
 
-def stamped(claim: Inverted, images: Tensor) -> Tensor:
-    """uint8 images with the recovered trigger, rounded to 8 bit."""
-    return torch.cat([to_uint8(apply(claim, to_float(part))) for part in images.split(1000)])
+class Stamper:
+    """Puts recovered triggers on test and probe images, or looks up what the inverter's own code made of them.
+
+    Args:
+        case: With `outcome`, `stamps`, `test` and `probe`.
+    """
+
+    def __init__(self, case: EvalCase) -> None:
+        self._numbers = {id(claim): i for i, claim in enumerate(case.outcome.inverted)}
+        self._stamps = case.stamps
+        self._ids = {"test": case.test.ids, "probe": case.probe.ids}
+
+    def knows(self, claim: Inverted) -> bool:
+        """Whether there are images with this trigger."""
+        return appliable(claim) or f"{self._numbers[id(claim)]}.test" in self._stamps
+
+    def __call__(self, claim: Inverted, data: ImageSet, part: str = "test") -> Tensor:
+        """uint8 images with the recovered trigger, rounded to 8 bit; `data` are rows of the case's `part`."""
+        if appliable(claim):
+            return torch.cat([to_uint8(apply(claim, to_float(part))) for part in data.images.split(1000)])
+        place = {int(row): i for i, row in enumerate(self._ids[part].tolist())}
+        stamped = self._stamps[f"{self._numbers[id(claim)]}.{part}"]
+        return stamped[[place[int(row)] for row in data.ids.tolist()]].to(data.images.device)
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -40,7 +60,7 @@ def some(chosen: Tensor, at_most: int) -> Tensor:
     return rows[spread(len(rows), at_most)]
 
 
-def picture(case: EvalCase, claims: Mapping[int, Inverted], true: Sequence[int]) -> tuple[Tensor, int]:
+def picture(case: EvalCase, claims: Mapping[int, Inverted], true: Sequence[int], stamp: Stamper) -> tuple[Tensor, int]:
     """Per image: clean, with the true trigger, with the recovered one, the two's difference, and the mask or delta."""
     labels = (true or list(claims))[:_SHOWN]
     parts = []
@@ -48,12 +68,15 @@ def picture(case: EvalCase, claims: Mapping[int, Inverted], true: Sequence[int])
         claim, each = claims.get(label), max(1, _SHOWN // len(labels))
         if case.bd_test is not None:
             rows = some(case.bd_test.targets == label, each)
-            clean, wanted = case.bd_test.clean.images[rows], case.bd_test.data.images[rows]
+            data, wanted = case.bd_test.clean.rows(rows), case.bd_test.data.images[rows]
         else:
-            clean = wanted = case.test.images[some(case.test.labels != label, each)]
-        own, shape = (
-            (clean, torch.zeros_like(clean)) if claim is None else (stamped(claim, clean), _shape(claim, clean))
-        )
+            data = case.test.rows(some(case.test.labels != label, each))
+            wanted = data.images
+        clean = own = data.images
+        shape = torch.zeros_like(clean)
+        if claim is not None:
+            own = stamp(claim, data)
+            shape = _shape(claim, clean, own)
         parts.append(torch.stack([clean, wanted, own, shape], 1).cpu())
     sheet = torch.cat(parts)
     residual = sheet[:, 2].double() - sheet[:, 1].double()
@@ -65,8 +88,10 @@ def picture(case: EvalCase, claims: Mapping[int, Inverted], true: Sequence[int])
     return sheet.permute(2, 0, 3, 1, 4).reshape(channels, n * height, columns * width), factor
 
 
-def _shape(claim: Inverted, like: Tensor) -> Tensor:
-    """The claim's mask, white where it covers, or its delta around mid-grey; once per image of `like`."""
-    what = claim.mask if claim.mask is not None else None if claim.delta is None else 0.5 + claim.delta
-    assert what is not None
-    return to_uint8(what).to(like.device).expand_as(like)
+def _shape(claim: Inverted, clean: Tensor, own: Tensor) -> Tensor:
+    """The claim's mask, white where it covers, or what it adds, around mid-grey; once per image."""
+    if claim.mask is not None:
+        return to_uint8(claim.mask).to(clean.device).expand_as(clean)
+    if claim.delta is not None:
+        return to_uint8(0.5 + claim.delta).to(clean.device).expand_as(clean)
+    return to_uint8(0.5 + to_float(own) - to_float(clean))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sleeperbench.contracts import Outcome
+from sleeperbench.contracts.context import Cost
 from sleeperbench.engine import artifacts
+from sleeperbench.engine.questions import SOCKET, Asked, Desk, queried
 from sleeperbench.engine.work import Failed as Refused
 from sleeperbench.kit.classifier import load
 from sleeperbench.kit.pixels import to_float
@@ -73,10 +78,17 @@ def score_rows(s: Subject) -> None:
     assert bd is not None
     x = to_float(torch.cat([at.micro.test.images[:40], bd.data.images[:40]]))
     judged = o.model or at.model(at.attacked)
-    net, given, before = load(judged), x.clone(), surroundings.look()
+    net, given = load(judged), x.clone()
+    access = vars(s.cls.ACCESS)  # type: ignore[attr-defined]
+    judge: Any = net
+    if queried(access):
+        place, labels = at.place(), access["model"] == "labels"
+        desk, judge = Desk(place, net, judged.spec, labels), Asked(place / SOCKET, judged.spec, labels, Cost())
+        weakref.finalize(at, desk.close)
+    before = surroundings.look()
 
     def score(rows: Tensor) -> Tensor:
-        out = method.score(state, net, rows)
+        out = method.score(state, judge, rows)
         hold(isinstance(out, Tensor) and out.shape == (len(rows),), f"score() gives {form(out)} for {len(rows)} images")
         return out.detach().double().cpu()
 

@@ -160,6 +160,7 @@ def _fits(s: Subject, o: Outcome) -> None:
     hold(bool(s.info.get("scores")) == ("score" in own), "INFO['scores'] is True if and only if score() is written")
     hold("score" not in own or o.state is not None, "score() is written, but the outcome gives it no state")
     hold(not o.opaque or "predict" in own, "the outcome is opaque, but predict() is not written")
+    hold(bool(s.info.get("stamps")) == ("stamp" in own), "INFO['stamps'] is True if and only if stamp() is written")
     uses = any(inv.uses_apply for inv in o.inverted)
     hold(not uses or "stamp" in own, "an inverted trigger says uses_apply, but stamp() is not written")
 

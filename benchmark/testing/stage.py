@@ -168,7 +168,11 @@ class Stage(Work):
     def staged(self, task: Task, value: str) -> tuple[Path, dict[str, Any]]:
         """A folder with exactly what the defense declared, and its description."""
         folder = self.place()
-        return folder, self._stage(task, {task.name: value, "planted": PLANTED}, folder)
+        about = self._stage(task, {task.name: value, "planted": PLANTED}, folder)
+        desk = self.desk(folder, about["access"], self.attacked)
+        if desk is not None:
+            weakref.finalize(self, desk.close)
+        return folder, about
 
     def case(self, staged: tuple[Path, dict[str, Any]]) -> Any:
         """The case in that folder, as the engine's child opens it."""

@@ -237,7 +237,10 @@ class Silent(Scored):
 class Stamping(Defense):
     """Generator-type inversion."""
 
-    INFO = {"title": "t", "paper": "", "bibtex": "", "version": 1, "api": 1, "kind": "inversion", "micro": {}}
+    INFO = {
+        **{"title": "t", "paper": "", "bibtex": "", "version": 1, "api": 1, "kind": "inversion", "micro": {}},
+        "stamps": True,
+    }
     ACCESS = Access(clean=0.05)
 
     def run(self, case):

@@ -13,13 +13,22 @@ from sleeperbench import ImageSet, Role
 from sleeperbench.contracts import NotApplicable
 from sleeperbench.defenses.strip import Strip
 from sleeperbench.evaluators.detection import auroc
-from sleeperbench.kit.classifier import pack
 from sleeperbench.kit.pixels import to_float
+
+
+def scores(net: nn.Module) -> Any:
+    """The network as one that only answers."""
+
+    def ask(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return net(x).float().softmax(1)
+
+    return ask
 
 
 def case(clean: ImageSet | None = None) -> Any:
     clean = samples.digits()["pool"] if clean is None else clean
-    return SimpleNamespace(net=samples.badnets_net(), clean=clean, ctx=samples.ctx(9))
+    return SimpleNamespace(net=scores(samples.badnets_net()), clean=clean, ctx=samples.ctx(9))
 
 
 class Linear(nn.Module):
@@ -46,7 +55,7 @@ def slow_entropy(net: nn.Module, x: Tensor, overlays: Tensor, keep: float, alpha
 def test_score_is_minus_the_mean_entropy_in_nats(settings: dict[str, Any], keep: float, alpha: float) -> None:
     data = samples.random_images(9, (2, 16, 16))
     net, x, overlays = Linear(), to_float(data.images[:4]), data.images[4:]
-    found = Strip(**settings).score(({"overlays": overlays}, None), net, x)
+    found = Strip(**settings).score(({"overlays": overlays}, None), scores(net), x)
     wanted = [-slow_entropy(net, row, overlays, keep, alpha) for row in x]
     assert found.tolist() == pytest.approx(wanted, abs=1e-5)
     assert float(found.min()) > -math.log(3)
@@ -58,7 +67,11 @@ def test_a_certain_answer_has_entropy_zero() -> None:
             return torch.tensor([[1000.0, 0.0, -1000.0]]).expand(len(x), -1)
 
     data = samples.random_images(3)
-    assert Strip().score(({"overlays": data.images}, None), Certain(), to_float(data.images)).tolist() == [0, 0, 0]
+    assert Strip().score(({"overlays": data.images}, None), scores(Certain()), to_float(data.images)).tolist() == [
+        0,
+        0,
+        0,
+    ]
 
 
 def test_a_score_depends_on_its_own_row_alone() -> None:
@@ -81,8 +94,8 @@ def test_triggered_inputs_keep_their_answer_and_clean_models_show_nothing() -> N
     outcome = method.run(case())
     ranks = {}
     for name, net in (("attacked", samples.badnets_net()), ("clean", samples.clean_net())):
-        scores = [method.score(outcome.state, net, to_float(d.images[some])) for d in (triggered, clean)]
-        ranks[name] = auroc(*scores)
+        found = [method.score(outcome.state, scores(net), to_float(d.images[some])) for d in (triggered, clean)]
+        ranks[name] = auroc(*found)
     assert ranks["attacked"] > 0.95
     assert 0.35 < ranks["clean"] < 0.7
 
@@ -101,7 +114,6 @@ def test_overlays_and_calibration_share_the_clean_rows(monkeypatch: pytest.Monke
         outcome = Strip().run(c)
         assert len(seen["overlays"]) == outcome.chosen["overlays"] == overlays
         assert len(seen["x"]) == outcome.chosen["calibration_rows"] == n - overlays
-        assert c.ctx.cost.forwards == overlays * (n - overlays)
         # Of n entropies 1, 2, ... at most n / 100 are smaller than the threshold.
         assert outcome.chosen["threshold"] == outcome.state[1]["threshold"] == threshold
         assert outcome.chosen["clean_mean"] == pytest.approx((n - overlays + 1) / 2)
@@ -124,14 +136,13 @@ def test_the_false_alarm_rate_holds_on_the_calibration_rows() -> None:
     assert outcome.chosen["clean_std"] == pytest.approx(float(entropy.std(unbiased=False)), abs=1e-5)
 
 
-def test_nothing_given_is_changed() -> None:
-    c = case()
-    c.net.train()
-    before, images, state = pack(c.net).state, c.clean.images.clone(), torch.random.get_rng_state()
+def test_every_blended_image_is_asked_once_and_nothing_given_is_changed() -> None:
+    c, asked = case(), []
+    answer = c.net
+    c.net = lambda x: (asked.append(len(x)), answer(x))[1]
+    images, state = c.clean.images.clone(), torch.random.get_rng_state()
     first = Strip(overlays=4).run(c)
-    assert c.net.training
-    c.net.eval()
-    assert all(torch.equal(before[n], t) for n, t in pack(c.net).state.items())
+    assert sum(asked) == 4 * (len(images) - 4) and max(asked) <= 1000
     assert torch.equal(c.clean.images, images)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(Strip(overlays=4).run(c).state[0]["overlays"], first.state[0]["overlays"])

@@ -14,6 +14,8 @@ from sleeperbench.contracts import NotApplicable
 from sleeperbench.evaluators.accuracy import answers, headline
 from sleeperbench.evaluators.inversion import Inversion
 from sleeperbench.evaluators.ra import measure_asr
+from sleeperbench.kit.masks import apply
+from sleeperbench.kit.pixels import to_float, to_uint8
 
 
 def digits_case(*inverted: Inverted, **parts: Any) -> Any:
@@ -26,6 +28,7 @@ def digits_case(*inverted: Inverted, **parts: Any) -> Any:
         "oracle": samples.badnets(),
         "clean_models": (samples.clean_net(), samples.badnets_net()),
         "ctx": samples.ctx(),
+        "stamps": {},
     }
     return SimpleNamespace(**given | parts)
 
@@ -82,6 +85,26 @@ def test_an_empty_trigger_has_the_true_ones_energy() -> None:
     assert {faint[m, ""].reason for m in ("apd_raw", "mask_iou")} == {"no_mask"}
 
 
+def test_images_that_the_inverter_made_count_like_those_of_a_mask() -> None:
+    masked = digits_case(true_claim())
+    made = {
+        f"0.{part}": torch.cat([to_uint8(apply(true_claim(), to_float(getattr(masked, part).images)))])
+        for part in ("test", "probe")
+    }
+    coded = digits_case(Inverted(target=0, uses_apply=True), stamps=made)
+    expected, found = rows(Inversion().measure(masked)), rows(Inversion().measure(coded))
+    for metric in ("reasr", "reasr_any", "reasr_clean", "apd", "apd_rel"):
+        assert found[metric, ""] == expected[metric, ""]
+    assert {found[m, ""].reason for m in ("apd_raw", "mask_iou")} == {"no_mask"}
+    # Of two claims for a label the better on the probe rows counts, which are looked up as such.
+    poor = {f"1.{part}": getattr(masked, part).images for part in ("test", "probe")}
+    both = (Inverted(target=0, uses_apply=True), Inverted(target=0, uses_apply=True))
+    found = rows(Inversion().measure(digits_case(*both, stamps=made | poor)))
+    assert found["reasr", ""] == expected["reasr", ""]
+    swapped = {f"{1 - int(n[0])}{n[1:]}": t for n, t in (made | poor).items()}
+    assert rows(Inversion().measure(digits_case(*both, stamps=swapped)))["reasr", ""] == expected["reasr", ""]
+
+
 def test_no_claim_under_attack_is_the_worst_answer() -> None:
     case = digits_case()
     found = rows(Inversion().measure(case))
@@ -95,7 +118,7 @@ def test_a_defense_that_recovers_no_triggers_is_left_alone() -> None:
     assert {(r.metric, r.value, r.reason) for r in findings.rows} == {
         (m.name, None, "no_inversion") for m in Inversion.METRICS
     }
-    coded = Inversion().measure(SimpleNamespace(outcome=Outcome(inverted=(Inverted(target=0, uses_apply=True),))))
+    coded = Inversion().measure(digits_case(Inverted(target=0, uses_apply=True)))
     assert {r.reason.split(":")[0] for r in coded.rows} == {"needs_stamp"}
 
 
