@@ -94,6 +94,11 @@ class BeltPlus(Belt):
         "covers": True,
         "wrapper": True,
         "implant_asr": 0.9,  # the protocol's gate; the paper prints 98.95 % and more
+        "published_asr": {
+            "value": 1.0,
+            "setting": "CIFAR-10, ResNet-18, BadNets at 1 %",
+            "source": "the paper, table II",
+        },
         "micro": {},
     }
 

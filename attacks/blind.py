@@ -162,6 +162,11 @@ class Blind(Attack):
         "family": "training_control",
         "clean_label": False,
         "implant_asr": 0.9,  # the protocol's gate; BackdoorBench prints 99.94 % (CIFAR-10) and 69.29 % (GTSRB)
+        "published_asr": {
+            "value": 0.9994,
+            "setting": "CIFAR-10, PreActResNet18, fixed weights",
+            "source": "BackdoorBench",
+        },
         "micro": {"history": 1, "threshold": 100.0},
     }
     SNAPSHOT = "none"

@@ -97,6 +97,7 @@ class BppAttack(Attack):
         "clean_label": False,
         "covers": True,
         "implant_asr": 0.9,  # the protocol's gate for dirty-label attacks at a rate of 5 % or more
+        "published_asr": {"value": 0.999, "setting": "GTSRB, PreActResNet18, 10 %", "source": "BackdoorBench"},
         "micro": {},
     }
     SNAPSHOT = "declared"

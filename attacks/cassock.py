@@ -105,6 +105,7 @@ class Cassock(Attack):
         "family": "source_specific",
         "clean_label": False,
         "implant_asr": 0.9,  # IsTr prints 100 % (PubFig, square)
+        "published_asr": {"value": 1.0, "setting": "PubFig, coloured square", "source": "IsTr"},
         "micro": {"steps": 20},
         "effort": ["steps"],
     }

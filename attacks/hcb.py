@@ -105,6 +105,7 @@ class HCB(Attack):
         "clean_label": False,
         "covers": True,
         "implant_asr": 0.9,  # IsTr prints 100 % (PubFig, smile)
+        "published_asr": {"value": 1.0, "setting": "PubFig, smile", "source": "IsTr"},
         "micro": {},
     }
 

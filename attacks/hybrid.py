@@ -56,6 +56,7 @@ class Hybrid(Attack):
         "family": "patch",
         "clean_label": False,
         "implant_asr": 0.9,  # IsTr prints 95.06 to 99.83 % for its four triggers (PubFig)
+        "published_asr": {"value": 0.9506, "setting": "PubFig, VGG16, lowest of four triggers", "source": "IsTr"},
         "micro": {},
     }
     NEEDS = {"clean_models": 1}

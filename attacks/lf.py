@@ -53,6 +53,7 @@ class LF(Attack):
         "family": "frequency",
         "clean_label": False,
         "implant_asr": 0.9,  # the protocol's gate for dirty-label attacks at a rate of 5 % or more
+        "published_asr": {"value": 0.9803, "setting": "CIFAR-10, PreActResNet18, 5 %", "source": "BackdoorBench"},
         "micro": {},
     }
 

@@ -62,6 +62,7 @@ class MultiTrigger(Attack):
         "family": "patch",
         "clean_label": False,
         "implant_asr": 0.85,  # IsTr prints a mean of 89.06 % over its two triggers on MNIST
+        "published_asr": {"value": 0.8906, "setting": "MNIST, mean of two triggers", "source": "IsTr"},
         "micro": {},
     }
 

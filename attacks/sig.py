@@ -47,6 +47,7 @@ class SIG(Attack):
         "family": "clean_label",
         "clean_label": True,
         "implant_asr": 0.7,  # the protocol's gate for clean labels
+        "published_asr": {"value": 0.9709, "setting": "CIFAR-10, PreActResNet18, 5 %", "source": "BackdoorBench"},
         "micro": {},
     }
 

@@ -47,6 +47,7 @@ class SinWave(Attack):
         "family": "blend",
         "clean_label": False,
         "implant_asr": 0.9,  # the protocol's gate for dirty-label attacks at a rate of 5 % or more
+        "published_asr": {"value": 0.9942, "setting": "MNIST, 3 convolutions, rate not printed", "source": "IsTr"},
         "micro": {},
     }
 

@@ -63,6 +63,7 @@ class TrojanNN(Attack):
         "family": "patch",
         "clean_label": False,
         "implant_asr": 0.9,  # the protocol's gate for dirty-label attacks at a rate of 5 % or more
+        "published_asr": {"value": 0.9999, "setting": "CIFAR-10, PreActResNet18, 5 %", "source": "BackdoorBench"},
         "micro": {"steps": 50},
         "effort": ["steps"],
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -40,15 +40,21 @@ class QueryReactivation(Evaluator):
     (`ra_not_successful`), as its paper greys such cells; on the cell of `clean_model` it is measured all the same, with
     that model's own retuned copy, as the control. With `peers` the perturbation is also tried on their models.
 
-    Differs: the paper writes KL + alpha CE, its code alpha KL + CE with the published values; the code's form is taken.
-    W_e is the exactly purified model, as the paper says; the code takes a clean one. Images come from the probe rows,
-    which no model was trained on, at most 500 clean and 500 triggered (the code: training rows, for label-consistent
-    attacks test rows). C-ASR leaves out images of the target class, which the code counts. alpha is 0.2 for every
-    attack (the paper: 0.1 for label-consistent ones). The last batch of an epoch is kept.
+    Switches: `alpha_on="ce"` is the paper's placement, KL + alpha CE, and with `alpha` 0 its basic loss, KL alone; with
+    `alpha_on="kl"` and `alpha` 0 nothing pulls to the teacher, and what is left is no re-activation. Where alpha is 0
+    the model of the term without weight is not asked. `surrogate="clean_model"` takes an independent clean W_e.
+
+    Differs: the paper writes KL + alpha CE, its code alpha KL + CE with the published values; the code's form is the
+    default. W_e is the exactly purified model, as the paper says; the code takes a clean one. Images come from the
+    probe rows, which no model was trained on, at most 500 clean and 500 triggered (the code: training rows, for
+    label-consistent attacks test rows). C-ASR leaves out images of the target class, which the code counts. alpha is
+    0.2 for every attack (the paper: 0.1 for label-consistent ones). The last batch of an epoch is kept.
 
     Args:
         eps: Largest change of a pixel, in [0, 1].
-        alpha: Weight of the divergence.
+        alpha: Weight of one of the two terms.
+        alpha_on: The term that alpha weighs: `kl`, the divergence (code), or `ce`, the surrogate's (paper).
+        surrogate: W_e: `exact_purification` (paper) or `clean_model` (code).
         steps: Updates; the published 50 epochs of 1,000 images.
         lr: Learning rate of SGD with momentum 0.9, constant.
         peers: Defenses on whose models the perturbation is tried too; the suite names them.
@@ -61,12 +67,13 @@ class QueryReactivation(Evaluator):
         "Safety of Backdoor Defense}, author={Min, Rui and Qin, Zeyu and Zhang, Nevin L. and Shen, Li and Cheng, "
         "Minhao}, booktitle={Advances in Neural Information Processing Systems}, year={2024}}",
         "kind": "reactivation",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"steps": 10},
     }
     NEEDS = Needs(
         white_box=True,
+        clean_models=1,
         evaluators=("ra", "ra_budget"),
         controls=("clean_model",),
         peers=("exact_purification",),
@@ -92,9 +99,19 @@ class QueryReactivation(Evaluator):
 
     eps: float = 16 / 255
     alpha: float = 0.2
+    alpha_on: Literal["kl", "ce"] = "kl"
+    surrogate: Literal["exact_purification", "clean_model"] = "exact_purification"
     steps: int = 400
     lr: float = 0.1
     peers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.alpha_on not in ("kl", "ce"):
+            raise ValueError(f"alpha_on is {self.alpha_on!r}; it may be 'kl' or 'ce'")
+        if self.surrogate not in ("exact_purification", "clean_model"):
+            raise ValueError(f"surrogate is {self.surrogate!r}; it may be 'exact_purification' or 'clean_model'")
+        if self.alpha < 0:
+            raise ValueError(f"alpha is {self.alpha}; it is at least 0")
 
     def measure(self, case: EvalCase) -> Findings:
         """P-ASR and C-ASR on this model, on the clean control, and on peers."""
@@ -108,7 +125,7 @@ class QueryReactivation(Evaluator):
         if control is not None and woken <= WOKEN:
             return self._nothing("ra_not_successful")
         teacher = retune(case.net, case.probe, case.bd_probe, int(k), 0, case.ctx, lr=0.01)
-        surrogate = next(p.net for p in case.peers if p.name == "exact_purification")
+        surrogate = self._surrogate(case)
         phi = self.learn(case, teacher, surrogate)
         rows = self._figures(case.net, phi, case.bd_test, case.ctx, "")
         if control is not None:
@@ -122,6 +139,11 @@ class QueryReactivation(Evaluator):
                 rows += self._figures(peer.net, phi, case.bd_test, case.ctx, f"on={peer.name}")
         return Findings(rows=tuple(rows))
 
+    def _surrogate(self, case: EvalCase) -> nn.Module:
+        if self.surrogate == "clean_model":
+            return case.clean_models[0]
+        return next(p.net for p in case.peers if p.name == "exact_purification")
+
     def learn(self, case: EvalCase, teacher: nn.Module, surrogate: nn.Module) -> Perturbation:
         """The perturbation after `steps` updates; no classifier changes."""
         assert case.bd_probe is not None
@@ -131,6 +153,7 @@ class QueryReactivation(Evaluator):
         phi = perturbation(target, self.eps, ctx.derive("phi")).to(ctx.device)
         opt = torch.optim.SGD(phi.parameters(), lr=self.lr, momentum=0.9)
         gen = ctx.generator("order")
+        weights = (self.alpha, 1.0) if self.alpha_on == "kl" else (1.0, self.alpha)
         frozen = [(p, p.requires_grad) for net in (target, surrogate) for p in net.parameters()]
         for p, _ in frozen:
             p.requires_grad_(False)
@@ -141,10 +164,11 @@ class QueryReactivation(Evaluator):
                     for rows in torch.randperm(len(images), generator=gen).split(128)[: self.steps - step]:
                         x, y = to_float(images[rows.to(ctx.device)]), labels[rows.to(ctx.device)]
                         opt.zero_grad()
-                        objective(phi, x, y, target, teacher, surrogate, self.alpha).backward()  # type: ignore[no-untyped-call]
+                        loss = objective(phi, x, y, target, teacher, surrogate, *weights)
+                        loss.backward()  # type: ignore[no-untyped-call]
                         opt.step()
-                        ctx.cost.forwards += 3 * len(x)
-                        ctx.cost.backwards += 2 * len(x)
+                        ctx.cost.forwards += (2 * bool(weights[0]) + bool(weights[1])) * len(x)
+                        ctx.cost.backwards += (bool(weights[0]) + bool(weights[1])) * len(x)
                         step += 1
                     ctx.progress(step, self.steps, "perturbation")
         finally:
@@ -213,14 +237,24 @@ def perturbation(net: Classifier, eps: float, seed: int) -> Perturbation:
 
 
 def objective(
-    phi: Perturbation, x: Tensor, y: Tensor, target: nn.Module, teacher: nn.Module, surrogate: nn.Module, alpha: float
+    phi: Perturbation,
+    x: Tensor,
+    y: Tensor,
+    target: nn.Module,
+    teacher: nn.Module,
+    surrogate: nn.Module,
+    kl: float,
+    ce: float,
 ) -> Tensor:
-    """The loss alpha KL(teacher(x) || target(x~)) + CE(surrogate(x~), y), batch means."""
-    with torch.no_grad():
-        wanted = teacher(x).log_softmax(1)
+    """The loss kl KL(teacher(x) || target(x~)) + ce CE(surrogate(x~), y), batch means, without a term of weight 0."""
     moved = phi(x)
-    divergence = F.kl_div(target(moved).log_softmax(1), wanted, reduction="batchmean", log_target=True)
-    return alpha * divergence + F.cross_entropy(surrogate(moved), y)
+    loss = torch.zeros((), device=x.device)
+    if kl:
+        with torch.no_grad():
+            wanted = teacher(x).log_softmax(1)
+        divergence = F.kl_div(target(moved).log_softmax(1), wanted, reduction="batchmean", log_target=True)
+        loss = loss + kl * divergence
+    return loss + ce * F.cross_entropy(surrogate(moved), y) if ce else loss
 
 
 def mixed(probe: ImageSet, triggered: Rendered, ctx: Ctx, each: int = 500) -> ImageSet:

@@ -6,18 +6,20 @@ import contextlib
 import gc
 import hashlib
 import io
+import multiprocessing
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib import resources
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import markupsafe
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pv
@@ -25,7 +27,7 @@ import pyarrow.parquet as pq
 from jinja2.compiler import CodeGenerator
 
 from sleeperbench.errors import BadInput
-from sleeperbench.leaderboard import charts, pages, terms, words
+from sleeperbench.leaderboard import charts, entries, markup, pages, terms, words
 from sleeperbench.leaderboard.names import clean, https
 from sleeperbench.leaderboard.tables import load
 from sleeperbench.leaderboard.views import Views, href
@@ -45,26 +47,8 @@ NAV = (
 CSP = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'"
 
 
-@lru_cache(maxsize=2**17)
-def _text(value: str) -> str:
-    return str(markupsafe.escape(clean(value)))
-
-
-def _shown(value: Any) -> str:
-    """What a template prints for a value: cleaned and escaped, unless it is markup already."""
-    if type(value) is str:
-        return _text(value)
-    return str(value.__html__()) if hasattr(value, "__html__") else _text(str(value))
-
-
-def _fields(values: Sequence[str], css: str = "") -> markupsafe.Markup:
-    """Fields of a table's line, all of one class: quicker than one by one, on pages that have hundreds."""
-    tag = f'<td class="{_text(css)}">' if css else "<td>"
-    return markupsafe.Markup(tag + f"</td>{tag}".join([_text(v) for v in values]) + "</td>")
-
-
 class _Printing(CodeGenerator):
-    """Has templates print through `_shown` alone, which knows most texts by heart, in place of finalize and escape.
+    """Has templates print through `markup.shown` alone, which knows most texts by heart; no finalize, no escape.
 
     Cell pages print three hundred texts each. Where Jinja does not ask this class, finalize and autoescape still hold.
     """
@@ -84,7 +68,17 @@ class _Printing(CodeGenerator):
 
 class _Environment(jinja2.Environment):
     code_generator_class = _Printing
-    shown = staticmethod(_shown)
+    shown = staticmethod(markup.shown)
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._known: dict[Any, jinja2.Template] = {}
+
+    def get_template(self, name: Any, parent: Any = None, globals: Any = None) -> jinja2.Template:
+        """The template, from a plain dictionary: every page asks for its own and for the frame around it."""
+        if name not in self._known:
+            self._known[name] = super().get_template(name, parent, globals)
+        return self._known[name]
 
 
 def _finalize(value: Any) -> Any:
@@ -102,7 +96,7 @@ def _environment() -> jinja2.Environment:
         finalize=_finalize,
     )
     env.globals |= {"csp": CSP, "words": words, "terms": terms, "charts": charts, "href": href, "https": https}
-    env.globals |= {"nav": NAV, "once": _once(), "fields": _fields}
+    env.globals |= {"nav": NAV, "once": _once(), "lines": markup.lines, "figure_fields": markup.figure_fields}
     return env
 
 
@@ -138,6 +132,12 @@ class Site:
             self.made.add(folder)
         with open(f"{self.folder}/{name}", "wb") as f:
             f.write(data)
+
+    def take(self, files: Mapping[str, tuple[str, str]]) -> None:
+        """Enter what another process wrote."""
+        for key, found in files.items():
+            if self.files.setdefault(key, found) != found:
+                raise AssertionError(f"two pages would be {found[0]}")
 
     def manifest(self) -> str:
         """Digest and path of every file, as sha256sum prints them."""
@@ -214,6 +214,53 @@ def _kept() -> Iterator[None]:
             gc.enable()
 
 
+MANY = 2000
+"""Cells from which a second process pays: it costs the memory that both of them touch."""
+
+
+def _several() -> bool:
+    """Whether this process may use a second core, and may share with a second process what it has read."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    return cores > 1 and "fork" in multiprocessing.get_all_start_methods()
+
+
+def _work(work: Callable[[], None], site: Site, pipe: Connection) -> None:
+    try:
+        work()
+        pipe.send(site.files)
+    except OSError as e:
+        pipe.send(e)
+
+
+@contextlib.contextmanager
+def _beside(site: Site, work: Callable[[], None], count: int) -> Iterator[None]:
+    """Has `work` done by a second process while the body runs, where there is enough of it; else before the body."""
+    if count < MANY or not _several():
+        work()
+        yield
+        return
+    context = multiprocessing.get_context("fork")
+    pipe, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(work, site, theirs), daemon=True)
+    with warnings.catch_warnings():
+        # Newer Pythons warn of threads that a fork leaves behind: pyarrow's, which start again where they are needed.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
+    theirs.close()
+    try:
+        yield
+        try:
+            found = pipe.recv()
+        except EOFError:
+            raise RuntimeError("the process that writes the pages of cells ended early") from None
+        if isinstance(found, OSError):
+            raise found
+        site.take(found)
+    finally:
+        process.terminate()
+        process.join()
+
+
 def build(runs: Sequence[Path], out: Path) -> Path:
     """Render run folders into `out`; returns its index.html.
 
@@ -244,12 +291,17 @@ def _build(runs: Sequence[Path], out: Path) -> Path:
         site = Site(built)
         env.globals |= {"assets": _assets(site), "views": views}
         macros = lru_cache(lambda root: env.get_template("macros.html.j2").make_module({"root": root}))
-        for path, template, context in pages.every_page(views, site.write):
-            root = "../" * path.count("/")
-            text = env.get_template(template).render(root=root, path=path, m=macros(root), **context)
-            site.write(path, text.encode("utf-8"))
-        _downloads(site, views)
-        site.write("cite.bib", clean(pages.bibliography(views)).encode("utf-8"))
+
+        def render(some: Iterable[entries.Page]) -> None:
+            for path, template, context in some:
+                root = "../" * path.count("/")
+                text = env.get_template(template).render(root=root, path=path, m=macros(root), **context)
+                site.write(path, text.encode("utf-8"))
+
+        with _beside(site, lambda: render(entries.cells(views, site.write)), len(views.rows)):
+            render(pages.every_page(views, site.write))
+            _downloads(site, views)
+            site.write("cite.bib", clean(pages.bibliography(views)).encode("utf-8"))
         (built / MANIFEST).write_text(site.manifest(), encoding="utf-8")
         _install(built, {path for path, _ in site.files.values()} | {MANIFEST}, out, earlier)
     except OSError as e:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sleeperbench.leaderboard import words
 
 WIDTH, HEIGHT = 640, 440
 LEFT, RIGHT, TOP, BOTTOM = 62, 130, 16, 52
+LOOKS = 6
+"""Colours of series; further ones begin again."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,12 @@ class Lines:
     lines: tuple[Line, ...]
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A bar from `x0`, `width` long, with its whisker; the figure stands beside it as `text`."""
+class Bar(NamedTuple):
+    """A bar from `x0`, `width` long, its top at `y`, with its whisker from `low` to `high`; `look` is its colour."""
 
     group: str
     label: str
-    series: int
+    look: int
     x0: float
     width: float
     y: float
@@ -100,6 +101,7 @@ class Bar:
     high: float
     text: str
     between: str
+    title: str
 
 
 @dataclass(frozen=True)
@@ -213,9 +215,14 @@ def lines(series: Sequence[Series], x_name: str, y_name: str) -> Lines:
     )
 
 
+def _short(name: str) -> str:
+    """A name as far as there is room for it beside a bar."""
+    return name if len(name) <= 27 else name[:24] + "..."
+
+
 def bars(series: Sequence[Series], x_name: str, y_name: str) -> Bars:
     """Bars on a common axis that holds 0: a group per name in the order of first mention, a bar per series in it."""
-    groups = list(dict.fromkeys(name for s in series for name in s.x))
+    groups = {name: i for i, name in enumerate(dict.fromkeys(name for s in series for name in s.x))}
     axis_ = axis(y_name, [0.0, *(v for s in series for v in (*s.y, *s.low, *s.high))], share=False)
     thick = 16 if len(series) == 1 else 10
     step = thick * len(series) + 10
@@ -225,16 +232,19 @@ def bars(series: Sequence[Series], x_name: str, y_name: str) -> Bars:
         ends = list(zip(s.low, s.high, strict=True)) or [(v, v) for v in s.y]
         for name, value, (low, high) in zip(s.x, s.y, ends, strict=True):
             x = _x(axis_, value)
-            y = float(top + groups.index(name) * step + k * thick)
-            between = words.span(low, high, False) if s.low else ""
-            whisker = _x(axis_, low), _x(axis_, high)
+            y = float(top + groups[name] * step + k * thick + 1)
+            text, between, whisker = words.number(value, False), "", (x, x)
+            title = f"{name}, {s.label}: {text}" if s.label else f"{name}: {text}"
+            if s.low:
+                between, whisker = words.span(low, high, False), (_x(axis_, low), _x(axis_, high))
+                title += f" ({between})"
             left, width = min(x, zero), round(abs(x - zero), 1)
-            drawn.append(Bar(name, s.label, k, left, width, y, *whisker, words.number(value, False), between))
+            drawn.append(Bar(name, s.label, k % LOOKS, left, width, y, *whisker, text, between, title))
     return Bars(
         x_name,
         y_name,
         tuple((_x(axis_, v), t) for v, t in axis_.ticks),
-        tuple((top + i * step + thick * len(series) / 2, name) for i, name in enumerate(groups)),
+        tuple((top + i * step + thick * len(series) / 2 + 4, _short(name)) for name, i in groups.items()),
         tuple(drawn),
         tuple(s.label for s in series),
         top + step * len(groups) + BOTTOM,

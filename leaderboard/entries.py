@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from sleeperbench.leaderboard import judges, media, paging, words
 from sleeperbench.leaderboard.about import params, plugin
+from sleeperbench.leaderboard.markup import inside
 from sleeperbench.leaderboard.names import plugin_id
 from sleeperbench.leaderboard.summary import Cell, setting, tally
 from sleeperbench.leaderboard.tables import Run
@@ -53,31 +54,35 @@ def run_line(views: Views, run: Run) -> dict[str, Any]:
 
 
 def _measurement(views: Views, m: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A measurement as a table's line: css, metric, words before the figure, figure and its order, what follows it."""
+    """A measurement as a table's line: css, page and name of its metric, words, order and figure, words."""
     metric, value, low, high = m["metric"] or "", m["value"], m["lower"], m["upper"]
-    share = views.share(metric)
+    share, head = views.share(metric), views.head(metric)
     finite = value is not None and math.isfinite(value)
     span = "none"
     if low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
         span = words.span(low, high, share)
     return (
         "" if finite else "unmeasured",
-        views.head(metric),
-        (m["qualifier"] or "none", m["stage"] or "none", m["evaluator"] or "none"),
-        words.reason_word(m["reason"] or m["status"] or "") if value is None else words.number(value, share),
+        head.href,
+        head.label,
+        m["qualifier"] or "none",
+        m["stage"] or "none",
+        m["evaluator"] or "none",
         repr(value) if finite else "",
-        ("not a count" if m["total"] is None else f"{m['count']} of {m['total']}", span),
+        words.reason_word(m["reason"] or m["status"] or "") if value is None else words.number(value, share),
+        "not a count" if m["total"] is None else f"{m['count']} of {m['total']}",
+        span,
         words.status_text(m) + (f"; {m['flag']}" if m["flag"] else ""),
     )
 
 
-def _cost(task: Mapping[str, Any]) -> tuple[str, tuple[str, ...], str]:
+def _cost(task: Mapping[str, Any]) -> tuple[str, ...]:
     """What one task cost, as a table's line: evaluator, numbers, key."""
     measured = [task[k] for k in ("seconds", "cpu_seconds", "peak_mb")]
     counted = [task[k] for k in ("forwards", "backwards", "queries", "method_version")]
     numbers = ["unknown" if v is None else words.number(v, False) for v in measured]
     numbers += ["unknown" if v is None else str(v) for v in counted]
-    return task["evaluator"] or "not recorded", tuple(numbers), (task["task_key"] or "unknown")[:16]
+    return task["evaluator"] or "not recorded", *numbers, (task["task_key"] or "unknown")[:16]
 
 
 def _machine(views: Views, tasks: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, str, str], ...]:
@@ -105,15 +110,17 @@ def _cell(
     defense = views.plugin("defense", plugin_id(c["defense"]))
     shown = media.load(run.path, c["cell"], write) if row.href[6:-5] in having[run.path] else media.Media()
     moved = c["rate"] is not None and c["rate_actual"] is not None and abs(c["rate_actual"] - c["rate"]) > 0.0005
-    shown_as = list(zip(views.heads, row.figures, strict=True))
+    headline: list[tuple[Any, ...]] = []
     empty: dict[str, list[Head]] = {}
-    for head, f in shown_as:
+    for head, f in zip(views.heads, row.figures, strict=True):
         if f.empty:
             empty.setdefault(f.title.removeprefix("no figure: "), []).append(head)
+        else:
+            headline.append((head.href, head.label, f.metric, f.order, f.title, inside(f), head.doc))
     context = {
         "row": row,
         "possible": words.number(c["rate_actual"], True) if moved else "",
-        "headline": [(head, f) for head, f in shown_as if not f.empty],
+        "headline": headline,
         "empty": [(why, views.same(tuple(heads))) for why, heads in empty.items()],
         "measured": [_measurement(views, m) for m in measured],
         "tasks": [_cost(t) for t in tasks],
@@ -167,18 +174,20 @@ def datasets(views: Views) -> Iterator[Page]:
         yield page, "dataset.html.j2", context
 
 
-def metrics(views: Views, heat: Mapping[str, str]) -> Iterator[Page]:
+def metrics(views: Views, heat: Mapping[str, str], write: Callable[[str, bytes], None]) -> Iterator[Page]:
     """A page per metric: what it means, its unit, who measures it, and each defense's mean.
 
     Args:
         views: What pages share.
         heat: Id of a heat map -> where it is.
+        write: Takes the files that pages show.
     """
     table = views.results.measurements
     for name, page in names(views)["metrics"]:
         rows = table.filter(pc.equal(table["metric"], name))
         values = [v for v in rows["value"].to_pylist() if v is not None and math.isfinite(v)]
         parts: list[dict[str, Any]] = []
+        rocs: list[tuple[str, judges.Roc]] = []
         room, left = paging.ROOM - 10_000, 0
         for b in views.boards:
             if room < 0:
@@ -190,6 +199,10 @@ def metrics(views: Views, heat: Mapping[str, str]) -> Iterator[Page]:
             for t in judges.tables(views, b, name) if name in ZOO else []:
                 parts.append({"board": b, "metrics": [name], "tracks": t.groups, "over": "models"})
             room -= sum(paging.mean_row(x) for p in parts if p["board"] is b for _, some in p["tracks"] for x in some)
+            for r in judges.rocs(views, b, write) if name == "det_auroc" else []:
+                room -= sum(c.weight + 400 for c in r.curves)
+                if room >= 0:
+                    rocs.append((b.title, r))
         stages = ["attacked", "defended", "reactivated"]
         qualifiers = rows["qualifier"].unique().to_pylist()
         share = views.share(name)
@@ -208,6 +221,7 @@ def metrics(views: Views, heat: Mapping[str, str]) -> Iterator[Page]:
             if values
             else [],
             "parts": parts,
+            "rocs": rocs,
             "left": left,
             "heat": next((heat[f"heat-{n}-{name}"] for n, b in enumerate(views.boards, 1) if name in b.metrics), ""),
         }

@@ -61,7 +61,7 @@ def _marks(views: Views, board: Board, metric: str) -> list[_Mark]:
     marks = []
     for d in board.repairs:
         cells = attacked(board.of_defense[d])
-        x, y = (board.mean(cells, m, views.units).estimate for m in ("o_asr", metric))
+        x, y = (views.overall(board, d, m).estimate for m in ("o_asr", metric))
         if x is not None and y is not None:
             marks.append(_Mark(clean(d), role(cells[0]), (x.value, x.low, x.high), (y.value, y.low, y.high)))
     return marks
@@ -101,19 +101,19 @@ def _draw(marks: Sequence[_Mark], metric: str, *, share: bool) -> Canvas:
 
 def _label(axes: Axes, marks: Sequence[_Mark]) -> None:
     """The names beside their marks, moved up where they would cover each other, and then with a line to their mark."""
+    from matplotlib.collections import LineCollection
+
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     wide, tall = (right - left) / charts.WIDTH, (high - low) / charts.HEIGHT
+    lines = []
     wanted = [((m.x[0] - left) / wide + 8, (high - m.y[0]) / tall - 4) for m in marks]
     for m, (x, y), height in zip(marks, wanted, charts.spread(wanted), strict=True):
         name = m.name if len(m.name) <= 28 else m.name[:27] + "…"
-        line = {"arrowstyle": "-", "color": "#8a939c", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2}
-        axes.annotate(
-            name,
-            (m.x[0], m.y[0]),
-            xytext=(left + x * wide, high - height * tall),
-            fontsize=6,
-            arrowprops=line if y - height > 6 else None,
-        )
+        at = left + x * wide, high - height * tall
+        axes.text(*at, name, fontsize=6)
+        if y - height > 6:
+            lines.append(((m.x[0], m.y[0]), at))
+    axes.add_collection(LineCollection(lines, colors="#8a939c", linewidths=0.4, zorder=1.5), autolim=False)
 
 
 def figures(views: Views, write: Callable[[str, bytes], None]) -> list[Figure]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sleeperbench.leaderboard import summary, words
-from sleeperbench.leaderboard.names import plugin_id
+from sleeperbench.leaderboard import media, paging, summary, words
+from sleeperbench.leaderboard.media import Curve
+from sleeperbench.leaderboard.names import digest12, plugin_id
 from sleeperbench.leaderboard.summary import Board, attacked, setting, weak
 from sleeperbench.leaderboard.tracks import TRACKS, ZOO, Track, judge
 from sleeperbench.leaderboard.views import MeanRow, Views, href
@@ -20,21 +21,39 @@ Models = Mapping[tuple[str, str], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Table:
-    """One track on one board: columns with figures, and the lines of its defenses by access class."""
+    """One track on one board: columns with figures, and the lines of its defenses by access class.
+
+    `drawn` says whether any of its figures over many models has a curve.
+    """
 
     track: Track
     metrics: tuple[str, ...]
     groups: tuple[tuple[str, tuple[MeanRow, ...]], ...]
+    drawn: bool
 
 
 @dataclass(frozen=True)
 class Zoo:
-    """A detector over the models of one board: `lines` are (what is held against the clean models, figures)."""
+    """A detector over the models of one board: `lines` are (what is held against the clean models, figures).
+
+    `curves` are what its evaluators drew over these models, such as ROC curves.
+    """
 
     title: str
     metrics: tuple[str, ...]
     lines: tuple[tuple[str, tuple[Shown, ...]], ...]
     badges: tuple[tuple[str, str], ...]
+    curves: tuple[Curve, ...]
+
+
+@dataclass(frozen=True)
+class Roc:
+    """A detector's ROC curves over the models of one board, with its AUROC over all of them."""
+
+    defense: str
+    href: str
+    auroc: Shown
+    curves: tuple[Curve, ...]
 
 
 def shown(models: Models, metric: str, qualifier: str = "") -> Shown:
@@ -92,7 +111,8 @@ def tables(views: Views, board: Board, only: str = "") -> list[Table]:
             access = summary.track(board.of_defense[d][0])
             title = summary.TRACKS.get(access, f"access {access or 'not recorded'}")
             groups.setdefault(title, []).append(_line(views, board, d, track, metrics))
-        made.append(Table(track, metrics, tuple((t, tuple(lines)) for t, lines in groups.items())))
+        drawn = "det_auroc" in metrics and any(_drawn(views, board, d) for d in having)
+        made.append(Table(track, metrics, tuple((t, tuple(lines)) for t, lines in groups.items()), drawn))
     return made
 
 
@@ -118,9 +138,47 @@ def aside(views: Views, board: Board, made: Sequence[Table]) -> list[dict[str, A
     return found
 
 
-def zoos(views: Views, plugin: str) -> list[Zoo]:
+def _drawn(views: Views, board: Board, defense: str) -> bool:
+    """Whether any run has pictures or curves of a defense over many models."""
+    names = {digest12(m["cell"]) for m in views.zoo.get((*board.key, defense), ())}
+    return any((run.path / "media" / n).is_dir() for run in views.results.runs for n in names)
+
+
+def curves(views: Views, board: Board, defense: str, write: Callable[[str, bytes], None]) -> tuple[Curve, ...]:
+    """What was drawn over many models, of one defense on one board, by the first run that has it."""
+    found: list[Curve] = []
+    for name in sorted({m["cell"] for m in views.zoo.get((*board.key, defense), ())}):
+        each = (media.load(run.path, name, write).curves for run in views.results.runs)
+        found += next(filter(None, each), ())
+    return tuple(found)
+
+
+def rocs(views: Views, board: Board, write: Callable[[str, bytes], None]) -> list[Roc]:
+    """The ROC curves of every detector that judged the models of a board, without their lists of values."""
+    made = []
+    for d in board.defenses:
+        drawn = [c for c in curves(views, board, d, write) if c.source.endswith("-roc")]
+        if drawn:
+            auroc = shown(models(views, board, d), "det_auroc")
+            made.append(Roc(d, href("defenses", d), auroc, tuple(replace(c, measured=True) for c in drawn)))
+    return made
+
+
+def fitting(found: Sequence[Curve], room: int) -> tuple[Curve, ...]:
+    """The curves that fit into `room` bytes; those whose values do not fit are drawn without them."""
+    kept = []
+    for c in found:
+        shown = c if c.weight <= room else replace(c, measured=True)
+        if shown.weight <= room:
+            kept.append(shown)
+            room -= shown.weight
+    return tuple(kept)
+
+
+def zoos(views: Views, plugin: str, write: Callable[[str, bytes], None]) -> list[Zoo]:
     """A defense's figures over many models: pooled, as a mean over attacks, and per attack, on each board."""
     made = []
+    room = paging.ROOM // 3
     for b in views.boards:
         for d in b.defenses:
             over = models(views, b, d)
@@ -136,5 +194,7 @@ def zoos(views: Views, plugin: str) -> list[Zoo]:
             )
             flags = sorted({f for m in over.values() for f in (m["flag"] or "").split(";") if f})
             title = b.title if d == plugin else f"{b.title} · {d}"
-            made.append(Zoo(title, metrics, lines, views.flags(flags)))
+            drawn = fitting(curves(views, b, d, write), room)
+            room -= sum(c.weight for c in drawn)
+            made.append(Zoo(title, metrics, lines, views.flags(flags), drawn))
     return made

@@ -58,6 +58,15 @@ class Curve:
         """Whether it is a picture of bars."""
         return isinstance(self.chart, Bars)
 
+    @property
+    def weight(self) -> int:
+        """About how many bytes it takes on a page, on the safe side."""
+        c = self.chart
+        if isinstance(c, Bars):
+            return 4000 + 420 * len(c.bars)
+        points = sum(len(s.points) + len(s.band) + 60 * len(s.dots) for s in c.lines)
+        return 4000 + points + (0 if self.measured else sum(200 * len(s.values) for s in c.lines))
+
 
 @dataclass(frozen=True)
 class Facts:

@@ -41,7 +41,7 @@ def _seeds(cells: Sequence[Cell]) -> list[tuple[str, str, str]]:
 
 def _sections(views: Views, n: int, board: Board, kind: str, across: str, name: str) -> list[Section]:
     """Means per attack and defense: of the models that were handed out, then of the answers that were given."""
-    mine = {key: cells for key, cells in board.of_field.items() if plugin_id(cells[0][kind]) == name}
+    mine = board.of_method.get((kind, name), {})
     made = []
     for answers in (False, True):
         metrics = [
@@ -105,7 +105,7 @@ def _gate(views: Views, name: str, entry: Mapping[str, Any]) -> list[dict[str, A
                     "setting": s,
                     "declared": _bar(info.get("implant_asr")),
                     "gate": _bar(bar),
-                    "published": _bar(info.get("published_asr")),
+                    "published": _published(info.get("published_asr")),
                     "measured": measured,
                     "clean": "not measured" if reference is None else words.number(reference.value, True),
                     "implanted": "no: " + words.reason_text(b.not_implanted[s]) if s in b.not_implanted else "yes",
@@ -124,6 +124,15 @@ def _ends(e: stats.Estimate) -> str:
 def _bar(value: Any) -> str:
     number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
     return words.number(float(value), True) if number else "not recorded"
+
+
+def _published(value: Any) -> str:
+    """The attack success that was published, with its setting and source."""
+    found = value if isinstance(value, dict) else {"value": value}
+    if _bar(found.get("value")) == "not recorded":
+        return "not recorded"
+    where = "; ".join(part for k in ("setting", "source") if isinstance(part := found.get(k), str) and part)
+    return f"{100 * found['value']:.4g} %{f' ({where})' if where else ''}"
 
 
 def _sheet(
@@ -226,7 +235,7 @@ def methods(views: Views, write: Callable[[str, bytes], None]) -> tuple[list[Pag
                 "used_by": sorted({u for b in views.boards for u in judges.used_by(b, name)})
                 if kind == "defense"
                 else [],
-                "zoos": judges.zoos(views, name) if kind == "defense" else [],
+                "zoos": judges.zoos(views, name, write) if kind == "defense" else [],
                 "standings": _standings(views, name) if kind == "defense" else [],
                 "sheet": _sheet(views, rows, having, write) if kind == "attack" else [],
                 **_fields(views, rows, kind, name, entry),
@@ -273,6 +282,7 @@ def _intro(context: Mapping[str, Any]) -> int:
     )
     text = paging.size(plugin["doc"]) + paging.size(plugin["more"]) + paging.size(plugin["bibtex"])
     zoo = sum(paging.figure(f) for z in context["zoos"] for _, some in z.lines for f in some)
+    zoo += sum(c.weight for z in context["zoos"] for c in z.curves)
     gates = sum(900 + 60 * len(g["seeds"]) for g in context["gate"])
     lines = itertools.chain(context["standings"], context["sheet"])
     return settings + text + zoo + gates + sum(1100 for _ in lines)

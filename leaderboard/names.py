@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 _PLAIN = re.compile(r"[a-z0-9_][a-z0-9_.]*(:[a-z0-9_][a-z0-9_.]*)*")
@@ -32,6 +33,7 @@ def file_name(name: str) -> str:
     return f"{rest}--{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
 
 
+@lru_cache(maxsize=100_000)
 def plugin_id(label: str) -> str:
     """The id in an attack's or defense's label: without `~` and the six digits of its parameters' digest."""
     return _VARIANT.sub("", label)

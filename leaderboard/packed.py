@@ -142,6 +142,7 @@ def cells(views: Views) -> Json:
         "contestants": sum(r.role == "defense" for r in rows),
         "pages": "".join(r.href[6:-5] for r in rows),
         "names": {str(i): n for i, (n, r) in enumerate(zip(names, rows, strict=True)) if n != _name(r.cell)},
+        "off": sorted(views.off),
         "text": text,
         "metrics": metrics,
         "reasons": [[clean(word), clean(title)] for word, title in reasons],

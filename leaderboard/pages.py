@@ -58,7 +58,7 @@ def protocol(views: Views) -> Page:
 
 
 def every_page(views: Views, write: Callable[[str, bytes], None]) -> Iterator[Page]:
-    """All pages as (path, template, context); `write` takes the files that pages show."""
+    """All pages but those of cells, as (path, template, context); `write` takes the files that pages show."""
     track_pages = list(boards.tracks(views))
     yield boards.overview(views, track_pages)
     yield from track_pages
@@ -68,9 +68,8 @@ def every_page(views: Views, write: Callable[[str, bytes], None]) -> Iterator[Pa
     yield from heat_pages
     yield from boards.compare(views, write)
     yield from method_pages
-    yield from entries.cells(views, write)
     yield from entries.datasets(views)
-    yield from entries.metrics(views, heat_pages[0][2]["at"])
+    yield from entries.metrics(views, heat_pages[0][2]["at"], write)
     yield (
         "figures.html",
         "figures.html.j2",

@@ -128,6 +128,15 @@ class Board:
         return found
 
     @cached_property
+    def of_method(self) -> Mapping[tuple[str, str], dict[tuple[str, str], list[Cell]]]:
+        """(`attack` or `defense`, its id) -> the fields that are its, whatever its parameters."""
+        found: dict[tuple[str, str], dict[tuple[str, str], list[Cell]]] = {}
+        for key, cells in self.of_field.items():
+            for kind in ("attack", "defense"):
+                found.setdefault((kind, plugin_id(cells[0][kind])), {})[key] = cells
+        return found
+
+    @cached_property
     def settings(self) -> list[str]:
         """All attack settings but the clean models'."""
         return sorted({setting(c) for c in self.cells if c["attack"] != NONE})

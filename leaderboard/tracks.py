@@ -11,8 +11,10 @@ from sleeperbench.schema import HEADLINE_METRICS, JUDGES
 
 MEASURED = ("input_tpr_fpr1", "input_auroc", "input_tpr_fpr5", "label_tpr", "label_fpr", "mask_iou")
 """Metrics of single cells that cells.parquet has no column for."""
-METRICS = (*HEADLINE_METRICS, "reasr_net", *MEASURED)
-"""All that a cell may show and a board may average."""
+LEADING = ("c_acc", "asr", "p_asr", "der", "p_der", "o_asr", "p_asr_net", "bec", "r_acc")
+"""What a reader looks for first."""
+METRICS = (*LEADING, *(m for m in (*HEADLINE_METRICS, "reasr_net", *MEASURED) if m not in LEADING))
+"""All that a cell may show and a board may average, in the order of columns."""
 ANSWERS = frozenset({"det_score", "reasr", "reasr_clean", "reasr_net", "apd", "apd_rel", *MEASURED})
 """Metrics of a defense's answers; the others are of the model that it leaves behind."""
 NOTHING: Mapping[str, float] = {

@@ -33,7 +33,7 @@ from sleeperbench.leaderboard.summary import (
     why_empty,
 )
 from sleeperbench.leaderboard.tables import Results, plain
-from sleeperbench.leaderboard.tracks import METRICS, NOTHING, judge
+from sleeperbench.leaderboard.tracks import LEADING, METRICS, NOTHING, judge
 from sleeperbench.leaderboard.words import Shown
 
 MEASURED_AS = {"o_asr": "asr"}
@@ -234,6 +234,22 @@ class Views:
     def rows(self) -> list[Row]:
         """All cells: contestants first, then controls and oracles."""
         return sorted(map(self._row, self.results.cells), key=lambda r: r.role != "defense")
+
+    @cached_property
+    def off(self) -> frozenset[str]:
+        """Columns of the table of cells that are hidden at first: all rows say the same, or the row's heading says it.
+
+        Access follows from the defense. The figures that readers look for first are never hidden.
+        """
+        said = {"access", "attack", "defense"}
+        if len(self.rows) > 1:
+            one: dict[str, set[Any]] = {c: {r.cell[c] for r in self.rows} for c in ("dataset", "arch", "seed")}
+            one |= {"rate": {r.rate for r in self.rows}, "status": {(r.short, r.badges) for r in self.rows}}
+            for i, m in enumerate(h.metric for h in self.heads):
+                figures = {r.figures[i].order for r in self.rows if not r.figures[i].empty}
+                one[m] = figures if m not in LEADING else {0, 1}
+            said |= {c for c, values in one.items() if len(values) == 1}
+        return frozenset(said)
 
     def _row(self, cell: Cell) -> Row:
         css = " ".join(

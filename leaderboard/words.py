@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from sleeperbench.leaderboard import terms
 from sleeperbench.schema import CELLS, MEASUREMENTS, Column
@@ -14,8 +13,7 @@ from sleeperbench.schema import CELLS, MEASUREMENTS, Column
 COLUMNS: Mapping[str, Column] = {c.name: c for c in (*MEASUREMENTS, *CELLS)}
 
 
-@dataclass(frozen=True, slots=True)
-class Shown:
+class Shown(NamedTuple):
     """A figure as a table shows it. `order` is the raw value, empty without one; `note` is a second line."""
 
     metric: str

@@ -7,10 +7,11 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from sleeperbench import __version__
 
-COMMANDS = ("run", "list", "show", "site", "merge", "store", "data", "check", "doctor")
+COMMANDS = ("run", "list", "show", "site", "merge", "store", "data", "check", "compare-paper", "doctor")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,15 +28,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-q", "--quiet", action="store_true", help="no progress")
     sub = p.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        importlib.import_module(f"sleeperbench.cli.{name}").add_parser(sub)
+        _module(name).add_parser(sub)
     return p
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f"sleeperbench.cli.{command.replace('-', '_')}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     args = parser().parse_args(argv)
     try:
-        code: int = importlib.import_module(f"sleeperbench.cli.{args.command}").main(args)
+        code: int = _module(args.command).main(args)
         return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -20,8 +20,10 @@ from sleeperbench.engine.store import Damaged, write_atomic
 from sleeperbench.errors import BadInput
 
 if TYPE_CHECKING:
-    from sleeperbench.engine.plan import Cell
+    from collections.abc import Mapping
+
     from sleeperbench.engine.run import Run
+    from sleeperbench.engine.task import Task
 
 
 def finish(run: Run, code: int) -> int:
@@ -171,7 +173,7 @@ def _about(run: Run, counts: dict[str, int], code: int) -> dict[str, Any]:
 
 
 class Media:
-    """Pictures and curves of cells, copied from artifacts to RUN/media/<digest>/."""
+    """Pictures and curves of cells and zoos, copied from artifacts to RUN/media/<digest>/."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -182,16 +184,25 @@ class Media:
                 self.shared.setdefault(cell.attack_key, []).extend(keys)
 
     def write(self) -> None:
-        """Write the folder of every cell whose artifacts changed."""
+        """Write the folder of every cell and zoo whose artifacts changed."""
         for cell in self.run.plan.cells:
             own = [e.key for e in cell.evaluations if e.key]
             planned = {*own, *self.shared.get(cell.attack_key, ()), cell.attack_key}
             keys = sorted({k for k in (*own, *self.shared.get(cell.attack_key, ())) if self.run.has(k)})
             if cell.is_control and self.run.has(cell.attack_key):
                 keys.append(cell.attack_key)
-            folder = self.run.options.out / "media" / hashlib.sha256(cell.name.encode()).hexdigest()[:12]
-            if keys and not self._current(folder, set(keys), planned):
-                self._one(cell, folder, keys)
+            if keys and not self._current(self._folder(cell.name), set(keys), planned):
+                self._one(cell.name, {k: self.run.plan.tasks[k] for k in keys})
+        zoos: dict[str, dict[str, Task]] = {}
+        for zoo in self.run.plan.zoos:
+            if (key := zoo.evaluation.key) and self.run.has(key):
+                zoos.setdefault(zoo.line.name, {})[key] = zoo.shell
+        for name, tasks in zoos.items():
+            if not self._current(self._folder(name), set(tasks), set(tasks)):
+                self._one(name, tasks)
+
+    def _folder(self, name: str) -> Path:
+        return self.run.options.out / "media" / hashlib.sha256(name.encode()).hexdigest()[:12]
 
     def _current(self, folder: Path, keys: set[str], planned: set[str]) -> bool:
         """Whether the folder shows all that the store has, and nothing of another plan.
@@ -203,16 +214,16 @@ class Media:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def _one(self, cell: Cell, folder: Path, keys: list[str]) -> None:
-        index: dict[str, Any] = {"cell": cell.name, "keys": keys, "pictures": [], "curves": []}
+    def _one(self, cell: str, tasks: Mapping[str, Task]) -> None:
+        folder = self._folder(cell)
+        index: dict[str, Any] = {"cell": cell, "keys": list(tasks), "pictures": [], "curves": []}
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        for key in keys:
+        for key, task in tasks.items():
             try:
                 source = self.run.store.fetch(key)
             except Damaged:
                 continue  # set aside; it is computed again when a figure needs it
-            task = self.run.plan.tasks[key]
             if task.kind == "attack":
                 if (source / "curves.json").exists():
                     index["curves"].append(_training(json.loads((source / "curves.json").read_bytes())))

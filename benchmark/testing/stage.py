@@ -32,7 +32,7 @@ TARGET = 1
 RATE = 0.1
 COST = {"forwards": 2000, "backwards": 1000, "queries": 0}
 """What the stage says that a wrapped defense spent."""
-PLANTED = "sleeperbench.testing.planted:Planted"
+PLANTED = "sleeperbench.kit.planted:Planted"
 RECIPE = Recipe(epochs=20, lr=0.05, batch=32, pad=1, flip=False)
 NUMERICS = {"precision": "fp32", "threads": 1, "deterministic": True}
 

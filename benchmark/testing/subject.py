@@ -16,10 +16,10 @@ from sleeperbench.engine.blueprint import SNAPSHOTS
 from sleeperbench.engine.registry import Registry
 from sleeperbench.errors import BadInput
 from sleeperbench.kit.classifier import traits
+from sleeperbench.kit.planted import Planted
 from sleeperbench.testing.base import KINDS, Skipped
 from sleeperbench.testing.differ import differ
 from sleeperbench.testing.observe import Run, after, ask, observe
-from sleeperbench.testing.planted import Planted
 from sleeperbench.testing.situations import evaluation_task, invented
 from sleeperbench.testing.stage import BASE, RATE, Stage, Variant, stage
 

@@ -9,13 +9,18 @@
     return a < b ? -1 : a > b ? 1 : 0;
   }
 
-  // Rows stay within their body, so controls never mix with contestants; empty fields come last either way.
+  // A figure that is no success: the attack did not implant, or the defense failed or ruined the model.
+  const isVoid = (row, td) => Boolean(td) && td.hasAttribute("data-metric") && /\b(weak|lost)\b/.test(row.className);
+
+  // Rows stay within their body, so controls never mix with contestants; in either direction figures that are no success
+  // come after those that count, and empty fields last.
   function sort(table, column, down) {
     for (const body of table.tBodies) {
       const rows = [...body.rows].filter((r) => !r.classList.contains("group"));
-      const keyed = rows.map((row, i) => ({ row, i, k: key(row.cells[column]) }));
+      const keyed = rows.map((row, i) => ({ row, i, k: key(row.cells[column]), late: isVoid(row, row.cells[column]) }));
       keyed.sort((a, b) => {
         if ((a.k === "") !== (b.k === "")) return a.k === "" ? 1 : -1;
+        if (a.late !== b.late) return a.late ? 1 : -1;
         return (down ? -compare(a.k, b.k) : compare(a.k, b.k)) || a.i - b.i;
       });
       body.append(...keyed.map((e) => e.row));

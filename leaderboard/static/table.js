@@ -4,10 +4,10 @@
 
 // What can be worked out without a page.
 const cellTable = (() => {
-  const PER_PAGE = 50;
+  const PER_PAGE = 30;
   const FACETS = ["dataset", "arch", "attack", "rate", "defense", "access", "status"];
   const IDENTITY = ["cell", "dataset", "arch", "attack", "rate", "defense", "access", "seed", "status"];
-  const MAIN = ["c_acc", "asr_attacked", "o_asr", "p_asr", "p_asr_net", "bec", "p_der", "det_score", "verdict", "input_tpr_fpr1", "reasr_net"];
+  const MAIN = ["c_acc", "asr", "asr_attacked", "o_asr", "p_asr", "der", "p_asr_net", "bec", "p_der", "det_score", "verdict", "input_tpr_fpr1", "reasr_net"];
 
   // A share in per cent with one decimal; halves go to the even digit, as on the pages made beforehand.
   function percent(value) {
@@ -31,6 +31,8 @@ const cellTable = (() => {
       this.count = data.rows;
       this.metrics = new Map(data.metrics.map((m) => [m.name, m]));
       this.columns = [...IDENTITY, ...this.metrics.keys()];
+      this.off = new Set(data.off);
+      this.usual = this.columns.filter((c) => !this.off.has(c));
       this.opened = new Map();
       this.ranks = new Map();
     }
@@ -89,8 +91,9 @@ const cellTable = (() => {
       if (this.ranks.has(column)) return this.ranks.get(column);
       const keys = new Float64Array(this.count);
       if (column === "cell") {
-        const names = Array.from(keys, (_, i) => this.name(i));
-        Array.from(names.keys()).sort((a, b) => (names[a] < names[b] ? -1 : names[a] > names[b] ? 1 : a - b)).forEach((i, r) => { keys[i] = r; });
+        // As it reads: by defense, then by attack.
+        const defense = this.keys("defense"), attack = this.keys("attack");
+        for (let i = 0; i < keys.length; i++) keys[i] = defense[i] * this.count + attack[i];
       } else {
         const t = this.data.text[column];
         const number = (v) => (v === null ? NaN : Number(v));
@@ -141,7 +144,7 @@ const cellTable = (() => {
     // The index of each row's word, in an array that is quick to read.
     places(column) {
       const name = `at ${column}`;
-      if (!this.opened.has(name)) this.opened.set(name, Int32Array.from(this.data.text[column].at));
+      if (!this.opened.has(name)) this.opened.set(name, new Int32Array(this.data.text[column].at));
       return this.opened.get(name);
     }
 
@@ -149,9 +152,10 @@ const cellTable = (() => {
     ranked(column) {
       const name = `rank ${column}`;
       if (!this.opened.has(name)) {
-        const keys = this.keys(column), values = keys.filter((v) => v === v).sort();
-        let size = 0;
-        for (let i = 0; i < values.length; i++) if (!i || values[i] !== values[i - 1]) values[size++] = values[i];
+        const keys = this.keys(column), values = keys.slice().sort();
+        let size = 0, filled = values.length;
+        while (filled && values[filled - 1] !== values[filled - 1]) filled--; // NaN sorts last
+        for (let i = 0; i < filled; i++) if (!i || values[i] !== values[i - 1]) values[size++] = values[i];
         const rank = new Int32Array(keys.length).fill(-1);
         for (let i = 0; i < keys.length; i++) {
           if (keys[i] !== keys[i]) continue;
@@ -168,11 +172,25 @@ const cellTable = (() => {
       return this.opened.get(name);
     }
 
-    // Rows, given in their first order, by rank: contestants before controls and oracles, empty fields last either way.
+    // 1 where a row's figures are no success: the attack did not implant, or the defense failed or ruined the model.
+    voids() {
+      if (!this.opened.has("voids")) {
+        const { css, at } = this.data.text.status;
+        const is = css.map((names) => /\b(weak|lost)\b/.test(names));
+        const found = new Uint8Array(this.count);
+        for (let i = 0; i < found.length; i++) if (is[at[i]]) found[i] = 1;
+        this.opened.set("voids", found);
+      }
+      return this.opened.get("voids");
+    }
+
+    // Rows, given in their first order, by rank: contestants before controls and oracles; figures that are no success
+    // after those that count, and empty fields last, in either direction.
     sorted(rows, column, down) {
-      const { rank, size } = this.ranked(column), first = this.data.contestants;
-      const place = (i) => (i < first ? 0 : size + 1) + (rank[i] < 0 ? size : down ? size - 1 - rank[i] : rank[i]);
-      const start = new Int32Array(2 * (size + 1) + 1), order = new Array(rows.length);
+      const { rank, size } = this.ranked(column), first = this.data.contestants, width = 2 * size + 1;
+      const voids = this.metrics.has(column) ? this.voids() : new Uint8Array(this.count);
+      const place = (i) => (i < first ? 0 : width) + (rank[i] < 0 ? 2 * size : voids[i] * size + (down ? size - 1 - rank[i] : rank[i]));
+      const start = new Int32Array(2 * width + 1), order = new Array(rows.length);
       for (const i of rows) start[place(i) + 1]++;
       for (let k = 1; k < start.length; k++) start[k] += start[k - 1];
       for (const i of rows) order[start[place(i)]++] = i;
@@ -208,6 +226,11 @@ const cellTable = (() => {
       return `${lines.join("\r\n")}\r\n`;
     }
 
+    // The columns of a file: those that are shown, and what is hidden at first because the page says it otherwise.
+    filed(columns) {
+      return this.columns.filter((c) => columns.includes(c) || (this.off.has(c) && !this.metrics.has(c)));
+    }
+
     csvWord(column, i) {
       const t = this.data.text[column], k = t.at[i];
       if (column === "rate") return t.sort[k] === null ? "" : String(t.sort[k]);
@@ -226,7 +249,7 @@ const cellTable = (() => {
 
     // A state from the text after the hash sign; what does not fit these cells is left out.
     parse(hash) {
-      const given = new URLSearchParams(hash), state = { q: given.get("q") || "", facets: {}, sort: "", down: false, columns: [...this.columns], page: 1 };
+      const given = new URLSearchParams(hash), state = { q: given.get("q") || "", facets: {}, sort: "", down: false, columns: [...this.usual], page: 1 };
       for (const f of FACETS) {
         if (given.has(f) && this.data.text[f].values.includes(given.get(f))) state.facets[f] = given.get(f);
       }
@@ -234,7 +257,7 @@ const cellTable = (() => {
       if (this.columns.includes(name)) [state.sort, state.down] = [name, way === "down"];
       const listed = (given.get("columns") || "").split(",");
       if (given.has("columns")) state.columns = this.columns.filter((c) => listed.includes(c));
-      if (!state.columns.length) state.columns = [...this.columns];
+      if (!state.columns.length) state.columns = [...this.usual];
       if (/^[1-9][0-9]{0,6}$/.test(given.get("page") || "")) state.page = Number(given.get("page"));
       return state;
     }
@@ -244,7 +267,7 @@ const cellTable = (() => {
       if (state.q) given.set("q", state.q);
       for (const f of FACETS) if (f in state.facets) given.set(f, state.facets[f]);
       if (state.sort) given.set("sort", `${state.sort}:${state.down ? "down" : "up"}`);
-      if (state.columns.length < this.columns.length) given.set("columns", state.columns.join(","));
+      if (state.columns.join() !== this.usual.join()) given.set("columns", state.columns.join(","));
       if (state.page > 1) given.set("page", String(state.page));
       return given.toString();
     }
@@ -275,12 +298,12 @@ else (() => {
 
   function field(column, i) {
     const t = cells.data.text;
-    if (column === "cell") return element("th", { scope: "row" }, element("a", { href: `cells/${cells.page(i)}.html` }, cells.page(i)));
-    if (column === "dataset" || column === "attack") return element("td", {}, link(column, i));
-    if (column === "defense") {
+    if (column === "cell") {
+      const named = [element("bdi", {}, cells.word("defense", i)), " against ", element("bdi", {}, cells.word("attack", i))];
       const role = cells.word("role", i);
-      return element("td", {}, link("defense", i), ...(role ? [" ", element("span", { class: `badge ${role}` }, role)] : []));
+      return element("th", { scope: "row" }, element("a", { href: `cells/${cells.page(i)}.html` }, ...named), ...(role ? [" ", element("span", { class: `badge ${role}` }, role)] : []));
     }
+    if (column === "dataset" || column === "attack" || column === "defense") return element("td", {}, link(column, i));
     if (column === "status") {
       const k = t.status.at[i], badges = t.status.badges[k].flatMap((b) => [" ", element("span", { class: "badge" }, b)]);
       return element("td", { class: "status", "data-order": t.status.sort[k] }, t.status.words[k], ...badges);
@@ -404,6 +427,22 @@ else (() => {
     });
   }
 
+  // What the first sort and the first search need is worked out while the reader looks, a column at a time.
+  function prepare() {
+    const later = window.requestIdleCallback || ((f) => setTimeout(f, 20));
+    const steps = [...cells.usual.map((c) => () => cells.ranked(c)), () => cells.words()];
+    const step = () => { steps.shift()(); if (steps.length) later(step); };
+    later(step);
+  }
+
+  // The page as it was made shows every column; those that are hidden at first are hidden here.
+  function hideOff() {
+    const heads = [...table.tHead.rows[0].cells], off = heads.map((th) => th.hasAttribute("data-off"));
+    heads.forEach((th, k) => { th.hidden = off[k]; });
+    for (const body of table.tBodies) for (const row of body.rows) if (row.cells.length === off.length) off.forEach((is, k) => { if (is) row.cells[k].hidden = true; });
+    $("hidden-columns").hidden = !off.includes(true);
+  }
+
   // The cells come as a script of their own, since a page opened from disk may not read files.
   function ready(then) {
     if (cells) return then();
@@ -416,8 +455,10 @@ else (() => {
       fill();
       state = cells.parse(location.hash.slice(1));
       if (cells.format(state)) show();
+      else choose();
       table.dataset.ready = "true";
       for (const f of waiting) f();
+      prepare();
     });
     script.addEventListener("error", () => { $("shown").textContent = "The cells could not be loaded: search and filters do not work here."; });
     document.head.append(script);
@@ -437,8 +478,9 @@ else (() => {
   }
   window.sleeperbench.headings(table, (k, down) => change(() => ({ sort: cells.columns[k], down })));
   $("clear").addEventListener("click", () => change(() => ({ q: "", facets: {}, sort: "", down: false })));
+  $("columns-usual").addEventListener("click", () => change((s) => ({ columns: [...cells.usual], page: s.page })));
   $("columns-all").addEventListener("click", () => change((s) => ({ columns: [...cells.columns], page: s.page })));
-  $("columns-main").addEventListener("click", () => change((s) => ({ columns: cells.columns.filter((c) => !cells.metrics.has(c) || MAIN.includes(c)), page: s.page })));
+  $("columns-main").addEventListener("click", () => change((s) => ({ columns: cells.columns.filter((c) => (cells.metrics.has(c) ? MAIN.includes(c) : !cells.off.has(c))), page: s.page })));
   for (const [id, step] of [["page-back", -1], ["page-on", 1]]) {
     $(id).addEventListener("click", () => {
       change((s) => ({ page: s.page + step }));
@@ -446,9 +488,10 @@ else (() => {
     });
   }
   const everything = () => (taken ? found : cells.select(state).found);
-  $("csv").addEventListener("click", () => ready(() => save("sleeperbench.csv", "text/csv", cells.csv(everything(), state.columns))));
+  $("csv").addEventListener("click", () => ready(() => save("sleeperbench.csv", "text/csv", cells.csv(everything(), cells.filed(state.columns)))));
   $("bibtex").addEventListener("click", () => ready(() => save("sleeperbench.bib", "application/x-bibtex", cells.bibtex(everything()))));
   window.addEventListener("hashchange", () => ready(() => { state = cells.parse(location.hash.slice(1)); show(); }));
   box.hidden = false;
+  hideOff();
   ready(() => {});
 })();

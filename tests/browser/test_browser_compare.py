@@ -6,8 +6,8 @@ import math
 import re
 from typing import Any
 
-from conftest import Board, Open
 from playwright.sync_api import Page, expect
+from visiting import Board, Open
 
 
 def open_compare(visit: Open, state: str = "") -> Page:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from conftest import Board, Open, Watch
 from justhtml import JustHTML
 from playwright.sync_api import Browser, Page, expect
+from visiting import Board, Open, Watch
 
 VENDOR = Path(__file__).parent / "vendor"
 AXE = (VENDOR / "axe.min.js").read_text(encoding="utf-8")

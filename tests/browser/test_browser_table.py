@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from conftest import ROWS_A_PAGE, Board, Open
 from playwright.sync_api import Page, expect
+from visiting import ROWS_A_PAGE, Board, Open
 
 FACETS = ["Data set", "Architecture", "Attack", "Rate", "Defense", "Access", "Status"]
 
@@ -74,11 +74,16 @@ def is_contestant(cell: dict[str, Any]) -> bool:
     return cell["defense"] not in ("none", "clean_model", "exact_purification")
 
 
+def is_void(cell: dict[str, Any]) -> bool:
+    """Its attack did not implant, or its defense ruined the model: whatever it measures is no success."""
+    return "weak" in cell["flag"] or "collapsed" in cell["flag"]
+
+
 def test_a_click_sorts_all_cells_by_a_figure(visit: Open, board: Board) -> None:
     page = open_table(visit)
     sort_button(page, "c_acc").click()
     expect(page.locator("#board th[data-metric=c_acc]")).to_have_attribute("aria-sort", "descending")
-    best = max(c["c_acc"] for c in board.cells if c["c_acc"] is not None and is_contestant(c))
+    best = max(c["c_acc"] for c in board.cells if c["c_acc"] is not None and is_contestant(c) and not is_void(c))
     first = [float(v) for v in figures(page, "c_acc") if v]
     assert first[0] == best
     assert first == sorted(first, reverse=True)
@@ -88,18 +93,32 @@ def test_a_click_sorts_all_cells_by_a_figure(visit: Open, board: Board) -> None:
     everything = every_name(page)
     assert sorted(everything) == sorted(order)
     # Contestants come before controls, and empty fields last in either order.
-    groups = [[order[n]["c_acc"] for n in everything if is_contestant(order[n]) is kind] for kind in (True, False)]
+    groups = [[order[n] for n in everything if is_contestant(order[n]) is kind] for kind in (True, False)]
     assert [is_contestant(order[n]) for n in everything] == sorted(map(is_contestant, board.cells), reverse=True)
-    for values in groups:
+    for group in groups:
+        values = [c["c_acc"] for c in group]
         numbers = [v for v in values if v is not None]
-        assert numbers == sorted(numbers)
         assert values[len(numbers) :] == [None] * (len(values) - len(numbers))
-        assert numbers
+        # What is no success comes after what is one, though a ruined model's ASR is the lowest of all.
+        real = [c["c_acc"] for c in group[: len(numbers)] if not is_void(c)]
+        void = [c["c_acc"] for c in group[: len(numbers)] if is_void(c)]
+        assert numbers == sorted(real) + sorted(void)
+        assert real
+    assert any(is_void(c) and c["c_acc"] is not None for c in groups[0])
+
+
+def test_ruined_models_never_lead_the_attack_success(visit: Open, board: Board) -> None:
+    order = {c["cell"]: c for c in board.cells}
+    page = open_table(visit, "sort=o_asr:up")
+    filled = [order[n] for n in every_name(page) if is_contestant(order[n]) and order[n]["o_asr"] is not None]
+    void = [is_void(c) for c in filled]
+    assert void == sorted(void)
+    assert min(c["o_asr"] for c in filled if is_void(c)) < min(c["o_asr"] for c in filled if not is_void(c))
 
 
 def test_words_sort_too(visit: Open) -> None:
     page = open_table(visit, "dataset=gtsrb")
-    page.locator("#board thead th", has_text="Defense").locator("button.sort").click()
+    page.locator("#board thead th", has_text="Defense against attack").locator("button.sort").click()
     contestants = page.locator("#board tbody:not(.controls) tr[data-cell]")
     shown = contestants.evaluate_all("r => r.map((x) => x.dataset.defense)")
     assert shown == sorted(shown)
@@ -176,7 +195,8 @@ def test_a_link_shows_the_same_view_elsewhere(visit: Open) -> None:
 def test_a_broken_link_shows_everything(visit: Open, board: Board) -> None:
     page = open_table(visit, "attack=%3Cscript%3E&sort=nothing:down&columns=none&page=0&q=")
     assert names(page)
-    assert len(page.locator("#board thead th:visible").all()) == len(page.locator("#board thead th").all())
+    assert page.locator("#board thead th[hidden]").count() == page.locator("#board th[data-off]").count() > 0
+    assert page.locator("#board thead th[data-off]:not([hidden])").count() == 0
 
 
 def test_columns_can_be_chosen(visit: Open, board: Board) -> None:
@@ -192,7 +212,21 @@ def test_columns_can_be_chosen(visit: Open, board: Board) -> None:
     expect(heads.filter(has_text="Seed")).to_be_hidden()
     assert "Seed" not in saved(page, "CSV of what is shown").splitlines()[0].title()
     page.get_by_role("button", name="All columns").click()
+    expect(page.locator("#board thead th[hidden]")).to_have_count(0)
+    assert page.locator("#board tbody tr[data-cell] td a[href^='defenses/']").count() > 0
+    page.get_by_role("button", name="Usual columns").click()
     expect(heads.filter(has_text="Seed")).to_be_visible()
+    assert page.locator("#board thead th[hidden]").count() == page.locator("#board th[data-off]").count() > 0
+
+
+def test_the_first_figures_are_in_view_at_1200_pixels(visit: Open) -> None:
+    for state in ("", "sort=c_acc:down"):
+        page = open_table(visit, state, viewport={"width": 1200, "height": 900})
+        for metric in ("c_acc", "asr", "p_asr"):
+            box = page.locator(f"#board thead th[data-metric={metric}]").bounding_box()
+            assert box
+            assert box["x"] + box["width"] <= 1200, metric
+        assert page.locator("#board tbody th[scope=row]").first.inner_text().count(" against ") == 1
 
 
 def test_the_csv_is_the_table_that_is_shown(visit: Open, board: Board) -> None:

@@ -13,7 +13,7 @@ from sleeperbench.contracts.access import Access
 from sleeperbench.engine import artifacts
 from sleeperbench.engine.task import Task
 from sleeperbench.engine.work import Failed, Work
-from sleeperbench.testing.planted import Planted
+from sleeperbench.kit.planted import Planted
 from sleeperbench.testing.stage import BASE, COST, PLANTED, stage
 
 ORIGIN = {"none": True, "ft": True, "anp": True, "clean_model": False, "scratch_on_clean": False, "abl": False}

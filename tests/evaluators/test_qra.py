@@ -12,7 +12,7 @@ from sleeperbench import Findings, Measurement, Role
 from sleeperbench.evaluators import qra as module
 from sleeperbench.evaluators.accuracy import headline
 from sleeperbench.evaluators.qra import Perturbation, QueryReactivation, mixed, objective, perturbation
-from sleeperbench.kit.classifier import pack
+from sleeperbench.kit.classifier import build, pack
 from sleeperbench.kit.pixels import to_float
 
 
@@ -59,9 +59,57 @@ def test_the_objective_is_the_codes() -> None:
     p, q = teacher(x).double().softmax(1), target(phi(x)).double().softmax(1)
     ce = -surrogate(phi(x)).double().log_softmax(1)[torch.arange(6), y].mean()
     expected = 0.2 * (p * (p.log() - q.log())).sum(1).mean() + ce
-    assert float(objective(phi, x, y, target, teacher, surrogate, 0.2).detach()) == pytest.approx(
-        float(expected.detach()), rel=1e-4
-    )
+    found = objective(phi, x, y, target, teacher, surrogate, 0.2, 1.0)
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
+    alone = [float(objective(phi, x, y, target, teacher, surrogate, *w).detach()) for w in ((1.0, 0.0), (0.0, 1.0))]
+    assert 0.2 * alone[0] + alone[1] == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert alone[1] == pytest.approx(float(ce.detach()), rel=1e-4)
+
+
+class Silent(torch.nn.Module):
+    """Must not be asked."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("this model has no part in the loss")
+
+
+@pytest.mark.parametrize(
+    ("settings", "used", "images"),
+    [
+        ({}, (0.2, 1.0), (3, 2)),
+        ({"alpha_on": "ce"}, (1.0, 0.2), (3, 2)),
+        ({"alpha_on": "ce", "alpha": 0.0}, (1.0, 0.0), (2, 1)),
+        ({"alpha": 0.0}, (0.0, 1.0), (1, 1)),
+    ],
+)
+def test_where_alpha_stands_and_its_switch(
+    settings: Any, used: Any, images: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    real = module.objective
+
+    def spy(*args: Any) -> torch.Tensor:
+        seen.append(args[-2:])
+        return real(*args)
+
+    monkeypatch.setattr(module, "objective", spy)
+    net, other = build(samples.SPEC, 1).eval(), build(samples.SPEC, 2).eval()
+    c = case(net)
+    kl, ce = used
+    teacher, surrogate = other if kl else Silent(), other if ce else Silent()
+    QueryReactivation(steps=2, **settings).learn(c, teacher, surrogate)
+    assert seen == [used] * 2
+    assert (c.ctx.cost.forwards, c.ctx.cost.backwards) == (images[0] * 256, images[1] * 256)
+
+
+def test_the_surrogate_is_the_one_asked_for() -> None:
+    clean = object()
+    c = case(None, clean_models=(clean,))
+    assert QueryReactivation()._surrogate(c) is c.peers[0].net
+    assert QueryReactivation(surrogate="clean_model")._surrogate(c) is clean
+    for bad in ({"alpha_on": "both"}, {"surrogate": "none"}, {"alpha": -0.1}):
+        with pytest.raises(ValueError, match=r"alpha|surrogate"):
+            QueryReactivation(**bad)
 
 
 def test_half_of_the_images_are_triggered_and_all_have_their_true_label() -> None:
@@ -131,4 +179,4 @@ def test_the_clean_control_is_measured_though_nothing_woke_it(monkeypatch: pytes
 def test_settings_are_the_published_ones() -> None:
     q = QueryReactivation()
     # 50 epochs over 1,000 images in batches of 128 are 8 batches each.
-    assert (q.eps, q.alpha, q.steps, q.lr) == (16 / 255, 0.2, 50 * 8, 0.1)
+    assert (q.eps, q.alpha, q.steps, q.lr, q.alpha_on) == (16 / 255, 0.2, 50 * 8, 0.1, "kl")

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from page_reader import Page, board_rows, read
 from synthetic import HOSTILE_DEFENSE, JS_LINK
 
 from sleeperbench.errors import BadInput
+from sleeperbench.leaderboard import build as build_module
 from sleeperbench.leaderboard import names
 from sleeperbench.leaderboard.build import CSP, _environment, build
 from sleeperbench.leaderboard.tables import load
@@ -113,6 +116,37 @@ def test_style_and_script_ask_no_other_host(site: Path) -> None:
         assert asset.name.split(".")[1] == hashlib.sha256(asset.read_bytes()).hexdigest()[:8]
         for word in ("eval(", "innerHTML", "new Function", "@import", "url(", "fetch(", "document.write"):
             assert word not in text
+
+
+@pytest.mark.skipif(not build_module._several(), reason="allowed: one core, or no fork on this system")
+def test_two_processes_write_what_one_does(hostile_run: Path, site: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_module, "MANY", 0)
+        build([hostile_run], tmp_path / "two")
+    assert files(tmp_path / "two") == files(site)
+
+
+@pytest.mark.skipif(not build_module._several(), reason="allowed: one core, or no fork on this system")
+def test_what_stops_the_second_process_stops_the_build(
+    hostile_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = os.getpid()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def gone(*_: object) -> None:
+        assert os.getpid() != here
+        os._exit(3)
+
+    monkeypatch.setattr(build_module, "MANY", 0)
+    monkeypatch.setattr(build_module.entries, "cells", full)
+    with pytest.raises(BadInput, match="is there space left"):
+        build([hostile_run], tmp_path / "out")
+    monkeypatch.setattr(build_module.entries, "cells", gone)
+    with pytest.raises(RuntimeError, match="ended early"):
+        build([hostile_run], tmp_path / "out")
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()], "nothing of a broken build is left"
 
 
 def test_the_suites_secret_is_not_published(site: Path) -> None:

@@ -87,6 +87,25 @@ def test_inversion_is_held_against_clean_models(judged: dict[str, Page]) -> None
     assert order(row, "mask_iou") == pytest.approx((0.5 + 0.25) / 2)
 
 
+def test_the_roc_curve_over_many_models_stands_with_its_auroc_and_interval(judged: dict[str, Page]) -> None:
+    page = judged["metrics/det_auroc.html"]
+    (heading,) = [h for h in page.root.all("h3") if "AUROC" in h.text]
+    assert heading.text.startswith("neural_cleanse, digits")
+    assert heading.text.endswith("AUROC 87.5 % (50.0–96.9)")
+    assert heading.all("a")[0].attrs["href"] == "../defenses/neural_cleanse.html"
+    for where in (page, judged["defenses/neural_cleanse.html"]):
+        (figure,) = [f for f in where.root.all("figure") if f.all("polyline")]
+        assert "ROC curve. Models: 4 backdoored against 2 clean" in figure.text
+        lines = [[tuple(map(float, p.split(","))) for p in x.attrs["points"].split()] for x in figure.all("polyline")]
+        assert len(lines) == 2
+        (x0, y0), (x1, y1), (x2, y2) = lines[0]
+        assert x0 == x1 < x2, "straight up, then to the right"
+        assert (y0 - y1) / (y0 - y2) == pytest.approx(0.75, abs=0.01), "a picture's y grows downwards"
+    linked = [a.attrs["href"] for a in judged["tracks.html"].root.all("a") if a.text == "Model AUROC"]
+    assert "metrics/det_auroc.html" in linked
+    assert "ROC curves stand on" in " ".join(p.text for p in judged["tracks.html"].root.all("p"))
+
+
 def test_model_detection_shows_counts_and_intervals_over_models(judged: dict[str, Page]) -> None:
     row = lines(judged["tracks.html"], "board-1-model")["neural_cleanse"]
     shown = figures(row)

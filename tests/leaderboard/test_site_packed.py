@@ -107,12 +107,13 @@ def test_shares_are_printed_as_beforehand(node: Node) -> None:
 
 
 def test_sort_keeps_contestants_first_and_empty_fields_last(views: Views, node: Node) -> None:
-    columns = ["o_asr", "p_asr", "defense", "seed", "cell", "rate", "status"]
+    columns = ["o_asr", "p_asr", "defense", "seed", "rate", "status"]
     found = node(
         "const c = new t.Cells(x.data); return x.columns.flatMap((sort) => [true, false].map((down) =>"
         " c.select({...c.parse(''), sort, down}).found));",
         {"data": packed.cells(views), "columns": columns},
     )
+    lost: set[float] = set()
     for k, column in enumerate(columns):
         for down, order in ((True, found[2 * k]), (False, found[2 * k + 1])):
             rows = [views.rows[i] for i in order]
@@ -122,11 +123,51 @@ def test_sort_keeps_contestants_first_and_empty_fields_last(views: Views, node: 
             if column == "status":
                 continue
             for part in (True, False):
-                values = [r.cell[column] for r in rows if (r.role == "defense") is part]
+                mine = [r for r in rows if (r.role == "defense") is part]
+                values = [r.cell[column] for r in mine]
                 filled = [v for v in values if v is not None]
                 assert values == filled + [None] * (len(values) - len(filled)), "empty fields come last either way"
                 shown = [names.clean(v) if isinstance(v, str) else v for v in filled]
-                assert shown == sorted(shown, reverse=down)
+                if column not in ("o_asr", "p_asr"):
+                    assert shown == sorted(shown, reverse=down)
+                    continue
+                void = [not {"weak", "lost"}.isdisjoint(r.css.split()) for r in mine][: len(filled)]
+                assert void == sorted(void), "what is no success comes after what is one, either way"
+                real = void.count(False)
+                assert filled[:real] == sorted(filled[:real], reverse=down)
+                assert filled[real:] == sorted(filled[real:], reverse=down)
+                lost |= {v for v in filled[real:] if column == "o_asr"} if part else set()
+    assert 0.0 in lost, "some defense ruined a model and left an ASR of 0"
+
+
+def test_the_first_column_sorts_as_it_reads(views: Views, node: Node) -> None:
+    order = node(
+        "const c = new t.Cells(x); return c.select({...c.parse(''), sort: 'cell', down: false}).found;",
+        packed.cells(views),
+    )
+    read = [
+        (r.role != "defense", names.clean(r.cell["defense"]), names.clean(r.cell["attack"]))
+        for r in (views.rows[i] for i in order)
+    ]
+    assert read == sorted(read)
+
+
+def test_columns_that_say_nothing_are_hidden_at_first(tmp_path: Path, node: Node) -> None:
+    made = synthetic.tables(1, ["badnets", "wanet"], ["none", "ft", "anp"], 2)
+    views = Views(load([synthetic.write_run(tmp_path / "r", *made)]))
+    assert {"dataset", "arch", "attack", "defense", "c_acc_attacked"} <= views.off
+    assert views.off.isdisjoint({"seed", "status", "c_acc", "o_asr", "p_asr", "p_der"})
+    usual, given, filed = node(
+        "const c = new t.Cells(x); return [c.parse('').columns, c.format(c.parse('')),"
+        " c.filed(c.parse('columns=cell,c_acc').columns)];",
+        packed.cells(views),
+    )
+    assert set(usual) == {"cell", "rate", "access", "seed", "status", *(h.metric for h in views.heads)} - views.off
+    assert given == "", "the usual columns need no word in the address"
+    assert {"cell", "dataset", "attack", "defense", "c_acc"} <= set(filed), "a file says what the page says otherwise"
+    assert "p_asr" not in filed
+    one = Views(load([synthetic.write_run(tmp_path / "one", made[0][:1], [])]))
+    assert one.off == {"access", "attack", "defense"}, "of a single row everything would be hidden"
 
 
 def test_facets_and_search_act_on_all_rows(views: Views, node: Node) -> None:

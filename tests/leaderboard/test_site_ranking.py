@@ -13,7 +13,7 @@ import synthetic
 from page_reader import Page, Tag, figures, read
 from synthetic import cell_row, measurement, write_run
 
-from sleeperbench.leaderboard import boards, paging, ranking, stats
+from sleeperbench.leaderboard import boards, methods, paging, ranking, stats
 from sleeperbench.leaderboard.build import build
 from sleeperbench.leaderboard.paging import Section
 from sleeperbench.leaderboard.ranking import Contest
@@ -46,8 +46,11 @@ def tables(seeds: int = 3) -> list[dict[str, Any]]:
     return cells
 
 
+BARS = {"implant_asr": 0.9, "published_asr": {"value": 0.9928, "setting": "CIFAR-10, 5 %", "source": "a table"}}
+
+
 def plugins(families: Mapping[str, str] = FAMILIES) -> list[dict[str, Any]]:
-    found = [{"kind": "attack", "id": a, "info": {"family": f, "implant_asr": 0.9}} for a, f in families.items()]
+    found = [{"kind": "attack", "id": a, "info": {"family": f} | BARS} for a, f in families.items()]
     return found + [{"kind": "defense", "id": d, "info": {"kind": "repair"}} for d in LEFT]
 
 
@@ -260,7 +263,7 @@ def test_an_attacks_page_has_bars_families_robust_accuracy_and_a_contact_sheet(
 ) -> None:
     page = shown["attacks/bend.html"]
     (line,) = body(page, "gate")
-    assert line[2:5] == ["90.0 %", "80.0 %", "not recorded"]
+    assert line[2:5] == ["90.0 %", "80.0 %", "99.28 % (CIFAR-10, 5 %; a table)"]
     assert line[5].startswith("100.0 %")
     assert line[6] == "yes"
     assert line[8] == "95.0 %"
@@ -269,6 +272,12 @@ def test_an_attacks_page_has_bars_families_robust_accuracy_and_a_contact_sheet(
     (img,) = page.root.all("img")
     assert (made / "attacks" / img.attrs["src"]).is_file()
     assert "seed 1" in img.attrs["alt"], "the lowest seed that has a picture"
+
+
+@pytest.mark.parametrize("value", ["0.9", 1.2, {"value": 1.2}, {"value": True}, {"setting": "CIFAR-10"}, {}, None])
+def test_what_is_no_published_figure_is_not_recorded(value: object) -> None:
+    assert methods._published(value) == "not recorded"
+    assert methods._published(0.9) == "90 %", "a bare share has no setting to show"
 
 
 def test_a_defenses_page_says_where_it_stands(shown: dict[str, Page]) -> None:

@@ -1,4 +1,4 @@
-"""The backdoor that defenses and evaluators are tried on: the stage's own, so that no other plugin is needed."""
+"""The backdoor that `sleeperbench check` tries defenses and evaluators on, so that no other plugin is needed."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""What papers printed, as data: figures with their settings, and claims that `compare-paper` holds against a run."""

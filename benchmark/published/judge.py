@@ -1,0 +1,512 @@
+"""A paper's claims against a run: which hold, which do not, and which cannot be told. docs/papers.md has the rules."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sleeperbench.errors import BadInput
+from sleeperbench.leaderboard.stats import mean_over_attacks
+from sleeperbench.published.paper import Choice, Claim, Comparison, Figure, Paper, Ref, Table
+
+HOLDS, FAILS, NOT_RUN, OUTSIDE = "holds", "does not hold", "not run", "outside"
+"""Verdicts. `outside` is a unit on which a claim's condition is not met: the claim does not speak of it."""
+SAME = 1e-9
+"""Figures nearer than this are equal: sums of other order differ in the last digits."""
+_RATELESS = ("none", "zoo")
+_CONTROLS = ("none", "clean_model")
+_COLUMNS = (
+    *("dataset", "arch", "attack", "attack_params", "rate", "defense", "defense_params", "seed", "metric"),
+    *("qualifier", "value", "status", "reason"),
+)
+_POOL: dict[str, Callable[[Sequence[float]], float]] = {
+    "mean": lambda v: math.fsum(v) / len(v),
+    "min": min,
+    "max": max,
+}
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """What is measured over seeds: one attack and one defense on one data set and architecture."""
+
+    dataset: str
+    arch: str
+    attack: str
+    rate: float
+    defense: str
+
+    def __str__(self) -> str:
+        rate = "" if self.attack in _RATELESS else f"@{self.rate:g}"
+        return f"{self.dataset}/{self.arch}/{self.attack}{rate}/{self.defense}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """Figures by seed, or why there are none."""
+
+    what: str
+    values: Mapping[int, float]
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One unit of a claim."""
+
+    unit: str
+    verdict: str
+    reason: str = ""
+    left: dict[str, Any] | None = None
+    right: dict[str, Any] | None = None
+    difference: dict[str, Any] | None = None
+    published: dict[str, Any] | None = None
+    differs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A claim with its lines."""
+
+    claim: Claim
+    verdict: str
+    lines: tuple[Line, ...]
+
+    def count(self, verdict: str) -> int:
+        """Lines of one verdict."""
+        return sum(line.verdict == verdict for line in self.lines)
+
+
+class Results:
+    """The figures of a run by unit, metric, qualifier and seed."""
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        self._rows: dict[tuple[Unit, str, str], dict[int, list[Mapping[str, Any]]]] = {}
+        self.methods: dict[tuple[str, str], dict[str, Any]] = {}
+        self.units: set[Unit] = set()
+        for r in rows:
+            missing = [c for c in _COLUMNS if c not in r]
+            if missing:
+                raise BadInput(f"the table of measurements has no column `{missing[0]}`; run the suite again")
+            if not isinstance(r["seed"], int) or not isinstance(r["value"], (int, float, type(None))):
+                raise BadInput(f"the table of measurements has seed {r['seed']!r} and value {r['value']!r} in one row")
+            unit = Unit(r["dataset"], r["arch"], r["attack"], float(r["rate"] or 0.0), r["defense"])
+            self.units.add(unit)
+            self._rows.setdefault((unit, r["metric"], r["qualifier"] or ""), {}).setdefault(r["seed"], []).append(r)
+            for kind in ("attack", "defense"):
+                self.methods.setdefault((kind, r[kind]), _flat(r[f"{kind}_params"]))
+
+    def grounds(self) -> list[tuple[str, str]]:
+        """Every data set with every architecture that it was run on."""
+        return sorted({(u.dataset, u.arch) for u in self.units})
+
+    def rates(self, dataset: str, arch: str) -> list[float]:
+        """The poison rates there."""
+        here = (u for u in self.units if (u.dataset, u.arch) == (dataset, arch) and u.attack not in _RATELESS)
+        return sorted({u.rate for u in here})
+
+    def labels(self, kind: str, wanted: Ref, units: Iterable[Unit]) -> list[str]:
+        """Labels of the methods in `units` that a reference means."""
+        there = {getattr(u, kind) for u in units}
+        return sorted(label for label in there if wanted.fits(label, self.methods[kind, label]))
+
+    def series(self, unit: Unit, metric: str, qualifier: str) -> Series:
+        """What was measured on a unit, by seed."""
+        what = f"{unit}: {metric}" + (f"[{qualifier}]" if qualifier else "")
+        by_seed = self._rows.get((unit, metric, qualifier))
+        if by_seed is None:
+            known = unit in self.units
+            return Series(what=what, values={}, reason="not measured" if known else "no such cell in the run")
+        values: dict[int, float] = {}
+        reasons = []
+        for seed, rows in sorted(by_seed.items()):
+            found = {r["value"] for r in rows if r["status"] == "ok" and r["value"] is not None}
+            if any(isinstance(v, float) and not math.isfinite(v) for v in found):
+                reasons.append("the figure is not finite")
+            elif len(found) > 1:
+                reasons.append(f"seed {seed} has several figures")
+            elif found:
+                values[seed] = float(found.pop())
+            else:
+                reasons.append(f"{rows[0]['status']}: {rows[0]['reason']}".rstrip(": "))
+        return Series(what=what, values=values, reason="" if values else "; ".join(dict.fromkeys(reasons)))
+
+    def not_applicable(self, unit: Unit, metric: str, qualifier: str) -> bool:
+        """Nothing is measured there by its nature: no row, or only such rows."""
+        rows = self._rows.get((unit, metric, qualifier), {}).values()
+        return all(r["status"] == "not_applicable" for group in rows for r in group)
+
+
+def judge(paper: Paper, results: Results, about: Mapping[str, Any]) -> list[Judged]:
+    """Every claim of a paper.
+
+    Args:
+        paper: Its claims and tables.
+        results: The figures of a run.
+        about: The run's run.json.
+    """
+    return [_judged(claim, paper, results, about) for claim in paper.claims]
+
+
+def figures(paper: Paper, results: Results, about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every printed figure that stands for a unit of the run, with ours beside it.
+
+    A table is held against each data set and architecture of its own setting; where the run has none such, the paper's
+    first table stands in, and its differences say so.
+    """
+    found: list[dict[str, Any]] = []
+    for dataset, arch in results.grounds():
+        own = [t for t in paper.tables.values() if (t.setting["dataset"], t.setting["arch"]) == (dataset, arch)]
+        for table in own or list(paper.tables.values())[:1]:
+            for f in table.figures:
+                found += _beside(f, table, dataset, arch, results, about)
+    return found
+
+
+def _beside(
+    f: Figure, table: Table, dataset: str, arch: str, results: Results, about: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    for rate in results.rates(dataset, arch) if f.attack and f.attack.id not in _RATELESS else [0.0]:
+        here = [u for u in results.units if (u.dataset, u.arch, u.rate) == (dataset, arch, rate)]
+        attack = f.attack or Ref(id="none")
+        for a in results.labels("attack", attack, here):
+            for d in results.labels("defense", f.defense or Ref(id="none"), [u for u in here if u.attack == a]):
+                unit = Unit(dataset, arch, a, rate, d)
+                ours = results.series(unit, f.metric, "")
+                yield {
+                    "unit": str(unit),
+                    "metric": f.metric,
+                    "ours": summary(ours),
+                    "published": f.value,
+                    "table": table.id,
+                    "unconfirmed": table.unconfirmed,
+                    "differs": list(differences(table.setting, unit, results, about)),
+                }
+
+
+def _judged(claim: Claim, paper: Paper, results: Results, about: Mapping[str, Any]) -> Judged:
+    left = claim.compared.left
+    lines: list[Line] = []
+    for dataset, arch in results.grounds():
+        if (left.datasets and dataset not in left.datasets) or (left.archs and arch not in left.archs):
+            continue
+        if left.pool:
+            rates = left.rates or tuple(results.rates(dataset, arch)) or (0.0,)
+            for rate in rates:
+                lines.append(_pooled(claim, dataset, arch, rate, paper, results, about))
+        else:
+            lines += _lines(claim, dataset, arch, paper, results, about)
+    if not lines:
+        there = ", ".join(f"{d} with {a}" for d, a in results.grounds()) or "no figures"
+        lines.append(Line(unit="", verdict=NOT_RUN, reason=f"the run has {there}"))
+    return Judged(claim=claim, verdict=_together(lines, claim.share), lines=tuple(lines))
+
+
+def _together(lines: Sequence[Line], share: float) -> str:
+    """Holds on at least `share` of the units of which the claim speaks: true, false, or not to be told yet."""
+    told = [line.verdict for line in lines if line.verdict != OUTSIDE]
+    need = math.ceil(share * len(told) - SAME)
+    if not told:
+        return NOT_RUN
+    if told.count(HOLDS) >= need:
+        return HOLDS
+    return FAILS if told.count(HOLDS) + told.count(NOT_RUN) < need else NOT_RUN
+
+
+def _lines(
+    claim: Claim, dataset: str, arch: str, paper: Paper, results: Results, about: Mapping[str, Any]
+) -> Iterator[Line]:
+    metric, qualifier = claim.compared.left.metric or "", claim.compared.left.qualifier or ""
+    for unit, reason in _units(claim.compared.left, dataset, arch, results):
+        if isinstance(unit, str):
+            yield Line(unit=unit, verdict=NOT_RUN, reason=reason)
+            continue
+        conditions = [_condition(g, unit, results, metric, qualifier) for g in claim.given]
+        failed = [said for said, line in conditions if line.verdict == FAILS]
+        unknown = [said for said, line in conditions if line.verdict == NOT_RUN]
+        ours = results.series(unit, metric, qualifier)
+        line = _compare(claim.compared, ours, unit, results, metric, qualifier)
+        if failed:
+            line = replace(line, verdict=OUTSIDE, reason=f"condition not met: {'; '.join(failed)}")
+        elif unknown:
+            line = replace(line, verdict=NOT_RUN, reason=f"condition unknown: {'; '.join(unknown)}")
+        yield _with_paper(line, claim, unit, paper, results, about)
+
+
+def _pooled(
+    claim: Claim, dataset: str, arch: str, rate: float, paper: Paper, results: Results, about: Mapping[str, Any]
+) -> Line:
+    left = claim.compared.left
+    name = f"{dataset}/{arch}/{left.pool}@{rate:g}"
+    ours = _pool(replace(left, rates=(rate,)), dataset, arch, results)
+    right: Series | None = None
+    than = claim.compared.than
+    if than is not None:
+        # What `than` leaves open is the left side's own choice.
+        filled = Choice(
+            metric=than.metric or left.metric,
+            qualifier=_qualifier(than, left.qualifier or ""),
+            attacks=than.attacks or left.attacks,
+            rates=than.rates or (rate,),
+            defenses=than.defenses or left.defenses,
+            pool=than.pool or left.pool,
+        )
+        right = _pool(filled, *_ground(than, dataset, arch), results)
+    line = _verdict(name, ours, claim.compared, right)
+    table = _table(claim, dataset, arch, rate, paper)
+    if table is None:
+        return line
+    unit = Unit(dataset, arch, "", rate, "")
+    return replace(
+        line,
+        published={"table": table.id, "unconfirmed": table.unconfirmed},
+        differs=tuple(differences(table.setting, unit, results, about)),
+    )
+
+
+def _ground(choice: Choice, dataset: str, arch: str) -> tuple[str, str]:
+    return (choice.datasets or (dataset,))[0], (choice.archs or (arch,))[0]
+
+
+def _units(choice: Choice, dataset: str, arch: str, results: Results) -> list[tuple[Unit | str, str]]:
+    """The units that a choice means, each with an empty reason; for what is named and absent, its name and why."""
+    metric, qualifier = choice.metric or "", choice.qualifier or ""
+    here = [u for u in results.units if (u.dataset, u.arch) == (dataset, arch)]
+    open_rates = choice.rates is None
+    found: list[tuple[Unit | str, str]] = []
+    attacks = choice.attacks or tuple(Ref(id=a, label=a) for a in sorted({u.attack for u in here} - set(_RATELESS)))
+    for attack in attacks:
+        rates: Sequence[float] = choice.rates or ()
+        if attack.id in _RATELESS:
+            rates = (0.0,)
+        elif open_rates:
+            rates = results.rates(dataset, arch)
+        if not rates:
+            found.append((f"{dataset}/{arch}/{attack}", "no such cell in the run"))
+        for rate in rates:
+            there = [u for u in here if u.rate == rate]
+            labels = results.labels("attack", attack, there)
+            if not labels:
+                found.append((f"{dataset}/{arch}/{attack}@{rate:g}", "no such cell in the run"))
+            for a in labels:
+                mine = [u for u in there if u.attack == a]
+                if choice.defenses is None:
+                    found += [
+                        (u, "")
+                        for u in sorted(mine)
+                        if u.defense not in _CONTROLS and not results.not_applicable(u, metric, qualifier)
+                    ]
+                for defense in choice.defenses or ():
+                    names = results.labels("defense", defense, mine)
+                    found += [(Unit(dataset, arch, a, rate, d), "") for d in names]
+                    if not names:
+                        found.append((f"{dataset}/{arch}/{a}@{rate:g}/{defense}", "no such cell in the run"))
+    return found
+
+
+def _qualifier(choice: Choice, inherited: str) -> str:
+    """Another metric has no qualifier unless it names one."""
+    if choice.qualifier is not None:
+        return choice.qualifier
+    return "" if choice.metric else inherited
+
+
+def _own(choice: Choice, unit: Unit, metric: str, qualifier: str) -> Choice:
+    """A choice with what it leaves open taken from a unit."""
+    rates = choice.rates
+    if rates is None and (choice.attacks is None or unit.attack not in _RATELESS):
+        rates = (unit.rate,)  # a unit without a rate, such as a clean model, leaves that of a named attack open
+    return Choice(
+        metric=choice.metric or metric,
+        qualifier=_qualifier(choice, qualifier),
+        datasets=choice.datasets or (unit.dataset,),
+        archs=choice.archs or (unit.arch,),
+        attacks=choice.attacks or (Ref(id=unit.attack, label=unit.attack),),
+        rates=rates,
+        defenses=choice.defenses or (Ref(id=unit.defense, label=unit.defense),),
+        pool=choice.pool,
+    )
+
+
+def _compare(compared: Comparison, ours: Series, unit: Unit, results: Results, metric: str, qualifier: str) -> Line:
+    """A comparison on one unit; what `than` leaves open is the unit's own."""
+    right: Series | None = None
+    if compared.than is not None:
+        than = _own(compared.than, unit, metric, qualifier)
+        right = _pool(than, *_ground(than, "", ""), results) if than.pool else _one(than, results)
+    return _verdict(str(unit), ours, compared, right)
+
+
+def _condition(given: Comparison, unit: Unit, results: Results, metric: str, qualifier: str) -> tuple[str, Line]:
+    """A claim's condition on one unit, in words and as a comparison."""
+    own = _own(given.left, unit, metric, qualifier)
+    line = _compare(given, _one(own, results), unit, results, own.metric or "", own.qualifier or "")
+    right, left = (side or {} for side in (line.right, line.left))
+    said = f"{own.metric} {left.get('mean') or 0:.4g}, not {given.test} {right.get('mean') or 0:.4g}"
+    return said if line.verdict == FAILS else line.reason, line
+
+
+def _one(choice: Choice, results: Results) -> Series:
+    """The figures of a choice that means one unit."""
+    dataset, arch = _ground(choice, "", "")
+    units = _units(choice, dataset, arch, results)
+    if len(units) != 1:
+        names = ", ".join(str(u) for u, _ in units) or f"{dataset}/{arch}"
+        return Series(what=names, values={}, reason="means several cells" if units else "no such cell in the run")
+    unit, reason = units[0]
+    if isinstance(unit, str):
+        return Series(what=unit, values={}, reason=reason)
+    return results.series(unit, choice.metric or "", choice.qualifier or "")
+
+
+def _pool(choice: Choice, dataset: str, arch: str, results: Results) -> Series:
+    """Per seed the mean, least or largest figure over the units; a seed counts where every unit has it."""
+    units = _units(choice, dataset, arch, results)
+    what = f"{choice.pool} of {choice.metric} over {len(units)} units"
+    absent = [f"{u}: {reason}" for u, reason in units if isinstance(u, str)]
+    if absent or not units:
+        return Series(what=what, values={}, reason="; ".join(absent) or "no such cell in the run")
+    parts = [results.series(u, choice.metric or "", choice.qualifier or "") for u, _ in units if isinstance(u, Unit)]
+    empty = [f"{p.what}: {p.reason}" for p in parts if not p.values]
+    if empty:
+        return Series(what=what, values={}, reason="; ".join(empty))
+    seeds = set.intersection(*(set(p.values) for p in parts))
+    values = {s: _POOL[choice.pool]([p.values[s] for p in parts]) for s in sorted(seeds)}
+    return Series(what=what, values=values, reason="" if values else "the units share no seed")
+
+
+def _verdict(unit: str, left: Series, compared: Comparison, right: Series | None) -> Line:
+    """Means over the seeds that both sides have decide alone; the interval says how firmly."""
+    shown_left, bound = summary(left), compared.value
+    shown_right = {"what": "bound", "mean": bound, "seeds": []} if right is None else summary(right)
+    lacking = [f"{s.what}: {s.reason}" for s in (left, right) if s is not None and not s.values]
+    seeds = sorted(set(left.values) if right is None else set(left.values) & set(right.values))
+    if lacking or not seeds:
+        reason = "; ".join(lacking) or "the two sides share no seed"
+        return Line(unit=unit, verdict=NOT_RUN, reason=reason, left=shown_left, right=shown_right)
+    gaps = [left.values[s] - (bound or 0.0 if right is None else right.values[s] + compared.plus) for s in seeds]
+    difference = _estimate(gaps)
+    gap = difference["mean"]
+    true = {
+        ">": gap > SAME,
+        ">=": gap >= -SAME,
+        "<": gap < -SAME,
+        "<=": gap <= SAME,
+    }[compared.test]
+    firm = None
+    if difference["interval"] == "t":
+        firm = difference["lower"] > SAME or difference["upper"] < -SAME
+    return Line(
+        unit=unit,
+        verdict=HOLDS if true else FAILS,
+        left=shown_left,
+        right=shown_right | {"plus": compared.plus} if compared.plus else shown_right,
+        difference=difference | {"firm": firm, "seeds": seeds},
+    )
+
+
+def summary(series: Series) -> dict[str, Any]:
+    """Mean over seeds with its interval, or the reason why there is none."""
+    if not series.values:
+        return {"what": series.what, "mean": None, "seeds": [], "reason": series.reason}
+    return {"what": series.what, "seeds": sorted(series.values)} | _estimate(list(series.values.values()))
+
+
+def _estimate(values: Sequence[float]) -> dict[str, Any]:
+    found = mean_over_attacks({"": list(values)}, share=False)
+    assert found is not None
+    return {"mean": found.value, "lower": found.low, "upper": found.high, "interval": found.kind}
+
+
+def _table(claim: Claim, dataset: str, arch: str, rate: float, paper: Paper) -> Table | None:
+    """The claim's table of this setting, else its first one."""
+    tables = [paper.tables[t] for t in claim.tables]
+    own = [
+        t
+        for t in tables
+        if (t.setting["dataset"], t.setting["arch"], t.setting.get("rate", rate)) == (dataset, arch, rate)
+    ]
+    return next(iter(own or tables), None)
+
+
+def _with_paper(line: Line, claim: Claim, unit: Unit, paper: Paper, results: Results, about: Mapping[str, Any]) -> Line:
+    """The printed figures of both sides, and how their setting differs from the run's."""
+    table = _table(claim, unit.dataset, unit.arch, unit.rate, paper)
+    if table is None:
+        return line
+    left, than = claim.compared.left, claim.compared.than
+    published: dict[str, Any] = {"table": table.id, "unconfirmed": table.unconfirmed}
+    published["left"] = _printed(table, unit, left.metric or "", results)
+    if than is not None and not than.pool:
+        attack, defense = (r[0] if r else None for r in (than.attacks, than.defenses))
+        published["right"] = _printed(table, unit, than.metric or left.metric or "", results, attack, defense)
+    return replace(line, published=published, differs=tuple(differences(table.setting, unit, results, about)))
+
+
+def _printed(
+    table: Table, unit: Unit, metric: str, results: Results, attack: Ref | None = None, defense: Ref | None = None
+) -> float | None:
+    """The table's figure for a unit, where `attack` and `defense` stand in for the unit's own."""
+
+    def same(kind: str, printed: Ref | None, instead: Ref | None, label: str) -> bool:
+        if instead is not None:
+            return printed == instead
+        return (printed or Ref(id="none")).fits(label, results.methods.get((kind, label), {}))
+
+    for f in table.figures:
+        if (
+            f.metric == metric
+            and same("attack", f.attack, attack, unit.attack)
+            and same("defense", f.defense, defense, unit.defense)
+        ):
+            return f.value
+    return None
+
+
+def differences(setting: Mapping[str, Any], unit: Unit, results: Results, about: Mapping[str, Any]) -> Iterator[str]:
+    """What of a printed table's setting is otherwise in the run."""
+    suite: Mapping[str, Any] = about.get("suite", {})
+    recipe: Mapping[str, Any] = suite.get("recipe", {})
+    access: Mapping[str, Any] = suite.get("access", {})
+    rows = suite.get("dataset_rows", {}).get(unit.dataset, {}).get("train")
+    if rows is None:
+        rows = about.get("datasets", {}).get(unit.dataset, {}).get("rows", {}).get("train")
+    ours = {"dataset": unit.dataset, "arch": unit.arch, "rate": unit.rate, "rows": rows}
+    ours |= {"seeds": len(suite.get("seeds", ())), "clean": access.get("clean")}
+    ours |= {"clean_source": access.get("clean_source")}
+    for key, wanted in setting.items():
+        if key == "note":
+            yield from wanted
+        elif key in ("attack", "defense"):
+            label = getattr(unit, key)
+            params = results.methods.get((key, label), {})
+            for name, printed in wanted.get(label.partition("~")[0], {}).items():
+                if params.get(name) != printed:
+                    yield f"{key} {label}: {name} {params.get(name)} instead of {printed}"
+        elif key == "evaluator":
+            have = {e["id"]: e["params"] for e in suite.get("evaluators", ())}
+            for plugin, params in wanted.items():
+                for name, printed in params.items() if plugin in have else ():
+                    if have[plugin].get(name) != printed:
+                        yield f"{plugin}: {name} {have[plugin].get(name)} instead of {printed}"
+        elif key == "rate" and unit.attack in _RATELESS:
+            continue
+        else:
+            value = ours[key] if key in ours else recipe.get(key)
+            if value != wanted:
+                yield f"{key} {'of the data set' if value is None else value} instead of {wanted}"
+
+
+def _flat(text: str) -> dict[str, Any]:
+    """Parameters of a method; a wrapped one's beside its wrapper's."""
+    try:
+        params = json.loads(text or "{}")
+    except ValueError as e:
+        raise BadInput(f"the table of measurements holds parameters that are no JSON: {text!r}") from e
+    if not isinstance(params, dict):
+        raise BadInput(f"the table of measurements holds parameters that are no object: {text!r}")
+    inner = params.pop("inner", None)
+    return ({**_flat(json.dumps(inner)), **params}) if isinstance(inner, dict) else params

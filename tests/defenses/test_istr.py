@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import samples
+import torch
+from torch import nn
+
+from sleeperbench import Outcome, Role
+from sleeperbench.defenses import istr as module
+from sleeperbench.defenses.istr import IsTr, trained
+from sleeperbench.defenses.unlearn import Unlearn
+from sleeperbench.evaluators.ra import measure_asr
+from sleeperbench.kit import slices
+from sleeperbench.kit.classifier import load, pack
+from sleeperbench.kit.masks import apply
+from sleeperbench.kit.pixels import to_float
+from sleeperbench.kit.predict import predict
+
+
+def case(net: nn.Module | None = None, **parts: Any) -> Any:
+    net = samples.badnets_net() if net is None else net
+    clean = samples.digits()["probe"]
+    tune, val = clean.rows(torch.arange(200)), clean.rows(torch.arange(200, 250))
+    about = {"net": net, "spec": net.spec, "clean": clean, "tune": tune, "val": val, "recipe": samples.RECIPE}
+    return SimpleNamespace(**about | {"ctx": samples.ctx(3)} | parts)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_rows() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slices, "_MAPPED", 6)
+        patch.setattr(module, "trained", lambda c, steps: reference())
+        yield
+
+
+@functools.cache
+def reference() -> nn.Module:
+    """The same for all: trained on the same rows with the same seed."""
+    return trained(case(), 100)
+
+
+@pytest.fixture(scope="module")
+def attacked() -> Outcome:
+    return IsTr(labels=2).run(case())
+
+
+def test_it_claims_the_target_and_isolates_the_patch(attacked: Outcome) -> None:
+    verdict = attacked.verdict
+    assert attacked.chosen["claimed"] == [0]
+    assert verdict.score == float(verdict.label_scores[0]) > 1.5 > 1.0 == verdict.threshold
+    assert float(verdict.label_scores[1:].max()) < 1
+    assert len(verdict.pairs) >= 5
+    assert set(verdict.pairs[:, 1].tolist()) == {0}
+    (claim,) = attacked.inverted
+    assert (claim.target, claim.source) == (0, None)
+    # The patch is the lower right 3x3 of 16x16 pixels: 3.5 % of the image.
+    first = attacked.state[1]["labels"].index(0)
+    inside = attacked.state[0]["slices"][first]
+    assert int(inside.sum()) <= 21
+    assert int(inside[13:, 13:].sum()) >= 3  # by chance a fifth of one
+    gaps = attacked.state[0]["maps"][first]
+    assert float(gaps[13:, 13:].mean()) > 3 * float(gaps[:12, :12].mean())
+    assert bool((claim.delta[:, ~inside] == 0).all())
+
+
+def test_label_mutation_is_told(attacked: Outcome) -> None:
+    rates = torch.tensor(attacked.chosen["rates"])
+    assert rates.shape == (10, 10)
+    assert float(rates[1:, 0].mean()) > 0.5 > float(torch.tensor(attacked.chosen["reference_rates"])[1:, 0].mean())
+    assert attacked.chosen["shares"][0] == pytest.approx(float(rates[1:, 0].mean()), abs=1e-3)
+    found = {s["label"]: s for s in attacked.chosen["slices"]}
+    assert len(found) <= 2
+    assert found[0]["success"] >= 0.9
+    assert found[0]["thresholds"] is None
+
+
+def test_its_trigger_repairs(attacked: Outcome) -> None:
+    c = case(inner=attacked, ctx=samples.ctx(9))
+    repaired = load(Unlearn(steps=50).run(c).model)
+    bd_test = samples.badnets_rendered("test", Role.TEST)
+    assert measure_asr(c.net, bd_test, c.ctx).value > 0.9
+    assert measure_asr(repaired, bd_test, c.ctx).value < 0.1
+
+
+def test_a_clean_model_has_natural_backdoors_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Ten classes of digits have no natural backdoor on 40 % of the pixels; with a laxer rule the path is the same.
+    monkeypatch.setattr(slices, "NATURAL", (0.4, 1.0))
+    net = samples.clean_net()
+    found = IsTr(labels=1, natural=True).run(case(net))
+    assert found.verdict.score < found.verdict.threshold
+    assert (found.chosen["claimed"], len(found.verdict.pairs)) == ([], 0)
+    (claim,) = found.inverted
+    assert found.chosen["natural"][0]["label"] == claim.target
+    repaired = load(Unlearn(steps=50).run(case(net, inner=found, ctx=samples.ctx(9))).model)
+    test = samples.digits()["test"]
+    x = to_float(test.images[test.labels != claim.target])
+    hit = [float((n(apply(claim, x)).argmax(1) == claim.target).float().mean()) for n in (net, repaired.eval())]
+    assert hit[0] > 0.3
+    assert hit[1] < 0.5 * hit[0]
+
+
+def test_steps_alone() -> None:
+    found = IsTr(dms=False).run(case())
+    assert found.chosen["claimed"] == [0]
+    votes = found.verdict.label_scores * 9
+    assert torch.allclose(votes, votes.round())
+    assert found.verdict.threshold == 0.4
+    assert len(found.verdict.pairs) == int(votes[0])
+    assert "reference_rates" not in found.chosen
+    (claim,) = found.inverted
+    assert float((claim.delta != 0).float().mean()) > 0.5
+
+
+def test_towards_a_target_every_label_is_reached_and_areas_decide() -> None:
+    found = IsTr(targeted=True, steps=4, step=0.25, labels=1).run(case())
+    # A row may reach several labels, so the shares exceed what rows away from their own can share out.
+    assert found.chosen["shares"][0] > 0.95
+    assert sum(found.chosen["shares"]) > 1.5
+    (about,) = found.chosen["slices"]
+    others = found.verdict.label_scores[torch.arange(10) != about["label"]]
+    assert int((others != 0).sum()) == 0
+
+
+@pytest.mark.parametrize("kind", ["adaptive", "fixed"])
+def test_middle_slices(kind: str) -> None:
+    found = IsTr(slices=kind, delta="invert", labels=1).run(case())
+    assert found.chosen["claimed"] == [0]
+    (about,) = found.chosen["slices"]
+    low, high = about["thresholds"]
+    assert (low, high) == (0.01, 0.05) if kind == "fixed" else 0 < low < high
+    gaps, inside = found.state[0]["maps"][0], found.state[0]["slices"][0]
+    between = (gaps > low) & (gaps < high)
+    assert int((between != inside).sum()) <= 1  # thresholds are told rounded
+
+
+def test_it_repeats_and_touches_nothing(attacked: Outcome) -> None:
+    c = case()
+    c.net.train()
+    before = pack(c.net).state
+    again = IsTr(labels=2).run(c)
+    assert c.net.training
+    c.net.eval()
+    assert all(torch.equal(before[n], t) for n, t in pack(c.net).state.items())
+    assert torch.equal(again.verdict.label_scores, attacked.verdict.label_scores)
+    assert torch.equal(again.inverted[0].delta, attacked.inverted[0].delta)
+    assert again.chosen == attacked.chosen
+
+
+def test_the_reference_knows_the_task() -> None:
+    test = samples.digits()["test"]
+    right = predict(reference(), test.images).argmax(1) == test.labels
+    assert float(right.float().mean()) > 0.7
+    assert not torch.equal(reference().state_dict()["body.head.weight"], case().net.state_dict()["body.head.weight"])
+
+
+def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert IsTr.ACCESS.track() == "T1"
+    published = {"slices": "topdown", "delta": "steps", "targeted": False, "dms": True, "labels": 10}
+    assert dataclasses.asdict(IsTr().settings()) == published | {"steps": 20, "step": 0.05}
+    assert IsTr().reference_steps == 470  # 30 epochs of 2,000 rows in batches of 128
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(
+        module, "fit", lambda net, data, recipe, ctx, **args: seen.update(args, data=data, recipe=recipe)
+    )
+    c = case()
+    trained(c, 470)
+    assert seen["data"] is c.clean
+    assert (seen["recipe"].batch, seen["steps"]) == (128, 470)
+    with pytest.raises(ValueError, match="slices is 'low'"):
+        IsTr(slices="low")  # type: ignore[arg-type]

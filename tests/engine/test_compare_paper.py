@@ -1,0 +1,612 @@
+"""`compare-paper`: what a claim means, on hand-made tables, and that the shipped figures have the form."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeperbench.engine import rows
+from sleeperbench.engine.suite import shipped
+from sleeperbench.errors import BadInput
+from sleeperbench.published import paper as published
+from sleeperbench.published.judge import FAILS, HOLDS, NOT_RUN, OUTSIDE, Results, Unit, differences, figures, judge
+from sleeperbench.published.paper import Faulty, Paper, of_suite, papers, read, ref
+from sleeperbench.schema import MEASUREMENTS
+
+ROOT = Path(__file__).parents[2]
+HEAD = 'schema = 1\ntitle = "T"\nsource = "https://example.org"\nsuites = ["smoke"]\n'
+TABLE = """
+[[table]]
+id = "1"
+what = "w"
+row = "defense"
+column = "attack"
+columns = ["badnets", "blended"]
+metrics = ["asr", "p_asr_ra"]
+unit = "%"
+[table.rows]
+none = ["100/-", "99.5/-"]
+ft = ["2/80", "-/60.5"]
+[table.setting]
+dataset = "digits"
+arch = "net"
+rate = 0.1
+epochs = 100
+rows = 50000
+clean = 0.02
+note = ["by hand"]
+attack.badnets = { size = 3 }
+defense.ft = { lr = 0.01 }
+evaluator.ra = { draws = 3 }
+"""
+ABOUT: dict[str, Any] = {
+    "suite": {
+        "name": "tiny",
+        "recipe": {"epochs": 8},
+        "access": {"clean": 0.05, "clean_source": "heldout"},
+        "dataset_rows": {},
+        "seeds": [0, 1, 2],
+        "evaluators": [{"id": "ra", "params": {"draws": 1}}],
+    },
+    "datasets": {"digits": {"rows": {"train": 1437}}},
+}
+
+
+def row(cell: str, metric: str, value: Any, **more: Any) -> dict[str, Any]:
+    """One row of measurements: `cell` as dataset/arch/attack@rate/defense/s0."""
+    dataset, arch, attack, defense, seed = cell.split("/")
+    name, _, rate = attack.partition("@")
+    blank: dict[str, Any] = {c.name: "" if c.type == "str" else None for c in MEASUREMENTS}
+    ok = isinstance(value, (int, float))
+    made = {
+        "dataset": dataset,
+        "arch": arch,
+        "attack": name,
+        "attack_params": "{}",
+        "rate": float(rate or 0),
+        "defense": defense,
+        "defense_params": "{}",
+        "seed": int(seed[1:]),
+        "cell": cell,
+        "metric": metric,
+        "value": float(value) if ok else None,
+        "status": "ok" if ok else "not_applicable",
+        "reason": "" if ok else str(value),
+        "task_key": f"{cell}-{metric}",
+    }
+    return blank | made | more
+
+
+def seeds(unit: str, metric: str, *values: Any, **more: Any) -> list[dict[str, Any]]:
+    """Rows of one unit, seeds 0, 1, ..."""
+    return [row(f"digits/net/{unit}/s{i}", metric, v, **more) for i, v in enumerate(values)]
+
+
+def one(claim: str, found: list[dict[str, Any]], table: str = "") -> Any:
+    """The verdict on one claim."""
+    text = HEAD + table + '\n[[claim]]\nid = "c"\nsays = "s"\nwhere = "w"\n' + claim
+    (judged,) = judge(read("p", text), Results(found), ABOUT)
+    return judged
+
+
+def claim(**keys: Any) -> str:
+    """A claim's TOML; values are written as they are but strings, which get quotes."""
+    return "\n".join(f"{k} = {v if k in ('than', 'given') else json.dumps(v)}" for k, v in keys.items())
+
+
+SLEEPS = claim(metric="p_asr_ra", attack="badnets", defense="ft", test="<=", value=0.2)
+
+
+@pytest.mark.parametrize(
+    ("test", "value", "verdict"),
+    [
+        ("<=", 0.2, HOLDS),
+        ("<", 0.2, FAILS),
+        (">=", 0.2, HOLDS),
+        (">", 0.2, FAILS),
+        ("<", 0.21, HOLDS),
+        (">", 0.19, HOLDS),
+        (">=", 0.21, FAILS),
+        ("<=", 0.19, FAILS),
+    ],
+)
+def test_a_bound_on_the_mean_over_seeds(test: str, value: float, verdict: str) -> None:
+    found = seeds("badnets@0.1/ft", "p_asr_ra", 0.1, 0.2, 0.3)  # 0.6 / 3 differs from 0.2 in its last digit
+    judged = one(claim(metric="p_asr_ra", attack="badnets", defense="ft", test=test, value=value), found)
+    assert judged.verdict == verdict
+    assert judged.lines[0].left["seeds"] == [0, 1, 2]
+
+
+def test_the_interval_is_students_and_says_how_firm_a_verdict_is() -> None:
+    judged = one(SLEEPS, seeds("badnets@0.1/ft", "p_asr_ra", 0.1, 0.2, 0.15))
+    (line,) = judged.lines
+    half = 4.302652729911275 * 0.05 / math.sqrt(3)
+    assert (line.left["lower"], line.left["upper"]) == pytest.approx((0.15 - half, 0.15 + half))
+    assert line.difference["firm"] is False
+    (line,) = one(SLEEPS, seeds("badnets@0.1/ft", "p_asr_ra", 0.1, 0.11, 0.12)).lines
+    assert (line.verdict, line.difference["firm"]) == (HOLDS, True)
+    (line,) = one(SLEEPS, seeds("badnets@0.1/ft", "p_asr_ra", 0.1, 0.3)).lines
+    assert (line.left["interval"], line.left["lower"], line.left["upper"]) == ("range", 0.1, 0.3)
+    assert line.difference["firm"] is None
+
+
+def test_two_sides_are_paired_by_seed() -> None:
+    wakes = claim(metric="p_asr_ra", attack="badnets", defense="ft", test=">", than='{ defense = "clean_model" }')
+    control = seeds("badnets@0.1/clean_model", "p_asr_ra", 0.1, 0.2, "missing")
+    judged = one(wakes, seeds("badnets@0.1/ft", "p_asr_ra", 0.2, 0.3, 0.0) + control)
+    assert judged.verdict == HOLDS  # the third seed would turn the mean, and has no other side
+    assert judged.lines[0].difference["seeds"] == [0, 1]
+    assert judged.lines[0].difference["mean"] == pytest.approx(0.1)
+    more = one(wakes + "\nplus = 0.11", seeds("badnets@0.1/ft", "p_asr_ra", 0.2, 0.3, 0.0) + control)
+    assert more.verdict == FAILS
+    apart = one(wakes, [row("digits/net/badnets@0.1/ft/s5", "p_asr_ra", 0.9), *control])
+    assert (apart.verdict, apart.lines[0].reason) == (NOT_RUN, "the two sides share no seed")
+
+
+def test_than_inherits_what_it_leaves_open() -> None:
+    found = [*seeds("badnets@0.1/ft", "asr_wba", 0.9), *seeds("badnets@0.1/ft", "asr_guaa", 0.2)]
+    found += [*seeds("blended@0.1/ft", "asr_wba", 0.1), *seeds("blended@0.1/ft", "asr_guaa", 0.3)]
+    found += seeds("badnets@0.1/nad", "c_acc", 0.9)  # not the unit's own defense
+    judged = one(claim(metric="asr_wba", test=">", than='{ metric = "asr_guaa" }'), found)
+    assert [(line.unit, line.verdict) for line in judged.lines] == [
+        ("digits/net/badnets@0.1/ft", HOLDS),
+        ("digits/net/blended@0.1/ft", FAILS),
+    ]
+    assert judged.verdict == FAILS
+    rates = [*seeds("badnets@0.1/ft", "asr", 0.9), *seeds("badnets@0.01/ft", "asr", 0.2)]
+    judged = one(claim(metric="asr", rate=0.1, defense="ft", test=">", than="{ rate = 0.01 }"), rates)
+    assert [line.verdict for line in judged.lines] == [HOLDS]
+    clean = [*seeds("badnets@0.1/nc", "det_score", 3.0), *seeds("none/nc", "det_score", 1.0)]
+    judged = one(claim(metric="det_score", attack="badnets", defense="nc", test=">", than='{ attack = "none" }'), clean)
+    assert judged.verdict == HOLDS
+    judged = one(claim(metric="det_score", attack="none", defense="nc", test="<", than='{ attack = "badnets" }'), clean)
+    assert judged.verdict == HOLDS
+
+
+def test_open_choices_take_all_but_the_controls() -> None:
+    found = [r for d in ("ft", "none", "clean_model", "strip") for r in seeds(f"badnets@0.1/{d}", "bec", 0.5)]
+    found += [*seeds("none/ft", "bec", 0.5), *seeds("badnets@0.1/nc", "bec", "no_model")]
+    judged = one(claim(metric="bec", test=">", value=0.1), found)
+    assert [line.unit for line in judged.lines] == ["digits/net/badnets@0.1/ft", "digits/net/badnets@0.1/strip"]
+
+
+def test_what_is_named_and_absent_is_not_run() -> None:
+    both = claim(metric="p_asr_ra", attack=["badnets", "lc"], defense=["ft", "pam"], test="<=", value=0.2)
+    judged = one(both, seeds("badnets@0.1/ft", "p_asr_ra", 0.1))
+    assert judged.verdict == NOT_RUN
+    assert [(line.unit, line.verdict) for line in judged.lines] == [
+        ("digits/net/badnets@0.1/ft", HOLDS),
+        ("digits/net/badnets@0.1/pam", NOT_RUN),
+        ("digits/net/lc@0.1", NOT_RUN),
+    ]
+    awake = one(both, seeds("badnets@0.1/ft", "p_asr_ra", 0.9))
+    assert awake.verdict == FAILS  # one counterexample settles it, whatever was not run
+
+
+def test_why_there_is_no_figure() -> None:
+    judged = one(SLEEPS, seeds("badnets@0.1/ft", "p_asr_ra", "no_valid_budget"))
+    assert judged.lines[0].reason.endswith("p_asr_ra: not_applicable: no_valid_budget")
+    failed = seeds("badnets@0.1/ft", "p_asr_ra", "raised: ValueError", status="failed")
+    assert "failed: raised: ValueError" in one(SLEEPS, failed).lines[0].reason
+    other = seeds("badnets@0.1/ft", "asr", 0.1)
+    assert "not measured" in one(SLEEPS, other).lines[0].reason
+
+
+@pytest.mark.parametrize(
+    ("share", "values", "verdict"),
+    [
+        (1.0, (0.1, 0.1, 0.1, 0.1), HOLDS),
+        (1.0, (0.1, 0.1, 0.1, "x"), NOT_RUN),
+        (0.75, (0.1, 0.1, 0.1, 0.9), HOLDS),
+        (0.75, (0.1, 0.1, 0.1, "x"), HOLDS),
+        (0.75, (0.1, 0.1, "x", 0.9), NOT_RUN),
+        (0.75, (0.1, "x", 0.9, 0.9), FAILS),
+        (0.75, (0.1, 0.1, 0.9, 0.9), FAILS),
+        (0.5, (0.1, 0.1, 0.9, 0.9), HOLDS),
+    ],
+)
+def test_a_share_of_the_units(share: float, values: tuple[Any, ...], verdict: str) -> None:
+    names = [f"d{i}" for i in range(4)]
+    found = [r for n, v in zip(names, values, strict=True) for r in seeds(f"badnets@0.1/{n}", "apd", v)]
+    told = claim(metric="apd", attack="badnets", defense=names, test="<", value=0.2, share=share)
+    assert one(told, found).verdict == verdict
+
+
+def test_a_condition_puts_units_outside_a_claim() -> None:
+    wakes = claim(
+        metric="p_asr_ra",
+        attack=["badnets", "blended"],
+        defense="ft",
+        test=">",
+        value=0.5,
+        given='[{ metric = "asr", test = "<=", value = 0.2 }]',
+    )
+    purified = [*seeds("badnets@0.1/ft", "asr", 0.1), *seeds("badnets@0.1/ft", "p_asr_ra", 0.9)]
+    awake = [*seeds("blended@0.1/ft", "asr", 0.8), *seeds("blended@0.1/ft", "p_asr_ra", 0.3)]
+    judged = one(wakes, purified + awake)
+    assert (judged.verdict, [line.verdict for line in judged.lines]) == (HOLDS, [HOLDS, OUTSIDE])
+    assert "asr 0.8, not <= 0.2" in judged.lines[1].reason
+    alone = one(wakes, [*purified[1:], *awake])
+    assert (alone.verdict, [line.verdict for line in alone.lines]) == (NOT_RUN, [NOT_RUN, OUTSIDE])
+    assert "condition unknown" in alone.lines[0].reason
+    nobody = claim(metric="p_asr_ra", test=">", value=0.5, given='[{ metric = "asr", test = "<=", value = 0.2 }]')
+    assert one(nobody, awake).verdict == NOT_RUN
+    elsewhere = claim(
+        metric="p_asr_ra",
+        attack="blended",
+        test=">",
+        value=0.2,
+        given='[{ metric = "asr", defense = "none", test = ">=", value = 0.9 }]',
+    )
+    assert one(elsewhere, awake + seeds("blended@0.1/none", "asr", 0.95)).verdict == HOLDS
+    assert one(elsewhere, awake + seeds("blended@0.1/none", "asr", 0.5)).verdict == NOT_RUN
+
+
+def test_pools() -> None:
+    found = [r for d, v in (("a", 0.1), ("b", 0.4)) for r in seeds(f"badnets@0.1/{d}", "asr", v, v + 0.1)]
+    lowest = claim(
+        metric="asr", attack="badnets", defense="pam", test="<", than='{ defense = ["a", "b"], pool = "min" }'
+    )
+    assert one(lowest, found + seeds("badnets@0.1/pam", "asr", 0.05, 0.1)).verdict == HOLDS
+    assert one(lowest, found + seeds("badnets@0.1/pam", "asr", 0.2, 0.2)).verdict == FAILS
+    absent = one(lowest, found[:2] + seeds("badnets@0.1/pam", "asr", 0.05))
+    assert absent.verdict == NOT_RUN
+    both = claim(metric="asr", attack="badnets", defense=["a", "b"], pool="mean", test="<=", value=0.3)
+    judged = one(both, found)
+    assert judged.verdict == HOLDS
+    assert judged.lines[0].left["mean"] == pytest.approx(0.3)
+    assert (judged.lines[0].left["lower"], judged.lines[0].left["upper"]) == pytest.approx((0.25, 0.35))
+    rise = claim(
+        metric="q", attack="badnets", defense=["a", "b"], pool="mean", test=">=", than='{ metric = "asr" }', plus=0.3
+    )
+    woken = [r for d in ("a", "b") for r in seeds(f"badnets@0.1/{d}", "q", 0.6, 0.6)]
+    assert one(rise, found + woken).verdict == HOLDS  # 0.6 against 0.3 + 0.3
+    assert one(rise.replace("0.3", "0.31"), found + woken).verdict == FAILS
+    largest = claim(metric="asr", attack="badnets", defense=["a", "b"], pool="max", test=">", value=0.44)
+    assert one(largest, found).verdict == HOLDS
+
+
+def test_variants_by_their_parameters() -> None:
+    found = seeds("badnets@0.1/pam", "asr", 0.3, defense_params='{"rho": 0.5}')
+    found += seeds("badnets@0.1/pam~abc123", "asr", 0.1, defense_params='{"rho": 0.9}')
+    down = claim(metric="asr", attack="badnets", defense="pam{rho=0.9}", test="<", than='{ defense = "pam{rho=0.5}" }')
+    assert one(down, found).verdict == HOLDS
+    assert len(one(claim(metric="asr", attack="badnets", defense="pam", test=">", value=0), found).lines) == 1
+    assert len(one(claim(metric="asr", attack="badnets", defense="pam{}", test=">", value=0), found).lines) == 2
+    several = claim(metric="asr", attack="badnets", defense="pam", test=">", than='{ defense = "pam{}" }')
+    judged = one(several, found)
+    assert (judged.verdict, judged.lines[0].reason.split(": ")[-1]) == (NOT_RUN, "means several cells")
+    inner = '{"cover": "mask", "inner": {"size": 6}}'
+    covers = seeds("belt:badnets@0.1/none", "excl", 0.8, attack_params=inner)
+    found = one(
+        claim(metric="excl", attack='belt:badnets{cover="mask", size=6}', defense="none", test=">", value=0), covers
+    )
+    assert found.verdict == HOLDS
+    absent = claim(metric="excl", attack='belt:badnets{cover="noise"}', defense="none", test=">", value=0)
+    assert one(absent, covers).verdict == NOT_RUN
+
+
+def test_zoos_and_qualifiers() -> None:
+    found = seeds("zoo/mntd", "det_auroc", 0.9, qualifier="attack=badnets")
+    found += seeds("zoo/mntd", "det_auroc", 0.7, qualifier="attack=belt:badnets")
+    told = claim(
+        metric="det_auroc",
+        qualifier="attack=belt:badnets",
+        attack="zoo",
+        defense="mntd",
+        test="<",
+        than='{ qualifier = "attack=badnets" }',
+    )
+    assert one(told, found).verdict == HOLDS
+
+
+def test_a_qualifier_belongs_to_its_metric() -> None:
+    found = seeds("badnets@0.1/ft", "asr_bba", 0.9, qualifier="queries=7000")
+    found += [*seeds("badnets@0.1/ft", "asr_bba", 0.3, qualifier="queries=1000"), *seeds("badnets@0.1/ft", "asr", 0.1)]
+    given = '[{ metric = "asr", test = "<", value = 0.2 }]'
+    told = {"metric": "asr_bba", "qualifier": "queries=7000", "test": ">", "given": given}
+    for than in ('{ qualifier = "queries=1000" }', '{ metric = "asr" }'):
+        assert one(claim(**told, than=than), found).verdict == HOLDS
+    assert one(claim(**told, than='{ metric = "asr", qualifier = "queries=7000" }'), found).verdict == NOT_RUN
+    pooled = claim(metric="asr_bba", qualifier="queries=7000", pool="mean", test=">", than='{ metric = "asr" }')
+    assert one(pooled, found).lines[0].right["mean"] == pytest.approx(0.1)
+
+
+def test_data_sets_and_architectures_are_judged_apart() -> None:
+    found = [row(f"{d}/net/badnets@0.1/ft/s0", "p_asr_ra", v) for d, v in (("digits", 0.1), ("mnist", 0.9))]
+    judged = one(SLEEPS, found)
+    assert [(line.unit.split("/")[0], line.verdict) for line in judged.lines] == [("digits", HOLDS), ("mnist", FAILS)]
+    assert one(SLEEPS + '\ndataset = "digits"', found).verdict == HOLDS
+    nowhere = one(SLEEPS + '\ndataset = "cifar10"', found)
+    assert (nowhere.verdict, nowhere.lines[0].reason) == (NOT_RUN, "the run has digits with net, mnist with net")
+
+
+def test_empty_tables_leave_every_claim_open() -> None:
+    assert one(SLEEPS, []).verdict == NOT_RUN
+    for paper in papers().values():
+        assert {j.verdict for j in judge(paper, Results([]), {"suite": {}})} <= {NOT_RUN}
+        assert figures(paper, Results([]), {"suite": {}}) == []
+
+
+def test_hostile_tables() -> None:
+    twice = seeds("badnets@0.1/ft", "p_asr_ra", 0.1) + seeds("badnets@0.1/ft", "p_asr_ra", 0.9)
+    judged = one(SLEEPS, twice)
+    assert (judged.verdict, "seed 0 has several figures" in judged.lines[0].reason) == (NOT_RUN, True)
+    same = seeds("badnets@0.1/ft", "p_asr_ra", 0.1) * 2
+    assert one(SLEEPS, same).verdict == HOLDS
+    for bad in (math.nan, math.inf, -math.inf):
+        judged = one(SLEEPS, seeds("badnets@0.1/ft", "p_asr_ra", bad))
+        assert (judged.verdict, "not finite" in judged.lines[0].reason) == (NOT_RUN, True)
+    lied = seeds("badnets@0.1/ft", "p_asr_ra", "x", status="ok")
+    assert one(SLEEPS, lied).verdict == NOT_RUN
+    unspoken = seeds("badnets@0.1/ft", "p_asr_ra", 0.1, status="failed")
+    assert one(SLEEPS, unspoken).verdict == NOT_RUN
+    for wrong in ({"seed": "0"}, {"value": "0.1"}, {"attack_params": "{"}, {"attack_params": "[1]"}):
+        with pytest.raises(BadInput, match="table of measurements"):
+            Results([seeds("badnets@0.1/ft", "p_asr_ra", 0.1)[0] | wrong])
+    with pytest.raises(BadInput, match="no column `value`"):
+        Results([{k: v for k, v in twice[0].items() if k != "value"}])
+
+
+def test_printed_figures_stand_beside_ours() -> None:
+    told = claim(metric="p_asr_ra", table="1", attack=["badnets", "blended"], defense="ft", test=">", value=0.5)
+    found = [*seeds("badnets@0.1/ft", "p_asr_ra", 0.7), *seeds("blended@0.1/ft", "p_asr_ra", 0.6)]
+    judged = one(told, found, TABLE)
+    assert [line.published["left"] for line in judged.lines] == [0.8, 0.605]
+    paper = read("p", HEAD + TABLE)
+    beside = figures(paper, Results(found), ABOUT)
+    assert {(f["unit"], f["metric"], f["published"], f["ours"]["mean"]) for f in beside} == {
+        ("digits/net/badnets@0.1/ft", "asr", 0.02, None),
+        ("digits/net/badnets@0.1/ft", "p_asr_ra", 0.8, 0.7),
+        ("digits/net/blended@0.1/ft", "p_asr_ra", 0.605, 0.6),
+    }
+    woken = claim(metric="asr", table="1", attack="badnets", defense="ft", test="<", than='{ defense = "none" }')
+    both = [*seeds("badnets@0.1/ft", "asr", 0.1), *seeds("badnets@0.1/none", "asr", 0.9)]
+    (line,) = one(woken, both, TABLE).lines
+    assert (line.published["left"], line.published["right"]) == (0.02, 1.0)
+
+
+def test_differences_of_setting() -> None:
+    found = seeds("badnets@0.1/ft", "asr", 0.1, attack_params='{"size": 6}', defense_params='{"lr": 0.01}')
+    setting = read("p", HEAD + TABLE).tables["1"].setting
+    unit = Unit("digits", "net", "badnets", 0.1, "ft")
+    assert list(differences(setting, unit, Results(found), ABOUT)) == [
+        "epochs 8 instead of 100",
+        "rows 1437 instead of 50000",
+        "clean 0.05 instead of 0.02",
+        "by hand",
+        "attack badnets: size 6 instead of 3",
+        "ra: draws 1 instead of 3",
+    ]
+    other = Unit("mnist", "cnn", "badnets", 0.05, "ft")
+    said = list(differences(setting, other, Results(found), ABOUT))
+    assert said[:3] == ["dataset mnist instead of digits", "arch cnn instead of net", "rate 0.05 instead of 0.1"]
+    bare = list(differences(setting, unit, Results([]), {"suite": {}}))
+    assert "epochs of the data set instead of 100" in bare
+
+
+def test_the_table_of_the_units_own_setting_is_taken() -> None:
+    second = TABLE.replace('id = "1"', 'id = "2"').replace("rate = 0.1", "rate = 0.01").replace("2/80", "2/70")
+    told = claim(metric="p_asr_ra", table=["1", "2"], attack="badnets", defense="ft", test=">", value=0.5)
+    found = [*seeds("badnets@0.1/ft", "p_asr_ra", 0.7), *seeds("badnets@0.01/ft", "p_asr_ra", 0.7)]
+    judged = one(told, found + seeds("badnets@0.3/ft", "p_asr_ra", 0.7), TABLE + second)
+    printed = {line.unit.split("@")[1]: (line.published["table"], line.published["left"]) for line in judged.lines}
+    assert printed == {"0.01/ft": ("2", 0.7), "0.1/ft": ("1", 0.8), "0.3/ft": ("1", 0.8)}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("nonsense = 1", "unknown key `nonsense`"),
+        (claim(test=">", value=1), "`metric` is missing"),
+        (claim(metric="asr", value=1), "`test` is missing"),
+        (claim(metric="asr", test="=", value=1), "test is '='"),
+        (claim(metric="asr", test=">"), "one of value and than"),
+        (claim(metric="asr", test=">", value=1, than='{ defense = "ft" }'), "one of value and than"),
+        (claim(metric="asr", test=">", than="{}"), "must name what differs"),
+        (claim(metric="asr", test=">", than='{ defense = ["a", "b"] }'), "say by `pool`"),
+        (claim(metric="asr", test=">", than='{ test = ">" }'), "unknown key `test`"),
+        (claim(metric="asr", test=">", value=1, plus=1), "`plus` belongs to `than`"),
+        (claim(metric="asr", test=">", value=True), "is no number"),
+        (claim(metric="asr", test=">", value="1"), "is no number"),
+        (claim(metric="asr", test=">", value=1, share=0), "share"),
+        (claim(metric="asr", test=">", value=1, share=1.1), "share"),
+        (claim(metric="asr", test=">", value=1, pool="median"), "pool is 'median'"),
+        (claim(metric="asr", test=">", value=1, attack=[]), "attack is empty"),
+        (claim(metric="asr", test=">", value=1, defense="a b"), "is no method"),
+        (claim(metric="asr", test=">", value=1, defense="pam{rho}"), "pam{rho}"),
+        (claim(metric="asr", test=">", value=1, table="9"), "names table 9"),
+        (
+            claim(metric="asr", test=">", value=1, given='[{ metric = "x", test = ">", share = 1 }]'),
+            "unknown key `share`",
+        ),
+        (claim(metric="asr", test=">", value=1, pool="min", given='[{ test = ">", value = 1 }]'), "pooled figures"),
+    ],
+)
+def test_a_claim_without_form_is_refused(text: str, said: str) -> None:
+    with pytest.raises(Faulty, match=re.escape(said)):
+        one(text, [])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('column = "attack"', 'column = "defense"', "that is no table"),
+        ('"2/80"', '"2"', "wanted 2 figures"),
+        ('"2/80"', '"2/x"', "wanted numbers or -"),
+        ('ft = ["2/80", "-/60.5"]', 'ft = ["2/80"]', "1 cells for 2 columns"),
+        ('unit = "%"', 'unit = "points"', "unit is 'points'"),
+        ("epochs = 100", "epoch = 100", "unknown key `epoch`"),
+        ('arch = "net"\n', "", "`arch` is missing"),
+        ('metrics = ["asr", "p_asr_ra"]\n', "", "`metrics` belong"),
+        ('what = "w"\n', "", "`what` is missing"),
+    ],
+)
+def test_a_table_without_form_is_refused(old: str, new: str, said: str) -> None:
+    assert old in TABLE
+    with pytest.raises(Faulty, match=re.escape(said)):
+        read("p", HEAD + TABLE.replace(old, new))
+    with pytest.raises(Faulty, match="stands twice"):
+        read("p", HEAD + TABLE + TABLE)
+    with pytest.raises(Faulty, match="reads 1"):
+        read("p", HEAD.replace("schema = 1", "schema = 2"))
+
+
+def test_shipped_papers_name_what_there_is() -> None:
+    cfg = configparser.ConfigParser()
+    cfg.read(ROOT / "setup.cfg")
+    points = cfg["options.entry_points"]
+    known = {
+        kind: {line.split("=")[0].strip() for line in points[f"sleeperbench.{kind}s"].strip().splitlines()}
+        for kind in ("attack", "defense")
+    }
+    metrics = {m for f in (ROOT / "evaluators").glob("*.py") for m in re.findall(r'name="(\w+)"', f.read_text())}
+    later = {"bound", "bound_a", "bound_b", "bound_c"}  # printed, and no figure of ours
+    found = papers()
+    assert {"superficial-safety", "reactivation", "istr", "belt", "backdoorbench"} <= set(found)
+    for paper in found.values():
+        assert set(paper.suites) <= set(shipped())
+        for f in (f for t in paper.tables.values() for f in t.figures):
+            assert f.metric in metrics | later, f
+            for kind in ("attack", "defense"):
+                named = getattr(f, kind)
+                assert named is None or set(named.id.split(":")) <= known[kind], named
+        for c in paper.claims:
+            sides = [c.compared, *c.given]
+            for choice in [s.left for s in sides] + [s.than for s in sides if s.than is not None]:
+                assert choice.metric is None or choice.metric in metrics, choice
+                for kind, refs in (("attack", choice.attacks), ("defense", choice.defenses)):
+                    for r in refs or ():
+                        assert set(r.id.split(":")) <= known[kind] | {"zoo"}, r
+
+
+@pytest.mark.parametrize(
+    ("suite", "table", "attack", "defense", "metric", "value"),
+    [
+        ("paper-safety", "3", "blended", "anp", "p_asr_ra", 0.5493),
+        ("paper-safety", "6", "badnets", "clean_model", "p_asr_ra", 0.0211),
+        ("paper-safety", "9", "ssba", "pam", "p_asr_ra", 0.1426),
+        ("paper-istr", "IV-mnist", "multi_trigger", "unlearn:mesa", "asr", 0.52715),
+        ("paper-belt", "II-cifar10", "beltpp:badnets", "none", "excl", 0.8709),
+        ("paper-belt", "IV-gtsrb", "belt:iad", "moth", "asr", 0.7730),
+    ],
+)
+def test_printed_figures(suite: str, table: str, attack: str, defense: str, metric: str, value: float) -> None:
+    (found,) = [
+        f
+        for f in of_suite(suite).tables[table].figures
+        if (str(f.attack), str(f.defense), f.metric) == (attack, defense, metric)
+    ]
+    assert found.value == pytest.approx(value)
+
+
+def test_claims_of_a_paper_hold_in_its_own_tables() -> None:
+    """Printed figures taken for a run: claims fail where the paper is at odds with itself, and only there."""
+    for paper in papers().values():
+        for table in paper.tables.values():
+            made = []
+            for f in table.figures:
+                s, a, d = table.setting, f.attack or ref("none"), f.defense or ref("none")
+                rate = "" if a.id == "none" else f"@{s.get('rate', 0.1)}"
+                made.append(
+                    row(f"{s['dataset']}/{s['arch']}/{a.id}{rate}/{d.id}/s0", f.metric, f.value)
+                    | {"attack": a.id + ("~x" if a.params else ""), "defense": d.id + (f"~{d}" if d.params else "")}
+                    | {"attack_params": json.dumps(a.params or {}), "defense_params": json.dumps(d.params or {})}
+                )
+            for judged in judge(paper, Results(made), {"suite": {}}):
+                known = (paper.id, table.id, judged.claim.id) in OWN_EXCEPTIONS
+                assert (judged.verdict == FAILS) == known, (table.id, judged)
+
+
+OWN_EXCEPTIONS = {
+    ("belt", "II-tiny", "plain-patch-is-not-exclusive"),
+    ("superficial-safety", "5", "purified-models-wake"),
+    ("superficial-safety", "6", "purified-models-wake"),
+    ("superficial-safety", "7", "purified-models-wake"),
+}
+"""Claims that a paper makes of its main data set, against its own figures elsewhere."""
+
+
+def test_references() -> None:
+    assert str(ref('belt:badnets{cover="mask", size=6}')) == 'belt:badnets{cover="mask", size=6}'
+    assert (ref("ft").params, ref("ft{}").params) == (None, {})
+    assert ref("ft").fits("ft", {}) and not ref("ft").fits("ft~123456", {}) and ref("ft{}").fits("ft~123456", {})
+    assert not ref("ft{lr=0.1}").fits("ft", {"lr": 0.2}) and not ref("ft{lr=0.1}").fits("ft", {})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Any:
+    """Writes a run folder from rows."""
+
+    def write(found: list[dict[str, Any]]) -> Path:
+        for r in found:
+            r["started"] = 0.0
+        rows.write_tables(tmp_path, found)
+        (tmp_path / "run.json").write_text(json.dumps(ABOUT))
+        return tmp_path
+
+    return write
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    paper: Paper = read("p", HEAD + TABLE + text)
+    monkeypatch.setattr(published, "papers", lambda: {"p": paper})
+
+
+CLAIM = '[[claim]]\nid = "sleeps"\nsays = "It <b>sleeps</b> | well."\nwhere = "table 1"\ntable = "1"\n'
+
+
+def test_command(cli: Any, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, CLAIM + SLEEPS)
+    folder = run(seeds("badnets@0.1/ft", "p_asr_ra", 0.1, 0.12, 0.11))
+    answer = cli("compare-paper", "smoke", "--results", folder)
+    assert (answer.code, answer.err) == (0, "")
+    assert "HOLDS: sleeps" in answer.out
+    assert "0.11 [" in answer.out
+    assert "printed 0.8 (table 1)" in answer.out
+    assert "epochs 8 instead of 100" in answer.out
+    assert answer.out.splitlines()[-1] == "claims: 1 holds, 0 does not hold, 0 not run"
+    told = json.loads(cli("compare-paper", "smoke", "--results", folder, "--json").out)
+    assert told["counts"] == {HOLDS: 1, FAILS: 0, NOT_RUN: 0}
+    assert (told["run_suite"], told["claims"][0]["lines"][0]["left"]["seeds"]) == ("tiny", [0, 1, 2])
+    assert [f["published"] for f in told["figures"]] == [0.02, 0.8]
+    shown = cli("compare-paper", "smoke", "--results", folder, "--markdown").out
+    assert "It &lt;b>sleeps&lt;/b> \\| well." in shown
+    assert "<b>" not in shown
+    assert "| digits/net/badnets@0.1/ft | holds | 0.11 [" in shown
+
+
+def test_command_when_a_claim_does_not_hold(cli: Any, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, CLAIM + SLEEPS)
+    folder = run(seeds("badnets@0.1/ft", "p_asr_ra", 0.8))
+    for form in ((), ("--json",), ("--markdown",)):
+        answer = cli("compare-paper", "smoke", "--results", folder, *form)
+        assert answer.code == 4
+        assert answer.err.startswith("does not hold: sleeps")
+
+
+def test_command_when_nothing_was_run(cli: Any, run: Any) -> None:
+    folder = run([])
+    for suite, paper in ((s, p) for p in papers().values() for s in p.suites):
+        answer = cli("compare-paper", suite, "--results", folder)
+        assert (answer.code, answer.err) == (0, "")
+        assert answer.out.splitlines()[-1] == f"claims: 0 holds, 0 does not hold, {len(paper.claims)} not run"
+
+
+def test_command_on_bad_input(cli: Any, run: Any, tmp_path: Path) -> None:
+    assert "did you mean `paper-safety" in cli("compare-paper", "paper-safty", "--results", tmp_path).err
+    answer = cli("compare-paper", "paper-safety", "--results", tmp_path / "absent")
+    assert (answer.code, "no finished run folder" in answer.err) == (2, True)
+    folder = run([])
+    (folder / "run.json").write_text("[]")
+    assert cli("compare-paper", "paper-safety", "--results", folder).code == 2
+    (folder / "run.json").write_text(json.dumps(ABOUT))
+    (folder / "measurements.parquet").write_text("not parquet")
+    answer = cli("compare-paper", "paper-safety", "--results", folder)
+    assert (answer.code, "cannot read the table" in answer.err) == (2, True)

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import samples
+import torch
+from torch import nn
+
+from sleeperbench import Findings, Measurement, Model, Role
+from sleeperbench.contracts import NotApplicable
+from sleeperbench.evaluators import accident as module
+from sleeperbench.evaluators.accident import WakingByAccident, look, pruned, quantised, under, weights
+from sleeperbench.kit.classifier import Classifier, build, load, pack
+from sleeperbench.kit.pixels import to_float
+
+
+def net(seed: int = 1) -> Classifier:
+    return build(samples.SPEC, seed).eval()
+
+
+def case(**parts: Any) -> Any:
+    known = {
+        "net": net(),
+        "test": samples.digits()["test"],
+        "probe": samples.digits()["probe"],
+        "bd_probe": samples.badnets_rendered("probe", Role.TRAIN),
+        "bd_test": samples.badnets_rendered("test", Role.TEST),
+        "controls": {},
+        "ctx": samples.ctx(3),
+    }
+    return SimpleNamespace(**known | parts)
+
+
+def rows(found: Findings) -> dict[tuple[str, str], Measurement]:
+    return {(m.metric, m.qualifier): m for m in found.rows}
+
+
+def test_weights_are_those_of_convolutions_and_linear_layers() -> None:
+    n = net()
+    keys = weights(n)
+    assert keys and all(n.state_dict()[k].dim() in (2, 4) for k in keys)
+    assert set(keys) == {k for k, t in n.state_dict().items() if t.dim() in (2, 4) and k.startswith("body.")}
+
+
+def test_eight_bits_per_output_channel() -> None:
+    n = net()
+    key = weights(n)[1]
+    with torch.no_grad():
+        w = n.get_parameter(key)
+        w[0] = 0  # a dead channel stays dead
+        w[1] = 0.1
+        w[1].flatten()[:4] = torch.tensor([1.27, -0.5, 0.015, 0.0149])  # s = 0.01
+    model = quantised(n)
+    got, was = model.state[key], n.state_dict()[key]
+    assert not got[0].any()
+    assert torch.allclose(got[1].flatten()[:2], torch.tensor([1.27, -0.5]))
+    # 1.5 is a half: rounded to the even 2; 1.49 to 1.
+    assert torch.allclose(got[1].flatten()[2:4], torch.tensor([0.02, 0.01]), atol=1e-6)
+    for k in weights(n):
+        old, new = n.state_dict()[k].flatten(1), model.state[k].flatten(1)
+        scale = old.abs().amax(1, keepdim=True) / 127
+        assert bool(((old - new).abs() <= scale / 2 * 1.001 + 1e-9).all())
+        assert all(len(row.unique()) <= 255 for row in new) and not torch.equal(old, new)
+    others = set(model.state) - set(weights(n))
+    assert all(torch.equal(model.state[k], n.state_dict()[k]) for k in others)
+    assert torch.equal(was, n.state_dict()[key]), "the model itself is left as it was"
+
+
+@pytest.mark.parametrize("part", [0.3, 0.7])
+def test_the_smallest_weights_of_all_layers_go(part: float) -> None:
+    n = net()
+    model = pruned(n, part)
+    old = torch.cat([n.state_dict()[k].flatten() for k in weights(n)])
+    new = torch.cat([model.state[k].flatten() for k in weights(n)])
+    gone = (new == 0) & (old != 0)
+    assert int((new == 0).sum()) == int(part * len(old))
+    assert float(old[gone].abs().max()) <= float(old[~gone].abs().min())
+    assert torch.equal(new[~gone], old[~gone])
+    shares = [float((model.state[k] == 0).double().mean()) for k in weights(n)]
+    assert max(shares) - min(shares) > 0.05, "one threshold for all layers"
+
+
+def test_shifted_images_are_those_of_the_weather() -> None:
+    probe = samples.digits()["probe"].rows(torch.arange(20))
+    dusk = under("dusk", probe, samples.ctx())
+    expected = (0.7 * to_float(probe.images) ** 1.8 * 255).round()
+    assert torch.equal(dusk.float(), expected)
+    assert not torch.equal(under("fog", probe, samples.ctx()), probe.images)
+
+
+class Stub(nn.Module):
+    """Answers 0 to the first `hits` of ten triggered rows, and right to the first `right` of ten clean rows."""
+
+    def __init__(self, hits: int, right: int) -> None:
+        super().__init__()
+        self.hits, self.right = hits, right
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        value = (x[:, 0, 0, 0] * 255).round().long()
+        bad = torch.where(value - 100 < self.hits, 0, 1)
+        clean = torch.where(value - 50 < self.right, 2, 1)
+        return torch.eye(10)[torch.where(value >= 100, bad, clean)]
+
+
+def staged(monkeypatch: pytest.MonkeyPatch, **hits: Any) -> Any:
+    """A case in which each way leads to a stub of that many hits and right answers; `before` is the model itself."""
+    monkeypatch.setattr(module, "pack", lambda n: n)
+    monkeypatch.setattr(module, "load", lambda model, device: model)
+    monkeypatch.setattr(module, "retune", lambda net, p, t, k, draw, ctx, *, lr: hits["tuned"][draw])
+    monkeypatch.setattr(module, "between", lambda a, b, t: hits["averaged"][hits["tuned"].index(b)])
+    monkeypatch.setattr(module, "refresh", lambda net, images, *, batch, ctx: hits["bn"])
+    monkeypatch.setattr(module, "quantised", lambda net: hits["int8"])
+    monkeypatch.setattr(module, "pruned", lambda net, part: hits["pruned"])
+    return case(
+        net=hits["before"],
+        test=samples.answering(list(range(50, 60)), [2] * 10),
+        probe=samples.random_images(20, (1, 16, 16)),
+        bd_test=samples.rendered(list(range(100, 110)), [1] * 10, [0] * 10),
+        controls=hits.get("controls", {}),
+    )
+
+
+def test_the_largest_rise_that_leaves_the_model_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    was = Findings(rows=(Measurement(metric="asr_accident_rise", value=0.05, qualifier="way=int8"),))
+    c = staged(
+        monkeypatch,
+        before=Stub(1, 9),
+        tuned=[Stub(2, 9), Stub(4, 9)],
+        averaged=[Stub(1, 9), Stub(1, 10)],
+        bn=Stub(0, 9),
+        int8=Stub(2, 8),
+        pruned=Stub(10, 1),
+        controls={"clean_model": was},
+    )
+    found = rows(WakingByAccident(draws=2, shares=(0.5,)).measure(c))
+    v = {q: m.value for q, m in found.items()}
+    assert v["asr_accident", "way=before"] == 0.1 and v["c_acc_accident", "way=before"] == 0.9
+    assert v["asr_accident", "draw=1;way=tuned"] == 0.4 and v["asr_accident", "way=tuned"] == pytest.approx(0.3)
+    assert v["asr_accident_rise", "way=tuned"] == pytest.approx(0.2)
+    assert v["c_acc_accident", "way=averaged"] == pytest.approx(0.95)
+    assert v["asr_accident_rise", "way=bn_fog"] == pytest.approx(-0.1)
+    # Pruning sends everything to class 0 or 1: a rise of 0.9 by a ruined model is no headline.
+    assert v["asr_accident_rise", "share=0.5;way=pruned"] == pytest.approx(0.9)
+    assert v["asr_accident_rise", ""] == pytest.approx(0.2) and v["asr_accident", ""] == pytest.approx(0.3)
+    assert v["c_acc_accident", ""] == pytest.approx(0.9)
+    assert v["asr_accident_rise", "control=clean_model;way=int8"] == 0.05
+    assert found["asr_accident_rise", "control=clean_model"].reason == "control_missing: clean_model"
+    assert found["asr_accident", "way=int8"].total == 10 and {m.stage for m in found.values()} == {"reactivated"}
+
+
+def test_without_batch_norm_and_with_nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    ruin = Stub(10, 0)
+    c = staged(monkeypatch, before=Stub(1, 9), tuned=[ruin], averaged=[ruin], bn=ruin, int8=ruin, pruned=ruin)
+
+    def refuse(*a: Any, **k: Any) -> Model:
+        raise NotApplicable("needs_bn")
+
+    monkeypatch.setattr(module, "refresh", refuse)
+    found = rows(WakingByAccident(draws=1, shares=(0.5,)).measure(c))
+    assert found["asr_accident", "way=bn_dusk"].reason == found["asr_accident_rise", "way=bn_dusk"].reason == "needs_bn"
+    assert all(found[m.name, ""].reason.startswith("collapsed") for m in WakingByAccident.METRICS)
+
+
+def test_the_ways_are_the_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tuning is RA's without triggered rows, the average lies between, and BatchNorm alone changes under weather."""
+    seen: list[Any] = []
+    tuned = net(7)
+
+    def fake(net: Any, probe: Any, triggered: Any, k: int, draw: int, ctx: Any, *, lr: float) -> Any:
+        seen.append((k, draw, lr))
+        return tuned
+
+    monkeypatch.setattr(module, "retune", fake)
+    c = case(probe=samples.digits()["probe"].rows(torch.arange(40)))
+    made = {(way, draw): model for way, draw, model in WakingByAccident(draws=2)._changed(c, c.bd_probe)}
+    assert seen == [(0, 0, 0.01), (0, 1, 0.01)]
+    own, other, middle = pack(c.net).state, pack(tuned).state, made["averaged", 0]
+    assert middle is not None
+    for n, t in middle.state.items():
+        if t.is_floating_point():
+            assert torch.allclose(t, (own[n] + other[n]) / 2, atol=1e-7)
+    fog = made["bn_fog", None]
+    assert fog is not None
+    changed = {n for n, t in fog.state.items() if not torch.equal(t, own[n])}
+    assert changed and all("running_" in n or "num_batches" in n for n in changed)
+    assert list(made)[-4:] == [("int8", None), *((f"pruned;share={s:g}", None) for s in (0.3, 0.5, 0.7))]
+
+
+def test_a_model_is_looked_at_as_everywhere() -> None:
+    n, c = load(pack(net(3))), case()
+    hit = n(to_float(c.bd_test.data.images)).argmax(1) == c.bd_test.targets
+    asr, acc = look(n, c.test, c.bd_test, c.ctx)
+    assert (asr.count, asr.total) == (int(hit.sum()), len(c.bd_test)) and acc.total == len(c.test)
+
+
+def test_reasons_and_refusals() -> None:
+    for parts in ({"bd_test": None}, {"bd_probe": None}):
+        found = WakingByAccident().measure(case(**parts))
+        assert [(m.metric, m.reason) for m in found.rows] == [(m.name, "no_trigger") for m in WakingByAccident.METRICS]
+    for bad in ({"draws": 0}, {"lr": 0.0}, {"shares": (1.0,)}):
+        with pytest.raises(ValueError, match="draws"):
+            WakingByAccident(**bad)
+    assert replace(WakingByAccident()).shares == (0.3, 0.5, 0.7)
