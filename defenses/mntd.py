@@ -99,9 +99,10 @@ class MNTD(Defense):
         total = 2 * (self.shadows + self.validation)
         for i in range(total):
             net = self.shadow(case, i, poisoned=i % 2 == 1)
-            save_file({k: v.cpu() for k, v in net.state_dict().items()}, ctx.scratch / f"shadow{i}.safetensors")
+            weights = {k: v.cpu().contiguous() for k, v in net.state_dict().items()}
+            save_file(weights, ctx.scratch / f"shadow{i}.safetensors")
             ctx.progress(i + 1, total, "shadows")
-        net = Shadow(clean.shape, classes).to(ctx.device).eval().requires_grad_(False)
+        net.eval().requires_grad_(False)  # from now on it answers for all of them
 
         def ask(i: int) -> Callable[[Tensor], Tensor]:
             net.load_state_dict(load_file(ctx.scratch / f"shadow{i}.safetensors"))

@@ -31,6 +31,8 @@ PREDICTORS = {
 }
 PURIFIED, BACK, TIMES = 0.20, 0.50, 5.0
 DRAWS = 2000
+FEWEST = 5
+"""Attacked models below which a bootstrap over them says nothing."""
 Cell = dict[str, Any]
 
 
@@ -60,11 +62,11 @@ def mean_and_room(values: Sequence[float]) -> tuple[float, float]:
 
 
 def shown(values: Sequence[float], scale: float = 100) -> str:
-    """`mean ± room` in %, or an empty cell."""
-    if not values:
-        return ""
+    """In %: `mean ± room` of three seeds or more, else the figures themselves, or an empty cell."""
+    if len(values) < 3:
+        return ", ".join(f"{scale * v:.1f}" for v in values)
     mean, room = mean_and_room([scale * v for v in values])
-    return f"{mean:.1f}" + (f" ± {room:.1f}" if math.isfinite(room) else "")
+    return f"{mean:.1f} ± {room:.1f}"
 
 
 def pattern(of: Sequence[Cell]) -> str:
@@ -74,7 +76,7 @@ def pattern(of: Sequence[Cell]) -> str:
         f = c["figures"]
         o, p, control = f.get(("asr", "")), f.get(("p_asr_ra", "")), f.get(("p_asr_ra", "control=clean_model"))
         if o is None or p is None:
-            words.append("no figure")
+            words.append(f"no figure ({c['reasons'].get('p_asr_ra', 'not measured')})")
         elif "collapsed" in c["flags"]:
             words.append("collapsed")
         elif o > PURIFIED:
@@ -108,8 +110,11 @@ def superficial(all_cells: Sequence[Cell]) -> list[str]:
     return lines
 
 
-def predictions(all_cells: Sequence[Cell]) -> tuple[list[str], int, int]:
-    """Spearman's rank correlation of each measure with P-ASR over repaired models, with a bootstrap over clusters."""
+def predictions(all_cells: Sequence[Cell]) -> tuple[list[str], int, int, int]:
+    """Spearman's rank correlation of each measure with P-ASR over repaired models, with a bootstrap over clusters.
+
+    Returns the table, and how many models, attacked models and purified models it stands on.
+    """
     used = [
         c
         for c in all_cells
@@ -128,8 +133,9 @@ def predictions(all_cells: Sequence[Cell]) -> tuple[list[str], int, int]:
     for name, key in PREDICTORS.items():
         again = [rank([c for k in d for c in clusters[k]], key) for d in draws]
         low, high = np.nanquantile(again, [0.025, 0.975]) if draws else (math.nan, math.nan)
-        lines.append(f"| {name} | {rank(used, key):.2f} | {low:.2f} to {high:.2f} | {rank(purified, key):.2f} |")
-    return lines, len(used), len(keys)
+        room = f"{low:.2f} to {high:.2f}" if len(keys) >= FEWEST else ""
+        lines.append(f"| {name} | {rank(used, key):.2f} | {room} | {rank(purified, key):.2f} |")
+    return lines, len(used), len(keys), len(purified)
 
 
 def rank(of: Sequence[Cell], key: tuple[str, str]) -> float:
@@ -154,7 +160,7 @@ def main() -> int:
     (DOCS / "measured" / f"{name}.json").write_text(
         json.dumps({"command": command} | about | {"cells": figures}, indent=1) + "\n"
     )
-    ranks, models, clusters = predictions(all_cells)
+    ranks, models, clusters, few = predictions(all_cells)
     v = about["versions"]
     sets = ", ".join(sorted({c["dataset"] for c in all_cells}))
     archs = ", ".join(sorted({c["arch"] for c in all_cells}))
@@ -162,7 +168,7 @@ def main() -> int:
     text = [
         *("# Findings", "", "Written by `docs/findings.py` from the tables of:", "", f"`{command}`", ""),
         f"{sets}, {archs}, {seeds} seeds, {about['recipe']['epochs']} epochs, torch {v['torch']}, {v['machine']} "
-        f"{v['cpu']}. Shares in %; ± is half of Student's 95 % interval over seeds, wide with two or three.",
+        f"{v['cpu']}. Shares in %; two figures are the two seeds'; ± is half of Student's 95 % interval over more.",
         *("", "## Which defenses come back", ""),
         "By seed: *not purified* where O-ASR is above 20 %; else *comes back* where P-ASR under the retuning attack "
         "reaches 50 %, or 5 times that of the clean model under the same attack; else *stays*. A small figure that is "
@@ -170,8 +176,8 @@ def main() -> int:
         "of the attack's controls.",
         *("", *superficial(all_cells), "", "## What predicts that a model comes back", ""),
         f"Spearman's rank correlation with P-ASR over {models} repaired models that have all these figures, from "
-        f"{clusters} attacked ones; intervals are a bootstrap over the attacked models. *Purified alone* takes the "
-        "models with O-ASR of at most 20 %.",
+        f"{clusters} attacked ones; intervals are a bootstrap over the attacked models, left out below {FEWEST} of "
+        f"them. *Purified alone* takes the {few} models with O-ASR of at most 20 %.",
         *("", *ranks, "", f"All figures: [{name}.json](measured/{name}.json)."),
     ]
     (DOCS / "findings.md").write_text("\n".join(text) + "\n")

@@ -40,7 +40,7 @@ def cell(asr: float | None, p_asr: float | None, control: float = 0.05, *flags: 
         (cell(0.05, 0.24), "stays"),
         (cell(0.05, 0.0, 0.0), "stays"),  # 5 times nothing is nothing
         (cell(0.05, 0.99, 0.05, "collapsed"), "collapsed"),
-        (cell(0.05, None), "no figure"),
+        (cell(0.05, None) | {"reasons": {"p_asr_ra": "no_valid_budget"}}, "no figure (no_valid_budget)"),
     ],
 )
 def test_the_rule_of_coming_back(findings: Any, of: dict[str, Any], word: str) -> None:
@@ -52,7 +52,8 @@ def test_mean_and_interval_are_students(findings: Any) -> None:
     mean, room = findings.mean_and_room([1.0, 2.0, 3.0])
     assert (mean, room) == (2.0, pytest.approx(4.302652730 / math.sqrt(3)))
     assert math.isnan(findings.mean_and_room([1.0])[1])
-    assert findings.shown([0.5]) == "50.0" and findings.shown([]) == ""
+    assert findings.shown([0.01, 0.02, 0.03]) == "2.0 ± 2.5"
+    assert (findings.shown([0.5]), findings.shown([0.5, 0.25]), findings.shown([])) == ("50.0", "50.0, 25.0", "")
 
 
 def test_rank_is_spearmans(findings: Any) -> None:
