@@ -154,7 +154,8 @@ const cellTable = (() => {
       if (!this.opened.has(name)) {
         const keys = this.keys(column), values = keys.slice().sort();
         let size = 0, filled = values.length;
-        while (filled && values[filled - 1] !== values[filled - 1]) filled--; // NaN sorts last
+        // NaN sorts last
+        while (filled && values[filled - 1] !== values[filled - 1]) filled--;
         for (let i = 0; i < filled; i++) if (!i || values[i] !== values[i - 1]) values[size++] = values[i];
         const rank = new Int32Array(keys.length).fill(-1);
         for (let i = 0; i < keys.length; i++) {

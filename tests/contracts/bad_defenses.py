@@ -238,8 +238,14 @@ class Stamping(Defense):
     """Generator-type inversion."""
 
     INFO = {
-        **{"title": "t", "paper": "", "bibtex": "", "version": 1, "api": 1, "kind": "inversion", "micro": {}},
+        "title": "t",
+        "paper": "",
+        "bibtex": "",
+        "version": 1,
+        "api": 1,
+        "kind": "inversion",
         "stamps": True,
+        "micro": {},
     }
     ACCESS = Access(clean=0.05)
 

@@ -137,7 +137,7 @@ def test_updates_are_those_of_adadelta_with_decayed_kernels() -> None:
 def test_unseen_triggers_stand_out_and_runs_repeat() -> None:
     whole = samples.digits()
     clean = replace(whole["pool"], images=whole["pool"].images[:, :, ::2, ::2].contiguous())
-    method = Frequency(rounds=3, epochs=6, lr=1.0)
+    method = Frequency(rounds=3, epochs=4, lr=2.0)
     outcome = method.run(case(clean))
     x = to_float(whole["test"].images[:120, :, ::2, ::2])
     white = x.clone()

@@ -105,16 +105,17 @@ def test_a_broken_question_is_not_answered_and_the_next_visitor_is(tmp_path: Pat
 
 
 def test_a_closed_desk_is_an_error_and_leaves_no_thread(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
     desk = Desk(tmp_path, Sums(), SPEC, False)
     asked = Asked(tmp_path / SOCKET, SPEC, False, Cost())
     asked(images(1))
     desk.close()
     with pytest.raises(OSError):
         asked(images(1))
-    for thread in threading.enumerate():
-        if thread.name == "desk":
-            thread.join(5)
-    assert all(t.name != "desk" for t in threading.enumerate())
+    left = set(threading.enumerate()) - before
+    for thread in left:
+        thread.join(5)
+    assert not any(t.is_alive() for t in left)
 
 
 @pytest.mark.parametrize("level", ["process", "bwrap"])
