@@ -103,6 +103,14 @@ def test_images_that_the_inverter_made_count_like_those_of_a_mask() -> None:
     assert found["reasr", ""] == expected["reasr", ""]
     swapped = {f"{1 - int(n[0])}{n[1:]}": t for n, t in (made | poor).items()}
     assert rows(Inversion().measure(digits_case(*both, stamps=swapped)))["reasr", ""] == expected["reasr", ""]
+    # What works on the test images alone is not what counts: the choice is made on the probe rows.
+    crossed = {
+        "0.test": made["0.test"],
+        "0.probe": poor["1.probe"],
+        "1.test": poor["1.test"],
+        "1.probe": made["0.probe"],
+    }
+    assert rows(Inversion().measure(digits_case(*both, stamps=crossed)))["reasr", ""].value < 0.2
 
 
 def test_no_claim_under_attack_is_the_worst_answer() -> None:
