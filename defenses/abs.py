@@ -15,7 +15,7 @@ from sleeperbench.contracts import Case, Ctx, NotApplicable
 from sleeperbench.kit.classifier import Classifier
 from sleeperbench.kit.masks import apply
 from sleeperbench.kit.pixels import to_float
-from sleeperbench.kit.taps import capture, taps
+from sleeperbench.kit.taps import behind, capture, taps
 
 _AT_ONCE = {"cpu": 256, "cuda": 2048}
 """Images per pass through the net, at most."""
@@ -237,16 +237,6 @@ def look(net: Classifier, x: Tensor, sites: set[str]) -> tuple[Tensor, dict[str,
     finally:
         for handle in handles:
             handle.remove()
-
-
-def behind(net: Classifier, site: str, answer: Tensor) -> Tensor:
-    """Logits (N, K) of the net where `site` answers `answer` (N, ...), whatever the image."""
-    handle = net.get_submodule(site).register_forward_hook(lambda module, inputs, output: answer)
-    try:
-        logits: Tensor = net(torch.zeros(1, *net.spec.shape, device=answer.device))
-    finally:
-        handle.remove()
-    return logits.float()
 
 
 @torch.no_grad()

@@ -11,13 +11,12 @@ from torch import Generator, Tensor
 
 from sleeperbench import Access, Defense, Inverted, Outcome, Verdict
 from sleeperbench.contracts import Case, Ctx, NotApplicable
-from sleeperbench.kit.anomaly import LEAST, anomaly_index
+from sleeperbench.kit.anomaly import LEAST, anomaly_index, bounded
 from sleeperbench.kit.pixels import to_float
 
 Holds = Callable[[Tensor], Tensor]
 """Whether images (N, C, H, W) get the wanted label: bool (N,)."""
 
-_INFINITE = 1e6
 """Stands for an infinite index, which tables cannot hold."""
 _HALVINGS = 64
 """Bound on the halvings of a step. In float32 no step is left of it long before, and the image itself has the label."""
@@ -109,8 +108,7 @@ class AEVA(Defense):
             shifts[t] = shift.mean(0)
             far.append(shift.flatten(1).norm(dim=1).mean())
             case.ctx.progress(done + 1, len(with_rows), "classes")
-        index = anomaly_index(gap)
-        index = index.nan_to_num(nan=float(index[~index.isnan()].min())).clamp(-_INFINITE, _INFINITE)
+        index = bounded(anomaly_index(gap))
         claimed = [int(t) for t in (index > self.threshold).nonzero().flatten()]
         return Outcome(
             verdict=Verdict(score=float(index.max()), threshold=self.threshold, label_scores=index),

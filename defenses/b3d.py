@@ -10,12 +10,11 @@ from torch import Generator, Tensor
 
 from sleeperbench import Access, Defense, Inverted, Outcome, Verdict
 from sleeperbench.contracts import Case, NotApplicable
-from sleeperbench.kit.anomaly import LEAST, anomaly_index
+from sleeperbench.kit.anomaly import LEAST, anomaly_index, bounded
 from sleeperbench.kit.pixels import to_float
 
 _AT_ONCE = 4096
 """Stamped images held in memory."""
-_INFINITE = 1e6
 """Stands for an infinite score, which tables cannot hold."""
 _LEAST_SCORE = 1e-12
 """Smallest probability a loss is computed from: 27.6 nats."""
@@ -172,5 +171,4 @@ def suspicion(norms: Tensor, threshold: float) -> Tensor:
     if not len(known):
         return torch.zeros(len(norms), dtype=torch.float64)
     ratio = threshold * known.quantile(0.5) / (4 * norms.double().cpu().clamp_min(1e-12))
-    score = torch.maximum(-anomaly_index(norms), ratio)
-    return score.nan_to_num(nan=float(score[~score.isnan()].min())).clamp(-_INFINITE, _INFINITE)
+    return bounded(torch.maximum(-anomaly_index(norms), ratio))

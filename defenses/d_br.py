@@ -12,7 +12,7 @@ from sleeperbench import Access, Defense, ImageSet, Outcome, TrainHooks
 from sleeperbench.contracts import Case, Ctx
 from sleeperbench.kit.classifier import pack
 from sleeperbench.kit.predict import hits, predict
-from sleeperbench.kit.sensitivity import distinguish
+from sleeperbench.kit.sensitivity import check_shares, distinguish
 from sleeperbench.kit.train import fit
 
 
@@ -70,8 +70,7 @@ class DBR(Defense):
     lr: float = 1e-4
 
     def __post_init__(self) -> None:
-        if not (0 < self.clean < 1 and 0 < self.poisoned < 1 and self.clean + self.poisoned <= 1):
-            raise ValueError(f"clean is {self.clean} and poisoned {self.poisoned}: give shares that fit into one")
+        check_shares(self.clean, self.poisoned)
 
     def run(self, case: Case) -> Outcome:
         """The repaired model; `keep` are the rows not taken as poisoned, `suspicion` is the sensitivity."""

@@ -13,7 +13,7 @@ from sleeperbench.contracts import Case
 from sleeperbench.kit.classifier import Classifier, build, pack
 from sleeperbench.kit.contrast import pretrain, view
 from sleeperbench.kit.predict import evaluating
-from sleeperbench.kit.sensitivity import distinguish
+from sleeperbench.kit.sensitivity import check_shares, distinguish
 from sleeperbench.kit.train import fit
 
 
@@ -81,8 +81,7 @@ class DST(Defense):
     batch: int = 512
 
     def __post_init__(self) -> None:
-        if not (0 < self.clean < 1 and 0 < self.poisoned < 1 and self.clean + self.poisoned <= 1):
-            raise ValueError(f"clean is {self.clean} and poisoned {self.poisoned}: give shares that fit into one")
+        check_shares(self.clean, self.poisoned)
 
     def run(self, case: Case) -> Outcome:
         """The new model; `keep` are the rows not taken as poisoned, `suspicion` is the sensitivity."""

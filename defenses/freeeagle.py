@@ -13,7 +13,7 @@ from sleeperbench import Access, Defense, Outcome, Verdict
 from sleeperbench.contracts import Case, Ctx, NotApplicable
 from sleeperbench.kit.anomaly import LEAST
 from sleeperbench.kit.classifier import Classifier
-from sleeperbench.kit.taps import capture, taps
+from sleeperbench.kit.taps import behind, capture, taps
 
 _INFINITE = 1e6
 """Stands for an infinite metric, which tables cannot hold."""
@@ -123,16 +123,6 @@ class FreeEagle(Defense):
             ctx.cost.backwards += classes
             ctx.progress(step + 1, self.steps, "represent")
         return r.detach()
-
-
-def behind(net: Classifier, site: str, answer: Tensor) -> Tensor:
-    """Logits (N, K) of the net where `site` answers `answer` (N, ...), whatever the image."""
-    handle = net.get_submodule(site).register_forward_hook(lambda module, inputs, output: answer)
-    try:
-        logits: Tensor = net(torch.zeros(1, *net.spec.shape, device=answer.device))
-    finally:
-        handle.remove()
-    return logits
 
 
 def posteriors(net: Classifier, site: str, r: Tensor) -> Tensor:

@@ -76,24 +76,12 @@ class IsTr(Defense):
     natural: bool = False
 
     def __post_init__(self) -> None:
-        self.settings()
-
-    def settings(self) -> Settings:
-        """The parameters of the look itself."""
-        return Settings(
-            steps=self.steps,
-            step=self.step,
-            targeted=self.targeted,
-            dms=self.dms,
-            slices=self.slices,
-            delta=self.delta,
-            labels=self.labels,
-        )
+        Settings.of(self)
 
     def run(self, case: Case) -> Outcome:
         """Verdict with a score per label, pairs, and the triggers of claimed labels; `chosen` shows how it came."""
         reference = trained(case, self.reference_steps) if self.dms else None
-        return outcome(isolate(case, reference, self.settings()), natural=self.natural)
+        return outcome(isolate(case, reference, Settings.of(self)), natural=self.natural)
 
 
 def trained(case: Case, steps: int) -> Classifier:

@@ -57,20 +57,9 @@ class IsTrReference(Defense):
     natural: bool = False
 
     def __post_init__(self) -> None:
-        self.settings()
-
-    def settings(self) -> Settings:
-        """The parameters of the look itself."""
-        return Settings(
-            steps=self.steps,
-            step=self.step,
-            targeted=self.targeted,
-            slices=self.slices,
-            delta=self.delta,
-            labels=self.labels,
-        )
+        Settings.of(self)
 
     def run(self, case: Case) -> Outcome:
         """As `istr`, against the supplied model."""
         reference = load(case.references[0], case.ctx.device)
-        return outcome(isolate(case, reference, self.settings()), natural=self.natural)
+        return outcome(isolate(case, reference, Settings.of(self)), natural=self.natural)

@@ -70,7 +70,7 @@ class IsTrStrip(Defense):
 
     def __post_init__(self) -> None:
         self.strip()
-        Settings(steps=self.steps, labels=self.labels)
+        Settings.of(self)
 
     def strip(self) -> Strip:
         """STRIP as it is used here; its score is -H."""
@@ -85,7 +85,7 @@ class IsTrStrip(Defense):
         if not len(case.tune) or not len(case.val):
             raise NotApplicable(f"too_few_clean_rows: {len(case.clean)}")
         reference = trained(case, self.reference_steps)
-        found = isolate(case, reference, Settings(steps=self.steps, labels=self.labels))
+        found = isolate(case, reference, Settings.of(self))
         order = torch.randperm(len(case.tune), generator=case.ctx.generator("overlays"))
         overlays = case.tune.images[order[: self.overlays]]
         x = to_float(case.val.images).to(case.ctx.device)

@@ -13,12 +13,11 @@ from torch.nn import functional as F
 from sleeperbench import Access, Defense, Inverted, Outcome, Verdict
 from sleeperbench.contracts import Case, Ctx, NotApplicable
 from sleeperbench.data.images import ImageSet
-from sleeperbench.kit.anomaly import LEAST, anomaly_index
+from sleeperbench.kit.anomaly import LEAST, anomaly_index, bounded
 from sleeperbench.kit.pixels import to_float
 
 _AT_ONCE = {"cpu": 256, "cuda": 2048}
 """Stamped images per pass through the net, at most."""
-_INFINITE = 1e6
 """Stands for an infinite index, which tables cannot hold."""
 _LEVEL = 1 / 255
 """Smaller changes count as none."""
@@ -97,9 +96,7 @@ class PixelBackdoor(Defense):
             raise NotApplicable(f"too_few_classes: {classes}; an outlier needs {LEAST}")
         rows = victims(case.clean, classes, self.images, case.ctx)
         delta, size, share = self.invert(case.net, case.clean.images, rows, case.ctx)
-        index = -anomaly_index(size)
-        known = index[~index.isnan()]
-        index = index.nan_to_num(nan=float(known.min()) if len(known) else 0.0).clamp(-_INFINITE, _INFINITE)
+        index = bounded(-anomaly_index(size))
         claimed = [int(t) for t in (index > self.threshold).nonzero().flatten()]
         return Outcome(
             verdict=Verdict(score=float(index.max()), threshold=self.threshold, label_scores=index),

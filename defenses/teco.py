@@ -184,7 +184,7 @@ def motion_blur(x: Tensor, s: int, gen: Generator) -> Tensor:
 
 
 def zoom_blur(x: Tensor, s: int, gen: Generator) -> Tensor:
-    """Mean of the image and of itself enlarged by up to a factor of 1.33."""
+    """Mean of the image and of itself enlarged by up to a factor of 1.3."""
     top, step = ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))[s]
     factors = np.arange(1, top, step)
     return (x + sum(_zoom(x, float(f)) for f in factors)) / (len(factors) + 1)

@@ -162,6 +162,7 @@ def main() -> int:
     )
     ranks, models, clusters, few = predictions(all_cells)
     v = about["versions"]
+    tuned = sorted({c["attack"] for c in all_cells if "tuned" in c["flags"]})
     sets = ", ".join(sorted({c["dataset"] for c in all_cells}))
     archs = ", ".join(sorted({c["arch"] for c in all_cells}))
     seeds = len({c["seed"] for c in all_cells})
@@ -169,6 +170,7 @@ def main() -> int:
         *("# Findings", "", "Written by `docs/findings.py` from the tables of:", "", f"`{command}`", ""),
         f"{sets}, {archs}, {seeds} seeds, {about['recipe']['epochs']} epochs, torch {v['torch']}, {v['machine']} "
         f"{v['cpu']}. Shares in %; two figures are the two seeds'; ± is half of Student's 95 % interval over more.",
+        f"Attacks marked `tuned` by their suite: {', '.join(tuned) or 'none'}.",
         *("", "## Which defenses come back", ""),
         "By seed: *not purified* where O-ASR is above 20 %; else *comes back* where P-ASR under the retuning attack "
         "reaches 50 %, or 5 times that of the clean model under the same attack; else *stays*. A small figure that is "

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from sleeperbench import EvalCase, Evaluator, Findings, ImageSet, Measurement, Metric, Model, Needs
 from sleeperbench.contracts import Ctx, NotApplicable, Rendered
 from sleeperbench.evaluators.accuracy import answers, over_triggers, share
-from sleeperbench.evaluators.bba import tagged
 from sleeperbench.evaluators.lmc import between
 from sleeperbench.evaluators.ra import retune, thinned
 from sleeperbench.kit.batchnorm import refresh
 from sleeperbench.kit.classifier import Classifier, load, pack
 from sleeperbench.kit.pixels import to_float, to_uint8
 from sleeperbench.kit.predict import spread
+from sleeperbench.kit.qualifiers import tagged
 from sleeperbench.kit.weather import weather
 
 ROWS = 2000

@@ -19,6 +19,7 @@ from sleeperbench.evaluators.ra import thinned
 from sleeperbench.evaluators.wba import Shifted, success
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.predict import evaluating
+from sleeperbench.kit.qualifiers import tagged
 
 IMAGES = 500
 ENOUGH = 0.99
@@ -223,14 +224,6 @@ def side(i: int, horizon: int, area: float, height: int, width: int) -> int:
 def signs(gen: Generator, *shape: int) -> Tensor:
     """+1 or -1, each with probability 1/2, float32 on the CPU."""
     return torch.randint(2, shape, generator=gen).float() * 2 - 1
-
-
-def tagged(row: Measurement, **parts: object) -> Measurement:
-    """The row with further `k=v` pairs in its qualifier."""
-    pairs = dict(pair.split("=", 1) for pair in row.qualifier.split(";") if pair) | {
-        k: str(v) for k, v in parts.items()
-    }
-    return replace(row, qualifier=";".join(f"{k}={v}" for k, v in sorted(pairs.items())))
 
 
 def _row(metric: str, value: float | None, reason: str = "", qualifier: str = "") -> Measurement:

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from sleeperbench import EvalCase, Evaluator, Findings, ImageSet, Measurement, Metric, Model, Needs, TrainHooks
 from sleeperbench.contracts import Ctx, Rendered
-from sleeperbench.evaluators.bba import tagged
 from sleeperbench.evaluators.ra import measure_asr, thinned, tuning_rows, tuning_set
 from sleeperbench.kit.classifier import Classifier, load, pack
+from sleeperbench.kit.qualifiers import tagged
 from sleeperbench.kit.tune import tune
 
 AWAKE = 0.5

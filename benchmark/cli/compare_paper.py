@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,19 @@ if TYPE_CHECKING:
     from sleeperbench.published.paper import Paper
 
 MISMATCH = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A run beside a paper, as all three forms of the answer show it."""
+
+    suite: str
+    run: Path
+    paper: Paper
+    about: Mapping[str, Any]
+    judged: list[Judged]
+    printed: list[dict[str, Any]]
+    counts: Mapping[str, int]
 
 
 def add_parser(sub: Any) -> None:
@@ -46,13 +60,16 @@ def main(args: argparse.Namespace) -> int:
     paper = of_suite(args.suite)
     about = _about(args.results)
     results = Results(read_table(args.results / "measurements.parquet"))
-    judged, printed = judge(paper, results, about), figures(paper, results, about)
+    judged = judge(paper, results, about)
     counts = {v: sum(j.verdict == v for j in judged) for v in (HOLDS, FAILS, NOT_RUN)}
+    printed = figures(paper, results, about)
+    c = Comparison(
+        suite=args.suite, run=args.results, paper=paper, about=about, judged=judged, printed=printed, counts=counts
+    )
     if args.json:
-        print(json.dumps(_answer(args, paper, about, judged, printed, counts), indent=1))
+        print(json.dumps(_answer(c), indent=1))
     else:
-        said = _markdown if args.markdown else _text
-        print("\n".join(said(args, paper, about, judged, printed, counts)))
+        print("\n".join(_markdown(c) if args.markdown else _text(c)))
     for j in judged:
         if j.verdict == FAILS:
             print(f"does not hold: {j.claim.id}: {j.claim.says}", file=sys.stderr)
@@ -69,14 +86,7 @@ def _about(run: Path) -> Mapping[str, Any]:
     return about
 
 
-def _answer(
-    args: argparse.Namespace,
-    paper: Paper,
-    about: Mapping[str, Any],
-    judged: list[Judged],
-    printed: list[dict[str, Any]],
-    counts: Mapping[str, int],
-) -> dict[str, Any]:
+def _answer(c: Comparison) -> dict[str, Any]:
     claims = [
         {
             "id": j.claim.id,
@@ -87,29 +97,27 @@ def _answer(
             "verdict": j.verdict,
             "lines": [dataclasses.asdict(line) for line in j.lines],
         }
-        for j in judged
+        for j in c.judged
     ]
     return {
-        "suite": args.suite,
-        "run_suite": about["suite"].get("name"),
-        "paper": {"id": paper.id, "title": paper.title, "source": paper.source, "unconfirmed": list(paper.unconfirmed)},
-        "counts": dict(counts),
+        "suite": c.suite,
+        "run_suite": c.about["suite"].get("name"),
+        "paper": {
+            "id": c.paper.id,
+            "title": c.paper.title,
+            "source": c.paper.source,
+            "unconfirmed": list(c.paper.unconfirmed),
+        },
+        "counts": dict(c.counts),
         "claims": claims,
-        "figures": printed,
+        "figures": c.printed,
     }
 
 
-def _text(
-    args: argparse.Namespace,
-    paper: Paper,
-    about: Mapping[str, Any],
-    judged: list[Judged],
-    printed: list[dict[str, Any]],
-    counts: Mapping[str, int],
-) -> Iterator[str]:
-    yield f"{paper.title} ({paper.source})"
-    yield f"run {args.results}, suite {about['suite'].get('name')}; figures are fractions unless the metric has a unit"
-    for j in judged:
+def _text(c: Comparison) -> Iterator[str]:
+    yield f"{c.paper.title} ({c.paper.source})"
+    yield f"run {c.run}, suite {c.about['suite'].get('name')}; figures are fractions unless the metric has a unit"
+    for j in c.judged:
         yield ""
         yield f"{j.verdict.upper()}: {j.claim.id}: {j.claim.says} ({j.claim.where})"
         if j.claim.ours:
@@ -120,37 +128,30 @@ def _text(
             yield f"  {line.verdict:<13} {line.unit}: {_said(line, j)}"
         for differs, units in _grouped(j).items():
             yield f"  differs from the print ({units}): {differs}"
-    if printed:
+    if c.printed:
         yield ""
         yield "printed figures"
-        for f in printed:
+        for f in c.printed:
             yield f"  {f['unit']} {f['metric']}: {_side(f['ours'])}; printed {f['published']:.4g} (table {f['table']})"
-    for note in paper.unconfirmed:
+    for note in c.paper.unconfirmed:
         yield f"unconfirmed: {note}"
     yield ""
-    yield "claims: " + ", ".join(f"{n} {v}" for v, n in counts.items())
+    yield "claims: " + ", ".join(f"{n} {v}" for v, n in c.counts.items())
 
 
-def _markdown(
-    args: argparse.Namespace,
-    paper: Paper,
-    about: Mapping[str, Any],
-    judged: list[Judged],
-    printed: list[dict[str, Any]],
-    counts: Mapping[str, int],
-) -> Iterator[str]:
-    yield f"# {_cell(paper.title)}"
+def _markdown(c: Comparison) -> Iterator[str]:
+    yield f"# {_cell(c.paper.title)}"
     yield ""
-    yield f"Source: <{paper.source}>. Run of suite `{about['suite'].get('name')}`. Claims: " + ", ".join(
-        f"{n} {v}" for v, n in counts.items()
+    yield f"Source: <{c.paper.source}>. Run of suite `{c.about['suite'].get('name')}`. Claims: " + ", ".join(
+        f"{n} {v}" for v, n in c.counts.items()
     )
     yield ""
     yield "| claim | verdict | cells that hold | do not | not run | outside |"
     yield "|---|---|---|---|---|---|"
-    for j in judged:
+    for j in c.judged:
         numbers = " | ".join(str(j.count(v)) for v in ("holds", "does not hold", "not run", "outside"))
         yield f"| `{j.claim.id}` {_cell(j.claim.says)} ({_cell(j.claim.where)}) | {j.verdict} | {numbers} |"
-    for j in judged:
+    for j in c.judged:
         yield ""
         yield f"## {j.claim.id}: {j.verdict}"
         yield ""
@@ -163,16 +164,16 @@ def _markdown(
         for differs, units in _grouped(j).items():
             yield ""
             yield f"Differs from the print ({_cell(units)}): {_cell(differs)}"
-    if printed:
+    if c.printed:
         yield ""
         yield "## Printed figures"
         yield ""
         yield "| cell | metric | ours | printed | table | differs |"
         yield "|---|---|---|---|---|---|"
-        for f in printed:
+        for f in c.printed:
             parts = [f["unit"], f["metric"], _side(f["ours"]), f"{f['published']:.4g}", f["table"]]
             yield "| " + " | ".join(_cell(p) for p in (*parts, "; ".join(f["differs"]))) + " |"
-    for note in paper.unconfirmed:
+    for note in c.paper.unconfirmed:
         yield ""
         yield f"Unconfirmed: {_cell(note)}"
 

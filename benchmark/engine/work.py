@@ -317,9 +317,7 @@ class Work:
             answer, usage = self._child(folder, log, task.timeout, self.desk(folder, access, task.inputs["attack"]))
             outcome = self._checked(artifacts.read_outcome(folder / "out"), spec, access, folder)
             artifacts.write_outcome(out, outcome)
-            for name in vars(cost):
-                setattr(cost, name, max(0, int(answer["cost"].get(name, 0))))
-            return {"child_cpu": usage["cpu_seconds"], "child_mb": usage["peak_mb"]}
+            return _spent(cost, answer, usage)
         finally:
             remove(folder)
 
@@ -327,7 +325,8 @@ class Work:
         """Who answers a query-only defense's questions about the model of an artifact; None for other defenses."""
         if not queried(access):
             return None
-        return Desk(folder / "in", self.net(model), self.model(model).spec, access["model"] == "labels")
+        net = self.net(model)
+        return Desk(folder / "in", net, net.spec, access["model"] == "labels")
 
     def _child(
         self, folder: Path, log: Path, seconds: float, desk: Desk | None = None
@@ -432,29 +431,41 @@ class Work:
         images = torch.cat([clean, bd.data.images[torch.randperm(len(bd), generator=gen)[:n]]])
         triggered = torch.arange(2 * n) >= n
         order = torch.randperm(2 * n, generator=gen)
-        folder = Path(tempfile.mkdtemp(prefix="case-", dir=self.cases))
-        try:
-            about = self._stage(task, values, folder)
-            artifacts.write_outcome(
-                _made(folder / "in" / "own"), artifacts.read_outcome(self.store.fetch(task.inputs["defense"]))
-            )
-            access = task.params["access"]
-            if not queried(access):
-                save_model(self.model(task.inputs["defense"]), folder / "in" / "judged")
-            artifacts.write_tensors(folder / "in" / "asked.safetensors", {"images": images[order]})
-            artifacts.write_json(folder / "in" / "case.json", about | {"what": "score"})
-            answer, usage = self._child(folder, log, task.timeout, self.desk(folder, access, task.inputs["defense"]))
-            for name in vars(cost):
-                setattr(cost, name, max(0, int(answer["cost"].get(name, 0))))
-            scores = artifacts.read_tensors(folder / "out" / "scores.safetensors")["scores"]
-        finally:
-            remove(folder)
+        found, usage = self._second(task, values, images[order], {"what": "score"}, cost, log)
+        scores = found["scores"]
         if scores.shape != (2 * n,):
             raise Failed("failed", f"wrong_shape: scores are {tuple(scores.shape)} for {2 * n} images")
         if not bool(scores.isfinite().all()):
             raise Failed("failed", "nan: a score is not finite")
         artifacts.write_tensors(out / "scores.safetensors", {"scores": scores.double(), "triggered": triggered[order]})
-        return {"child_cpu": usage["cpu_seconds"], "child_mb": usage["peak_mb"]}
+        return usage
+
+    def _second(
+        self,
+        task: Task,
+        values: Mapping[str, str],
+        images: torch.Tensor,
+        about: Mapping[str, Any],
+        cost: Cost,
+        log: Path,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """A fresh child with the defense's own outcome and these images; its tensors, and what it used."""
+        access, own = task.params["access"], task.inputs["defense"]
+        folder = Path(tempfile.mkdtemp(prefix="case-", dir=self.cases))
+        try:
+            staged = self._stage(task, values, folder)
+            artifacts.write_outcome(_made(folder / "in" / "own"), artifacts.read_outcome(self.store.fetch(own)))
+            scoring = about["what"] == "score"
+            if scoring and not queried(access):
+                save_model(self.model(own), folder / "in" / "judged")
+            artifacts.write_tensors(folder / "in" / "asked.safetensors", {"images": images})
+            artifacts.write_json(folder / "in" / "case.json", staged | dict(about))
+            desk = self.desk(folder, access, own) if scoring else None
+            answer, usage = self._child(folder, log, task.timeout, desk)
+            found = artifacts.read_tensors(folder / "out" / f"{about['what']}s.safetensors")
+            return found, _spent(cost, answer, usage)
+        finally:
+            remove(folder)
 
     def _stamps(
         self, task: Task, values: Mapping[str, str], out: Path, cost: Cost, log: Path, rows: Rows
@@ -464,29 +475,20 @@ class Work:
         images = torch.cat([rows.test.images, rows.probe.images])
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(derive(task.seed, "stamped")))
         found: dict[str, torch.Tensor] = {}
-        usage = {"cpu_seconds": 0.0, "peak_mb": 0.0}
+        usage: dict[str, Any] = {}
         if asked:
-            folder = Path(tempfile.mkdtemp(prefix="case-", dir=self.cases))
-            try:
-                about = self._stage(task, values, folder)
-                artifacts.write_outcome(_made(folder / "in" / "own"), outcome)
-                artifacts.write_tensors(folder / "in" / "asked.safetensors", {"images": images[order]})
-                artifacts.write_json(folder / "in" / "case.json", about | {"what": "stamp", "claims": asked})
-                answer, usage = self._child(folder, log, task.timeout)
-                for name in vars(cost):
-                    setattr(cost, name, max(0, int(answer["cost"].get(name, 0))))
-                found = artifacts.read_tensors(folder / "out" / "stamps.safetensors")
-            finally:
-                remove(folder)
+            about = {"what": "stamp", "claims": asked}
+            found, usage = self._second(task, values, images[order], about, cost, log)
         if set(found) != {str(i) for i in asked}:
             raise Failed("failed", f"wrong_shape: images of claims {sorted(found)}, asked for {asked}")
         for name, stamped in found.items():
             if stamped.shape != images.shape or stamped.dtype != torch.uint8:
                 raise Failed("failed", f"wrong_shape: claim {name}'s images are {tuple(stamped.shape)} {stamped.dtype}")
         n, back = len(rows.test), order.argsort()
-        parts = {f"{i}.{part}": s[back][at] for i, s in found.items() for part, at in _parts(n).items()}
+        cuts = (("test", slice(n)), ("probe", slice(n, None)))
+        parts = {f"{i}.{part}": stamped[back][at] for i, stamped in found.items() for part, at in cuts}
         artifacts.write_tensors(out / "stamps.safetensors", parts)
-        return {"child_cpu": usage["cpu_seconds"], "child_mb": usage["peak_mb"]}
+        return usage
 
     def _checked(self, o: Any, spec: ModelSpec, access: Mapping[str, Any], folder: Path) -> Any:
         """The outcome, after checks that its tensors have the right shapes and are finite."""
@@ -653,8 +655,11 @@ class Zoo(Sequence[dict[str, Any]]):
         return self.told[i] | {"outcome": artifacts.read_outcome(self.store.fetch(self.keys[i]))}
 
 
-def _parts(test: int) -> dict[str, slice]:
-    return {"test": slice(0, test), "probe": slice(test, None)}
+def _spent(cost: Cost, answer: Mapping[str, Any], usage: Mapping[str, Any]) -> dict[str, Any]:
+    """Take over what a child counted, which never is below 0; returns its processor seconds and memory."""
+    for name in vars(cost):
+        setattr(cost, name, max(0, int(answer["cost"].get(name, 0))))
+    return {"child_cpu": usage["cpu_seconds"], "child_mb": usage["peak_mb"]}
 
 
 def _made(path: Path) -> Path:

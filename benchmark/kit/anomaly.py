@@ -7,6 +7,7 @@ from torch import Tensor
 
 LEAST = 6
 """Fewer values have no outliers worth the name: among 2 to 5 the deviation is that of one or two of them."""
+_INFINITE = 1e6
 
 
 def anomaly_index(values: Tensor) -> Tensor:
@@ -29,6 +30,17 @@ def anomaly_index(values: Tensor) -> Tensor:
     gap = values - _median(known)
     deviation = 1.4826 * _median((known - _median(known)).abs())
     return torch.where(gap == 0, 0.0, gap / deviation)
+
+
+def bounded(index: Tensor) -> Tensor:
+    """Scores that can be ranked and stored: NaN becomes the lowest of the others (0 without any), infinities 1e6.
+
+    Args:
+        index: (K,), such as anomaly indices, where NaN says that nothing was found.
+    """
+    known = index[~index.isnan()]
+    lowest = float(known.min()) if len(known) else 0.0
+    return index.nan_to_num(nan=lowest).clamp(-_INFINITE, _INFINITE)
 
 
 def _median(values: Tensor) -> Tensor:

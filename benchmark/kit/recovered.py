@@ -34,7 +34,8 @@ class Stamper:
     def __init__(self, case: EvalCase) -> None:
         self._numbers = {id(claim): i for i, claim in enumerate(case.outcome.inverted)}
         self._stamps = case.stamps
-        self._ids = {"test": case.test.ids, "probe": case.probe.ids}
+        ids = {"test": case.test.ids, "probe": case.probe.ids}
+        self._places = {part: {row: i for i, row in enumerate(rows.tolist())} for part, rows in ids.items()}
 
     def knows(self, claim: Inverted) -> bool:
         """Whether there are images with this trigger."""
@@ -44,9 +45,8 @@ class Stamper:
         """uint8 images with the recovered trigger, rounded to 8 bit; `data` are rows of the case's `part`."""
         if appliable(claim):
             return torch.cat([to_uint8(apply(claim, to_float(part))) for part in data.images.split(1000)])
-        place = {int(row): i for i, row in enumerate(self._ids[part].tolist())}
-        stamped = self._stamps[f"{self._numbers[id(claim)]}.{part}"]
-        return stamped[[place[int(row)] for row in data.ids.tolist()]].to(data.images.device)
+        stamped, places = self._stamps[f"{self._numbers[id(claim)]}.{part}"], self._places[part]
+        return stamped[[places[row] for row in data.ids.tolist()]].to(data.images.device)
 
 
 def difference(a: Tensor, b: Tensor) -> float:

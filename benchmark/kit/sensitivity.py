@@ -36,6 +36,16 @@ class Pools:
     poisoned: Tensor
 
 
+def check_shares(clean: float, poisoned: float) -> None:
+    """Refuse shares of rows for the two ends of the ranking that do not fit into one.
+
+    Raises:
+        ValueError: they are not above 0, or together above 1.
+    """
+    if not (0 < clean < 1 and 0 < poisoned < 1 and clean + poisoned <= 1):
+        raise ValueError(f"clean is {clean} and poisoned {poisoned}: give shares that fit into one")
+
+
 def distinguish(
     spec: ModelSpec,
     train: ImageSet,

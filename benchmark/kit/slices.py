@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -77,6 +77,11 @@ class Settings:
     slices: Literal["topdown", "adaptive", "fixed"] = "topdown"
     delta: Literal["steps", "invert"] = "steps"
     labels: int = 10
+
+    @classmethod
+    def of(cls, method: object) -> Settings:
+        """Those that a method has as parameters of the same name; the others as they are here."""
+        return cls(**{f.name: getattr(method, f.name) for f in fields(cls) if hasattr(method, f.name)})
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.labels < 1 or not self.step > 0:

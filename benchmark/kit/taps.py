@@ -158,3 +158,13 @@ def _keep_input(found: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any
         found[name] = inputs[0].clone()
 
     return hook
+
+
+def behind(net: Classifier, site: str, answer: Tensor) -> Tensor:
+    """Logits (N, K) of the net where the layer `site` answers `answer` (N, ...), whatever the image."""
+    handle = net.get_submodule(site).register_forward_hook(lambda module, inputs, output: answer)
+    try:
+        logits: Tensor = net(torch.zeros(1, *net.spec.shape, device=answer.device))
+    finally:
+        handle.remove()
+    return logits.float()

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from sleeperbench import ModelSpec
 from sleeperbench.contracts import NotApplicable
-from sleeperbench.defenses.freeeagle import FreeEagle, behind, metric, posteriors
+from sleeperbench.defenses.freeeagle import FreeEagle, metric, posteriors
 from sleeperbench.kit.classifier import Classifier, build
-from sleeperbench.kit.taps import capture, taps
+from sleeperbench.kit.taps import behind, capture, taps
 
 
 def small(classes: int = 6, arch: str = "small_cnn") -> Classifier:

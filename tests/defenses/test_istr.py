@@ -162,7 +162,7 @@ def test_the_reference_knows_the_task() -> None:
 def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert IsTr.ACCESS.track() == "T1"
     published = {"slices": "topdown", "delta": "steps", "targeted": False, "dms": True, "labels": 10}
-    assert dataclasses.asdict(IsTr().settings()) == published | {"steps": 20, "step": 0.05}
+    assert dataclasses.asdict(slices.Settings.of(IsTr())) == published | {"steps": 20, "step": 0.05}
     assert IsTr().reference_steps == 470  # 30 epochs of 2,000 rows in batches of 128
     seen: dict[str, Any] = {}
     monkeypatch.setattr(

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from sleeperbench import Findings, Measurement
 from sleeperbench.contracts import Rendered
-from sleeperbench.evaluators.bba import BlackBoxActivation, side, tagged
+from sleeperbench.evaluators.bba import BlackBoxActivation, side
 from sleeperbench.kit.classifier import build
 from sleeperbench.kit.pixels import to_float
+from sleeperbench.kit.qualifiers import tagged
 
 
 class Gate(nn.Module):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sleeperbench.kit.anomaly import anomaly_index
+from sleeperbench.kit.anomaly import anomaly_index, bounded
 
 
 def test_example_of_ten_sizes() -> None:
@@ -44,3 +44,10 @@ def test_too_few_values_have_no_outlier() -> None:
     assert index[:5].tolist() == [0] * 5
     assert math.isnan(float(index[5]))
     assert float(anomaly_index(torch.tensor([1.0, 50, 51, 52, 53, 54]))[0]) < -2
+
+
+def test_bounded_scores_can_be_ranked() -> None:
+    index = torch.tensor([math.nan, 2.0, -1.0, math.inf, -math.inf], dtype=torch.float64)
+    assert bounded(index).tolist() == [-1e6, 2.0, -1.0, 1e6, -1e6]
+    assert bounded(torch.tensor([math.nan, 2.0, -1.0])).tolist() == [-1.0, 2.0, -1.0]
+    assert bounded(torch.full((3,), math.nan)).tolist() == [0.0, 0.0, 0.0]
