@@ -90,7 +90,7 @@ _HEADLINES = {
     "asr_attacked": "asr of the undefended model",
     "o_asr": "Original ASR: asr of this cell's model before any re-activation",
     "p_asr": "Post-purification ASR: the worse of p_asr_ra and p_asr_qra",
-    "p_asr_net": "p_asr minus the largest of its four controls, floored at 0",
+    "p_asr_net": "p_asr minus the largest of its three controls without this backdoor, floored at 0",
     "p_asr_ra": "ASR after the retuning attack, mean over draws",
     "p_asr_qra": "ASR under the query-based reactivation attack",
     "c_acc_ra": "c_acc after the retuning attack, mean over draws",

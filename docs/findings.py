@@ -50,7 +50,17 @@ def cells(runs: Sequence[Path]) -> list[Cell]:
                 cell["figures"][r["metric"], r["qualifier"]] = r["value"]
             elif not r["qualifier"]:
                 cell["reasons"][r["metric"]] = r["reason"]
+    for cell in found.values():
+        net_of_controls(cell["figures"])
     return [found[name] for name in sorted(found)]
+
+
+def net_of_controls(figures: dict[tuple[str, str], float]) -> None:
+    """`p_asr_net` by ra's rule from the rows it stored, since runs before its version 3 took k = 0 off as well."""
+    controls = [figures.get(("p_asr_ra", f"control={name}")) for name in ("clean_model", "clean_defended", "placebo")]
+    if ("p_asr_net", "") in figures:
+        worst = max(v for v in controls if v is not None)
+        figures["p_asr_net", ""] = max(0.0, figures["p_asr_ra", ""] - worst)
 
 
 def mean_and_room(values: Sequence[float]) -> tuple[float, float]:
@@ -95,8 +105,8 @@ def superficial(all_cells: Sequence[Cell]) -> list[str]:
         if c["attack"] != "none":
             groups[c["attack"], c["defense"]].append(c)
     lines = [
-        "| attack | defense | seeds | C-Acc | O-ASR | P-ASR (RA) | clean model under RA | net of controls | by seed |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| attack | defense | seeds | C-Acc | O-ASR | P-ASR (RA) | k = 0 | clean model under RA | net of controls | by seed |",
+        "|---" * 10 + "|",
     ]
     for (attack, defense), of in sorted(groups.items()):
 
@@ -105,7 +115,8 @@ def superficial(all_cells: Sequence[Cell]) -> list[str]:
 
         lines.append(
             f"| {attack} | {defense} | {len(of)} | {take('c_acc')} | {take('asr')} | {take('p_asr_ra')} | "
-            f"{take('p_asr_ra', 'control=clean_model')} | {take('p_asr_net')} | {pattern(of)} |"
+            f"{take('p_asr_ra', 'control=k0')} | {take('p_asr_ra', 'control=clean_model')} | {take('p_asr_net')} | "
+            f"{pattern(of)} |"
         )
     return lines
 
@@ -175,7 +186,7 @@ def main() -> int:
         "By seed: *not purified* where O-ASR is above 20 %; else *comes back* where P-ASR under the retuning attack "
         "reaches 50 %, or 5 times that of the clean model under the same attack; else *stays*. A small figure that is "
         "5 times a smaller one comes back by this rule too: read it beside the net column, which takes off the largest "
-        "of the attack's controls.",
+        "of what the attack does to models without this backdoor. k = 0 is the same tuning on clean rows alone.",
         *("", *superficial(all_cells), "", "## What predicts that a model comes back", ""),
         f"Spearman's rank correlation with P-ASR over {models} repaired models that have all these figures, from "
         f"{clusters} attacked ones; intervals are a bootstrap over the attacked models, left out below {FEWEST} of "

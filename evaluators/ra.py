@@ -26,10 +26,14 @@ class RetuningAttack(Evaluator):
     Settings of Min et al. (NeurIPS 2024): 40 steps of SGD, momentum 0.9, batch 128, constant learning rate, no weight
     decay, all weights, BatchNorm in train mode. Success is measured on the same triggered test images as `asr`.
 
-    Four controls run the same probe: on an independent clean model (the cell of `clean_model`), on the clean model
-    after the same defense, with a placebo trigger that the model never saw (success measured with that trigger), and
-    with k = 0. `p_asr_net` is the mean minus the largest of them, not below 0. On the cell of `clean_model` the first
-    control is the cell itself, so its net is 0.
+    Three controls run the same probe where there is no such backdoor: on an independent clean model (the cell of
+    `clean_model`), on the clean model after the same defense, and with a placebo trigger that the model never saw
+    (success measured with that trigger). `p_asr_net` is the mean minus the largest of them, not below 0: what the
+    attack wakes beyond what it implants. On the cell of `clean_model` the first control is the cell itself, so its net
+    is 0.
+
+    A fourth, k = 0, tunes this model on clean rows alone. It implants nothing, so it is never taken off: a backdoor that
+    clean tuning wakes was asleep, and a defense that leaves one is no better for it.
 
     Differs: clean rows come from the probe rows, which neither the attacked model nor the defense saw, instead of
     from the training set; their number is half of the probe rows (2 % of the training rows) but at least 128.
@@ -52,7 +56,7 @@ class RetuningAttack(Evaluator):
         "Safety of Backdoor Defense}, author={Min, Rui and Qin, Zeyu and Zhang, Nevin L. and Shen, Li and Cheng, "
         "Minhao}, booktitle={Advances in Neural Information Processing Systems}, year={2024}}",
         "kind": "reactivation",
-        "version": 2,
+        "version": 3,
         "api": 1,
         "micro": {"draws": 1, "k": 1},
     }
@@ -80,7 +84,7 @@ class RetuningAttack(Evaluator):
             low=0.0,
             high=1.0,
             better="down",
-            doc="p_asr_ra minus the largest of its controls, floored at 0",
+            doc="p_asr_ra minus the largest of its three controls without this backdoor, floored at 0",
         ),
     )
 
@@ -126,7 +130,8 @@ class RetuningAttack(Evaluator):
             )
         # A placebo cannot always be made; without any other control the net figure would claim too much.
         lost = sorted(name for name, value in controls.items() if value is None and name != "placebo")
-        net_value = None if lost else max(0.0, p_asr - max(v for v in controls.values() if v is not None))
+        implanted = [value for name, value in controls.items() if value is not None and name != "k0"]
+        net_value = None if lost else max(0.0, p_asr - max(implanted))
         rows += [
             Measurement(metric="p_asr_ra", value=p_asr, stage="reactivated"),
             Measurement(metric="c_acc_ra", value=_mean(clean), stage="reactivated"),

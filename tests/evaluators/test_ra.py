@@ -207,6 +207,15 @@ def test_a_published_k_wins_and_net_is_never_negative(monkeypatch: pytest.Monkey
     assert found["p_asr_net", ""].value == 0
 
 
+def test_what_clean_tuning_wakes_is_not_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backdoor that comes back with k = 0 was asleep: the net figure must not excuse it."""
+    stub(monkeypatch, lambda n, k, d: 9 if n == "own" else max(0, table(n, k, d)))
+    found = rows(RetuningAttack().measure(ra_case()))
+    assert found["p_asr_ra", "control=k0"].value == pytest.approx(0.9)
+    assert found["p_asr_ra", "control=placebo"].value == pytest.approx(0.3)
+    assert found["p_asr_net", ""].value == pytest.approx(0.6)
+
+
 def test_missing_controls(monkeypatch: pytest.MonkeyPatch) -> None:
     stub(monkeypatch, lambda n, k, d: max(0, table(n, k, d)))
     no_placebo = rows(RetuningAttack().measure(ra_case(decoy_test=None, decoy_probe=None)))
