@@ -54,6 +54,8 @@ class ActivationClustering(Defense):
         "version": 1,
         "api": 1,
         "micro": {},
+        "traverses": True,
+        "presumes": "triggered rows that are a cluster of their own in the features, the smaller one",
     }
     ACCESS = Access(clean=0, train=True)
     REQUIRES = frozenset({"linear_head"})

@@ -66,6 +66,8 @@ class AEVA(Defense):
         "api": 1,
         "micro": {"samples": 1, "sources": 1, "iterations": 2, "queries": 10},
         "effort": ["samples", "sources", "iterations", "queries"],
+        "traverses": True,
+        "presumes": "a small trigger of a single target, the same on all images of all other classes",
     }
     ACCESS = Access(model="labels", clean=0.05)
 

@@ -69,6 +69,8 @@ class AGPD(Defense):
         "version": 1,
         "api": 1,
         "micro": {},
+        "traverses": True,
+        "presumes": "triggered rows whose gradients point another way than those of clean rows of their label",
     }
     ACCESS = Access(clean=100, train=True)
     REQUIRES = frozenset({"conv", "linear_head"})

@@ -69,6 +69,8 @@ class B3D(Defense):
         "api": 1,
         "micro": {"steps": 4, "samples": 4, "batch": 8, "window": 2},
         "effort": ["steps", "samples", "batch"],
+        "traverses": True,
+        "presumes": "a small mask and pattern, the same on all images of all other classes",
     }
     ACCESS = Access(model="scores", clean=0.05)
 

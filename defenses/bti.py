@@ -51,6 +51,8 @@ class BTI(Defense):
         "stamps": True,
         "micro": {"pretrain_steps": 4, "mask_steps": 4, "generator_steps": 4, "width": 4},
         "effort": ["pretrain_steps", "mask_steps", "generator_steps"],
+        "traverses": False,
+        "presumes": "one target and features that no label needs; nothing of the trigger's shape",
     }
     ACCESS = Access(clean=0.05)
 

@@ -85,6 +85,8 @@ class ConfusionTraining(Defense):
         "api": 1,
         "micro": {"pretrain_epochs": 1, "later_epochs": 1, "steps": 6, "last_steps": 6},
         "effort": ["pretrain_epochs", "later_epochs", "steps", "last_steps"],
+        "traverses": True,
+        "presumes": "a trigger that is still learnt where wrong labels keep a model from learning anything else",
     }
     ACCESS = Access(clean=0.04, train=True, control=True)
     REQUIRES = frozenset({"linear_head"})

@@ -68,6 +68,8 @@ class DeBackdoor(Defense):
         "micro": {"images": 2, "iterations": 3, "chains": 1},
         "effort": ["images", "iterations", "chains"],
         "stamps": True,
+        "traverses": True,
+        "presumes": "a trigger of one of five families, as a patch of known size, the same on all images",
     }
     ACCESS = Access(model="scores", clean=0.05)
 

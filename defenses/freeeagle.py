@@ -61,6 +61,8 @@ class FreeEagle(Defense):
         "api": 1,
         "micro": {"steps": 20},
         "effort": ["steps"],
+        "traverses": True,
+        "presumes": "later layers that lean to the target whatever the class; nothing of the trigger's shape",
     }
     ACCESS = Access(clean=0)
 

@@ -63,6 +63,7 @@ class Frequency(Defense):
         "micro": {"rounds": 1, "epochs": 1},
         "effort": ["rounds", "epochs"],
         "scores": True,
+        "traverses": False,
         "presumes": "a trigger that looks like one of five made-up kinds in the cosine transform",
     }
     ACCESS = Access(model="none", clean=0.05)

@@ -76,6 +76,8 @@ class MESA(Defense):
         "api": 1,
         "micro": {"updates": 4, "batch": 8, "noise": 8, "hidden": 8, "betas": [0.8]},
         "effort": ["updates"],
+        "traverses": True,
+        "presumes": "a square patch of a size known beforehand, always in the same corner or in the centre",
     }
     ACCESS = Access(clean=0.05)
 

@@ -59,6 +59,8 @@ class MMBD(Defense):
         "api": 1,
         "micro": {"starts": 2, "steps": 5},
         "effort": ["starts", "steps"],
+        "traverses": True,
+        "presumes": "one target, whose logit can be raised further than any other; nothing of the trigger's shape",
     }
     ACCESS = Access(clean=0)
 

@@ -23,6 +23,8 @@ class OracleCleansing(Defense):
         "version": 1,
         "api": 1,
         "micro": {},
+        "traverses": False,
+        "presumes": "nothing: it is told which rows carry the trigger",
     }
     ACCESS = Access(model="none", clean=0, train=True, oracle=True)
 

@@ -69,6 +69,8 @@ class PixelBackdoor(Defense):
         "api": 1,
         "micro": {"steps": 4, "images": 16, "batch": 8},
         "effort": ["steps", "images"],
+        "traverses": True,
+        "presumes": "a trigger that changes few pixels, the same on all images of all other classes",
     }
     ACCESS = Access(clean=0.05)
 

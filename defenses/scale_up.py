@@ -48,6 +48,8 @@ class ScaleUp(Defense):
         "api": 1,
         "micro": {},
         "scores": True,
+        "traverses": False,
+        "presumes": "a trigger that still works when its pixels are multiplied",
     }
     ACCESS = Access(model="labels", clean=0.05)
 

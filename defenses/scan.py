@@ -54,6 +54,8 @@ class SCAn(Defense):
         "version": 1,
         "api": 1,
         "micro": {},
+        "traverses": True,
+        "presumes": "triggered rows with an identity of their own in the features, in a minority of the classes",
     }
     ACCESS = Access(clean=0.05, train=True)
     REQUIRES = frozenset({"linear_head"})

@@ -39,6 +39,8 @@ class SpectralSignatures(Defense):
         "version": 1,
         "api": 1,
         "micro": {},
+        "traverses": True,
+        "presumes": "triggered rows, of a share known beforehand, that stand out along one direction of features",
     }
     ACCESS = Access(clean=0, train=True)
     REQUIRES = frozenset({"linear_head"})

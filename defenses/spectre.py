@@ -61,6 +61,8 @@ class Spectre(Defense):
         "api": 1,
         "micro": {},
         "effort": ["dimensions"],
+        "traverses": True,
+        "presumes": "triggered rows, of a share known beforehand, that stand out along few directions of features",
     }
     ACCESS = Access(clean=0, train=True)
     REQUIRES = frozenset({"linear_head"})

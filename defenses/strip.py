@@ -55,6 +55,8 @@ class Strip(Defense):
         "micro": {"overlays": 16},
         "effort": ["overlays"],
         "scores": True,
+        "traverses": False,
+        "presumes": "a trigger that survives blending, the same on all images",
     }
     ACCESS = Access(model="scores", clean=0.05)
 

@@ -53,6 +53,8 @@ class TeCo(Defense):
         "micro": {"severities": 2},
         "effort": ["severities"],
         "scores": True,
+        "traverses": False,
+        "presumes": "a trigger that withstands some corruptions much longer than others",
     }
     ACCESS = Access(model="labels", clean=0)
 

@@ -74,6 +74,8 @@ class Unicorn(Defense):
         "stamps": True,
         "micro": {"pretrain": 1, "epochs": 1, "rounds": 1, "width": 2},
         "effort": ["pretrain", "epochs", "rounds", "width"],
+        "traverses": True,
+        "presumes": "a small mask and pattern in a space that can be learnt, which works through few features",
     }
     ACCESS = Access(clean=0.01)
 

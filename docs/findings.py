@@ -105,7 +105,8 @@ def superficial(all_cells: Sequence[Cell]) -> list[str]:
         if c["attack"] != "none":
             groups[c["attack"], c["defense"]].append(c)
     lines = [
-        "| attack | defense | seeds | C-Acc | O-ASR | P-ASR (RA) | k = 0 | clean model under RA | net of controls | by seed |",
+        "| attack | defense | seeds | C-Acc | O-ASR | P-ASR (RA) | k = 0 | clean model under RA | net of controls | "
+        "by seed |",
         "|---" * 10 + "|",
     ]
     for (attack, defense), of in sorted(groups.items()):

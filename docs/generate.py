@@ -1,4 +1,4 @@
-"""Writes the generated parts of the documentation: the table of methods in README.md, docs/tables.md, docs/cli.md.
+"""Writes the generated parts of the documentation: the methods in README.md, docs/tables.md, cli.md, judges.md.
 
 `python docs/generate.py` renews them; with --check it only compares, and exits 4 when something differs.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sleeperbench import schema
 from sleeperbench.cli import COMMANDS, parser
+from sleeperbench.contracts.access import Access
 from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.suite import shipped
 
@@ -40,6 +41,42 @@ def methods() -> str:
         head = ["id", "what it does", *(["access"] if kind == "defense" else []), "source"]
         parts.append("\n".join([f"**{title}**", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows]))
     return "\n\n".join(parts)
+
+
+ANSWERS = {"cleansing": "training rows", "inversion": "the model, with a trigger"}
+"""What defenses of a kind answer about; of detection, inputs where there is a second phase, else the model."""
+
+
+def judges() -> str:
+    """What defenses that judge need, whether they traverse classes, and what they presume, from ACCESS and INFO."""
+    text = [
+        "# Judges",
+        "",
+        "Generated from ACCESS and INFO. What every defense that judges models, inputs or training rows is given,",
+        "whether it looks at each class in turn as a possible target, and what it takes for granted of the trigger (as",
+        "Table I of [IsTr](methods/istr.md) compares methods). None need find an attack outside of what it presumes.",
+        "",
+        "| method | answers about | access | traverses classes | presumes |",
+        "|---|---|---|---|---|",
+    ]
+    found = [p for p in Registry.discover("none").of("defense") if p.blueprint.info["kind"] in schema.JUDGES]
+    for p in found:
+        info, access = p.blueprint.info, p.blueprint.access
+        about = ANSWERS.get(info["kind"]) or ("inputs" if info.get("scores") else "the model")
+        name = f"[`{p.id}`](methods/{p.id}.md)" if (ROOT / f"docs/methods/{p.id}.md").exists() else f"`{p.id}`"
+        seen = _words(access) if access else ""
+        crossed = "yes" if info["traverses"] else "no"
+        text.append(f"| {name} | {about} | {seen} | {crossed} | {info['presumes']} |")
+    return "\n".join(text) + "\n"
+
+
+def _words(access: Access) -> str:
+    """ACCESS in words, with its class."""
+    model = {"none": "", "labels": "its labels", "scores": "its scores", "weights": "weights"}[access.model]
+    clean = f"{100 * access.clean:g} % clean rows" if isinstance(access.clean, float) else f"{access.clean} clean rows"
+    parts = [model, clean if access.clean else "", "training set" if access.train else ""]
+    parts += ["clean models" if access.references else "", "the true backdoor" if access.oracle else ""]
+    return ", ".join(p for p in parts if p) + f" ({access.track()})"
 
 
 def tables() -> str:
@@ -83,6 +120,7 @@ def main() -> int:
         "README.md": f"{before}{BEGIN}\n{methods()}\n{END}{after}",
         "docs/tables.md": tables(),
         "docs/cli.md": commands(),
+        "docs/judges.md": judges(),
     }
     stale = [n for n, text in wanted.items() if not (ROOT / n).exists() or (ROOT / n).read_text() != text]
     for name in stale:

@@ -19,9 +19,10 @@ class DetectionZoo(Evaluator):
     """How well one detector tells backdoored models from clean ones, over all cells of a data set and architecture.
 
     A model counts as flagged when its score exceeds the threshold that the detector gave with it. Backdoored are the
-    models of all attacks, rates and seeds that implanted; clean are those of attack `none`, trained by the same recipe.
-    Cells without a verdict are left out. Beside the pooled figures stand those of each attack against all clean models
-    (`attack=<id>`) and their mean over attacks (`stat=macro`).
+    models of all attacks, rates and seeds that implanted; clean are those of attack `none`, trained by the same recipe,
+    its hard negatives among them. Cells without a verdict are left out. Beside the pooled figures stand those of each
+    attack against all clean models (`attack=<id>`) and their mean over attacks (`stat=macro`). Where clean models are
+    of several kinds, `det_fpr` of each stands beside the pooled one (`clean=<label>`).
 
     The bounds of the pooled AUROC (`stat=lower`, `stat=upper`) are Newcombe's score interval of 95 % (2006, method 5),
     which stays wide where few models are separated without a mistake. It takes models as independent draws.
@@ -34,7 +35,7 @@ class DetectionZoo(Evaluator):
         "the {Mann-Whitney} statistic. {Part} 2: asymptotic methods and evaluation}, author={Newcombe, Robert G.}, "
         "journal={Statistics in Medicine}, volume={25}, number={4}, pages={559--573}, year={2006}}",
         "kind": "detection",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {},
     }
@@ -85,12 +86,13 @@ class DetectionZoo(Evaluator):
     def measure(self, case: EvalCase) -> Findings:
         """Pooled figures, those of each attack, and the curve `roc`."""
         judged: dict[str, list[tuple[float, bool]]] = {}
+        kinds: dict[str, list[tuple[float, bool]]] = {}
         for cell in case.cells:
             verdict = cell["outcome"].verdict
             if verdict is not None:
-                group = cell["attack"] if cell["backdoored"] else ""
-                judged.setdefault(group, []).append((verdict.score, verdict.score > verdict.threshold))
-        clean = judged.pop("", [])
+                group = judged if cell["backdoored"] else kinds
+                group.setdefault(cell["attack"], []).append((verdict.score, verdict.score > verdict.threshold))
+        clean = [v for kind in kinds.values() for v in kind]
         if not clean or not judged:
             lacks = "clean" if judged else "backdoored"
             reason = f"one_class: no verdict on a {lacks} model" if clean or judged else "no_verdict"
@@ -99,6 +101,8 @@ class DetectionZoo(Evaluator):
         everyone = [v for group in judged.values() for v in group]
         rows = _figures(everyone, clean)
         rows.append(share("det_fpr", _flags(clean)))
+        if len(kinds) > 1:
+            rows += [share("det_fpr", _flags(kind), f"clean={label}") for label, kind in sorted(kinds.items())]
         low, high = bounds(auroc(_scores(everyone), _scores(clean)), len(everyone), len(clean))
         rows.append(Measurement(metric="det_auroc", value=low, qualifier="stat=lower"))
         rows.append(Measurement(metric="det_auroc", value=high, qualifier="stat=upper"))

@@ -32,8 +32,8 @@ class RetuningAttack(Evaluator):
     attack wakes beyond what it implants. On the cell of `clean_model` the first control is the cell itself, so its net
     is 0.
 
-    A fourth, k = 0, tunes this model on clean rows alone. It implants nothing, so it is never taken off: a backdoor that
-    clean tuning wakes was asleep, and a defense that leaves one is no better for it.
+    A fourth, k = 0, tunes this model on clean rows alone. It implants nothing, so it is never taken off: a backdoor
+    that clean tuning wakes was asleep, and a defense that leaves one is no better for it.
 
     Differs: clean rows come from the probe rows, which neither the attacked model nor the defense saw, instead of
     from the training set; their number is half of the probe rows (2 % of the training rows) but at least 128.

@@ -29,9 +29,10 @@ PURIFIED = 0.2
 class TransferActivation(Evaluator):
     """One bounded perturbation for all triggered images, made on surrogates alone (Zhu, Liang, Wu, NeurIPS 2024).
 
-    1. Surrogates are the models of `peers`, other defenses of the same attacked model, and attacked models of the
-       architectures `surrogates`. A peer that is this very model is left out, and so is one that is not purified: more
-       than 20 % of the triggered probe rows go to the target.
+    1. Surrogates are the models of `peers`, other defenses of the same attacked model, and models of other
+       architectures under the same attack, `surrogates`: attacked ones, or as DEFENSE@ARCHITECTURE defended ones. Of
+       peers and defended ones this very model is left out, and any that is not purified: more than 20 % of the
+       triggered probe rows go to the target.
     2. Up to 5,000 triggered images in batches of 500, the last short batch dropped; d starts at U(-rho, rho).
     3. Each batch gets one step d <- clamp(d - lr dL/dd, -rho, rho), the plain gradient of
        L = sum over surrogates of CE(f_s(clip(x_p + d, 0, 1)), t).
@@ -46,11 +47,10 @@ class TransferActivation(Evaluator):
 
     Differs: images come from the probe rows of classes that count; the code takes rows that the attacked model was
     trained on. `steps` are kept where there are fewer images; below 500 one batch takes all. The code's `avg` mode, the
-    example in its description; which mode and surrogates the tables use is unpublished. Surrogates of another
-    architecture are attacked and not defended.
+    example in its description; which mode and surrogates the tables use is unpublished.
 
     Args:
-        surrogates: Architectures of attacked surrogates; the suite names them.
+        surrogates: Architectures of attacked surrogates, or DEFENSE@ARCHITECTURE; the suite names them.
         peers: Defenses whose models are surrogates; the suite names them.
         rho: Largest change of a pixel, in [0, 1].
         steps: Gradient steps; the published 100 passes over 10 batches.
@@ -64,7 +64,7 @@ class TransferActivation(Evaluator):
         "through Re-Activation Attack}, author={Zhu, Mingli and Liang, Siyuan and Wu, Baoyuan}, booktitle={Advances "
         "in Neural Information Processing Systems}, year={2024}}",
         "kind": "reactivation",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"steps": 5},
     }
@@ -115,15 +115,18 @@ class TransferActivation(Evaluator):
 
     def _chosen(self, case: EvalCase, probe: Rendered) -> tuple[dict[str, nn.Module], list[Measurement]]:
         """The surrogates by name, and a row with the reason of each that is none."""
-        found: dict[str, nn.Module] = {p.name: p.net for p in case.surrogates} if self.surrogates else {}
+        found: dict[str, nn.Module] = {}
         rows = []
-        for peer in case.peers if self.peers else ():
-            if same(peer.net, case.net):
-                rows.append(_none(f"source={peer.name}", "same_model: a model is no surrogate of itself"))
-            elif (measure_asr(peer.net, thinned(probe), case.ctx).value or 0.0) > PURIFIED:
-                rows.append(_none(f"source={peer.name}", "not_purified"))
+        # An architecture alone stands for an attacked model, awake by its nature.
+        others = [(s, "@" in s.name) for s in (case.surrogates if self.surrogates else ())]
+        others += [(p, True) for p in (case.peers if self.peers else ())]
+        for other, defended in others:
+            if defended and same(other.net, case.net):
+                rows.append(_none(f"source={other.name}", "same_model: a model is no surrogate of itself"))
+            elif defended and (measure_asr(other.net, thinned(probe), case.ctx).value or 0.0) > PURIFIED:
+                rows.append(_none(f"source={other.name}", "not_purified"))
             else:
-                found[peer.name] = peer.net
+                found[other.name] = other.net
         return found, rows
 
     def _tried(

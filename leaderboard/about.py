@@ -62,11 +62,15 @@ def plugin(plugins: Plugins, kind: str, name: str) -> dict[str, Any]:
     titles = [str(known(e, "title")) for e in found]
     if len(titles) == 1 and ":" in name:
         titles.append(name.partition(":")[2])
+    infos = [e["info"] for e in found if isinstance(e.get("info"), dict)]
     first, _, rest = str(known(entry, "doc")).strip().partition("\n\n")
     fields = [e["parameters"] for e in found if isinstance(e.get("parameters"), dict)]
     return {
         **text,
         "title": " of ".join(t for t in dict.fromkeys(titles) if t),
+        # A wrapper says nothing of its own: it presumes what the method that it wraps does.
+        "traverses": next((i["traverses"] for i in infos if isinstance(i.get("traverses"), bool)), None),
+        "presumes": next((i["presumes"] for i in infos if isinstance(i.get("presumes"), str)), ""),
         "version": str(known(entry, "method_version") or known(entry, "version")),
         "doc": first,
         "more": textwrap.dedent(rest),

@@ -15,7 +15,7 @@ from sleeperbench.leaderboard.entries import Page
 from sleeperbench.leaderboard.names import clean, digest12
 from sleeperbench.leaderboard.paging import Section
 from sleeperbench.leaderboard.ranking import Contest
-from sleeperbench.leaderboard.summary import NONE, Board, attacked, role, setting, tally, weak
+from sleeperbench.leaderboard.summary import NONE, Board, attacked, benign, role, setting, tally, weak
 from sleeperbench.leaderboard.tracks import ANSWERS
 from sleeperbench.leaderboard.views import Views, href, mean_shown
 from sleeperbench.leaderboard.words import Shown
@@ -87,7 +87,7 @@ def _cost(views: Views, board: Board, defense: str) -> Shown:
     """What a repair takes from the accuracy of models that never had a backdoor."""
     groups: dict[str, list[float]] = {}
     for c in board.of_defense[defense]:
-        if c["attack"] == NONE and None not in (c["c_acc"], c["c_acc_attacked"]):
+        if benign(c) and None not in (c["c_acc"], c["c_acc_attacked"]):
             groups.setdefault(setting(c), []).append(c["c_acc_attacked"] - c["c_acc"])
     e = stats.mean_over_attacks(groups, share=False)
     if e is None:
@@ -99,7 +99,7 @@ def _cost(views: Views, board: Board, defense: str) -> Shown:
 
 def _means_section(views: Views, n: int, board: Board) -> Section:
     metrics = [m for m in MAIN if m in board.metrics]
-    costs = any(c["attack"] == NONE for c in board.cells)
+    costs = any(benign(c) for c in board.cells)
     lines = [
         (title, line, _cost(views, board, line.name) if costs else None)
         for title, some in views.by_track(board, metrics, board.repairs)
@@ -253,7 +253,7 @@ def overview(views: Views, track_pages: Sequence[Page]) -> Page:
 def _heat_section(views: Views, n: int, board: Board, metric: str, anchors: Mapping[tuple[Any, ...], str]) -> Section:
     """One metric as attacks by defenses, means over seeds, shaded by where they lie in the metric's range."""
     defenses = board.having(metric)
-    attacks = [*board.settings, *sorted({setting(c) for c in board.cells if c["attack"] == NONE})]
+    attacks = [*board.settings, *sorted({setting(c) for c in board.cells if benign(c)})]
     means = {(s, d): views.field(board, s, d, metric) for s in attacks for d in defenses}
     values = [m.estimate.value for m in means.values() if m and m.estimate]
     low, high = (0.0, 1.0) if views.share(metric) else (min(values, default=0.0), max(values, default=1.0))

@@ -68,13 +68,23 @@ class Scatter:
 
 @dataclass(frozen=True)
 class Line:
-    """A series as `points` of a polyline, with its band as a polygon (empty without one) and a mark per value."""
+    """A series as `points` of a polyline, with its band as a polygon (empty without one) and a mark per value.
+
+    One of marks alone has no polyline.
+    """
 
     label: str
     points: str
     band: str
-    dots: tuple[tuple[float, float], ...]
+    dots: tuple[tuple[float, float, str], ...]
     values: tuple[tuple[str, str, str], ...]
+
+
+class Rule(NamedTuple):
+    """A threshold: where it crosses the axis of values, and its words."""
+
+    at: float
+    text: str
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,7 @@ class Lines:
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
     lines: tuple[Line, ...]
+    rule: Rule | None = None
 
 
 class Bar(NamedTuple):
@@ -115,17 +126,22 @@ class Bars:
     bars: tuple[Bar, ...]
     legend: tuple[str, ...]
     height: int
+    rule: Rule | None = None
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve; `low` and `high` are empty or as long as `x`, which holds names where the series is one of bars."""
+    """One curve; `low` and `high` are empty or as long as `x`, which holds names where the series is one of bars.
+
+    Of a `scattered` one only the marks are drawn, unjoined.
+    """
 
     label: str
     x: tuple[Any, ...]
     y: tuple[float, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
+    scattered: bool = False
 
 
 def axis(name: str, values: Sequence[float], *, share: bool, full: bool = False) -> Axis:
@@ -185,25 +201,27 @@ def scatter(points: Sequence[Point], x_name: str, y_name: str, *, y_share: bool)
     )
 
 
-def lines(series: Sequence[Series], x_name: str, y_name: str) -> Lines:
-    """Curves on common axes; bands where a series has `low` and `high`."""
+def lines(series: Sequence[Series], x_name: str, y_name: str, threshold: float | None = None) -> Lines:
+    """Curves and scattered marks on common axes; bands where a series has `low` and `high`."""
     xa = axis(x_name, [v for s in series for v in s.x], share=False)
-    ya = axis(y_name, [v for s in series for v in (*s.y, *s.low, *s.high)], share=False)
+    ya = axis(y_name, [*_given(threshold), *(v for s in series for v in (*s.y, *s.low, *s.high))], share=False)
     drawn = []
     for s in series:
-        dots = tuple((_x(xa, x), _y(ya, y)) for x, y in zip(s.x, s.y, strict=True))
+        places = [(_x(xa, x), _y(ya, y)) for x, y in zip(s.x, s.y, strict=True)]
+        words_ = [(words.number(x, False), words.number(y, False)) for x, y in zip(s.x, s.y, strict=True)]
+        titles = [f"{s.label}: {x}, {y}" if s.label else f"{x}, {y}" for x, y in words_]
         edge = [(_x(xa, x), _y(ya, v)) for x, v in zip(s.x, s.low, strict=True)] if s.low else []
         edge += [(_x(xa, x), _y(ya, v)) for x, v in reversed(list(zip(s.x, s.high, strict=True)))] if s.high else []
         spans = [words.span(a, b, False) for a, b in zip(s.low, s.high, strict=True)] or [""] * len(s.x)
         drawn.append(
             Line(
                 s.label,
-                " ".join(f"{x},{y}" for x, y in dots),
+                "" if s.scattered else " ".join(f"{x},{y}" for x, y in places),
                 " ".join(f"{x},{y}" for x, y in edge),
-                dots if len(dots) <= 60 else (),
-                tuple(
-                    (words.number(x, False), words.number(y, False), t) for x, y, t in zip(s.x, s.y, spans, strict=True)
-                ),
+                tuple((x, y, t) for (x, y), t in zip(places, titles, strict=True))
+                if s.scattered or len(places) <= 60
+                else (),
+                tuple((x, y, t) for (x, y), t in zip(words_, spans, strict=True)),
             )
         )
     return Lines(
@@ -212,7 +230,16 @@ def lines(series: Sequence[Series], x_name: str, y_name: str) -> Lines:
         tuple((_x(xa, v), t) for v, t in xa.ticks),
         tuple((_y(ya, v), t) for v, t in ya.ticks),
         tuple(drawn),
+        None if threshold is None else Rule(_y(ya, threshold), _threshold(threshold)),
     )
+
+
+def _given(threshold: float | None) -> tuple[float, ...]:
+    return () if threshold is None else (threshold,)
+
+
+def _threshold(value: float) -> str:
+    return f"threshold {words.number(value, False)}"
 
 
 def _short(name: str) -> str:
@@ -220,10 +247,11 @@ def _short(name: str) -> str:
     return name if len(name) <= 27 else name[:24] + "..."
 
 
-def bars(series: Sequence[Series], x_name: str, y_name: str) -> Bars:
+def bars(series: Sequence[Series], x_name: str, y_name: str, threshold: float | None = None) -> Bars:
     """Bars on a common axis that holds 0: a group per name in the order of first mention, a bar per series in it."""
     groups = {name: i for i, name in enumerate(dict.fromkeys(name for s in series for name in s.x))}
-    axis_ = axis(y_name, [0.0, *(v for s in series for v in (*s.y, *s.low, *s.high))], share=False)
+    values = [v for s in series for v in (*s.y, *s.low, *s.high)]
+    axis_ = axis(y_name, [0.0, *_given(threshold), *values], share=False)
     thick = 16 if len(series) == 1 else 10
     step = thick * len(series) + 10
     top, zero = TOP + 4, _x(axis_, 0.0)
@@ -248,6 +276,7 @@ def bars(series: Sequence[Series], x_name: str, y_name: str) -> Bars:
         tuple(drawn),
         tuple(s.label for s in series),
         top + step * len(groups) + BOTTOM,
+        None if threshold is None else Rule(_x(axis_, threshold), _threshold(threshold)),
     )
 
 

@@ -64,7 +64,7 @@ class Curve:
         c = self.chart
         if isinstance(c, Bars):
             return 4000 + 420 * len(c.bars)
-        points = sum(len(s.points) + len(s.band) + 60 * len(s.dots) for s in c.lines)
+        points = sum(len(s.points) + len(s.band) + sum(90 + 6 * len(t) for _, _, t in s.dots) for s in c.lines)
         return 4000 + points + (0 if self.measured else sum(200 * len(s.values) for s in c.lines))
 
 
@@ -121,7 +121,7 @@ def _series(raw: Any) -> Series | None:
         return None
     if len(low) != len(high) or len(low) not in (0, len(x)):
         return None
-    return Series(_text(raw.get("label")), x, y, low, high)
+    return Series(_text(raw.get("label")), x, y, low, high, scattered=raw.get("points") is True and names is None)
 
 
 def _curve(raw: Any) -> Curve | None:
@@ -136,8 +136,10 @@ def _curve(raw: Any) -> Curve | None:
     title = _text(raw.get("title")) or name
     if re.fullmatch(r"(.*-)?roc", name):
         title = f"ROC curve. {title}"
+    rule = _numbers([raw.get("threshold")])
     draw = bars if named == {True} else lines
-    return Curve(title, draw(good, _text(raw.get("x_label")), _text(raw.get("y_label"))), name)
+    chart = draw(good, _text(raw.get("x_label")), _text(raw.get("y_label")), rule[0] if rule else None)
+    return Curve(title, chart, name)
 
 
 def measured_curves(rows: Iterable[Mapping[str, Any]], drawn: Sequence[Curve]) -> list[Curve]:
@@ -220,11 +222,15 @@ def _picture(folder: Path, raw: Any, write: Callable[[str, bytes], None]) -> Pic
 
 
 def _words(raw: dict[str, Any]) -> tuple[str, str]:
-    """A picture's title and caption; where they only repeat a name that we know, what such a picture shows."""
+    """A picture's title and caption; where they only repeat a name that we know, what such a picture shows.
+
+    A caption that repeats any other title is left with who made the picture.
+    """
     title, caption = _text(raw.get("title")), _text(raw.get("caption"))
-    if title in terms.PICTURES and (not caption or re.fullmatch(rf"{title}, by [a-z0-9_]+", caption)):
+    maker = re.fullmatch(rf"{re.escape(title)}, by ([A-Za-z0-9_./-]+)", caption)
+    if title in terms.PICTURES and (not caption or maker):
         return terms.PICTURES[title]
-    return title, caption
+    return (title, f"By {maker[1]}.") if maker else (title, caption)
 
 
 def load(run: Path, cell: str, write: Callable[[str, bytes], None]) -> Media:

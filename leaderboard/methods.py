@@ -13,7 +13,7 @@ from sleeperbench.leaderboard import boards, judges, media, paging, ranking, sta
 from sleeperbench.leaderboard.entries import Page, names
 from sleeperbench.leaderboard.names import digest12, plugin_id
 from sleeperbench.leaderboard.paging import Section
-from sleeperbench.leaderboard.summary import NONE, Board, Cell, lost, setting, tally, weak
+from sleeperbench.leaderboard.summary import NONE, Board, Cell, benign, lost, setting, tally, weak
 from sleeperbench.leaderboard.tracks import ANSWERS, judge
 from sleeperbench.leaderboard.views import Row, Views, href
 
@@ -92,7 +92,7 @@ def _gate(views: Views, name: str, entry: Mapping[str, Any]) -> list[dict[str, A
             gate = suite.get("gate") if isinstance(suite, dict) else None
             low = bool(info.get("clean_label")) or (cells[0]["rate"] or 0) <= 0.01
             bar = gate.get("implant_asr_low" if low else "implant_asr") if isinstance(gate, dict) else None
-            clean = [c for key, some in b.of_field.items() if key[1] == NONE for c in some if c["attack"] == NONE]
+            clean = [c for key, some in b.of_field.items() if key[1] == NONE for c in some if benign(c)]
             reference = stats.mean_over_attacks({"": [c["c_acc"] for c in clean if c["c_acc"] is not None]}, share=True)
             measured = {}
             for m in ("o_asr", "c_acc", "r_acc"):
@@ -281,6 +281,7 @@ def _intro(context: Mapping[str, Any]) -> int:
         150 + paging.size(k) + paging.size(v) + paging.size(d) for _, some in context["variants"] for k, v, d in some
     )
     text = paging.size(plugin["doc"]) + paging.size(plugin["more"]) + paging.size(plugin["bibtex"])
+    text += paging.size(plugin["presumes"])
     zoo = sum(paging.figure(f) for z in context["zoos"] for _, some in z.lines for f in some)
     zoo += sum(c.weight for z in context["zoos"] for c in z.curves)
     gates = sum(900 + 60 * len(g["seeds"]) for g in context["gate"])

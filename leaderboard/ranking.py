@@ -11,7 +11,7 @@ from typing import Any
 from sleeperbench.leaderboard import stats, summary, words
 from sleeperbench.leaderboard.names import plugin_id
 from sleeperbench.leaderboard.stats import MIN_SEEDS, Estimate, Unit
-from sleeperbench.leaderboard.summary import NONE, Board, Cell, lost, role, setting, trains, weak, why_empty
+from sleeperbench.leaderboard.summary import Board, Cell, benign, lost, role, setting, trains, weak, why_empty
 from sleeperbench.leaderboard.tracks import judge
 from sleeperbench.leaderboard.views import Views, estimate_note, href
 
@@ -225,11 +225,11 @@ def contest(views: Views, board: Board, rule: Rule, access: str, defenses: Seque
     settings: dict[str, str] = {}
     for d in defenses:
         cells = board.of_defense[d]
-        clean = [c["det_score"] for c in cells if c["attack"] == NONE and c["det_score"] is not None and not lost(c)]
+        clean = [c["det_score"] for c in cells if benign(c) and c["det_score"] is not None and not lost(c)]
         scores[d], failed[d] = {}, []
         why: dict[str, int] = {}
         for c in cells:
-            if c["attack"] == NONE or weak(c):
+            if benign(c) or weak(c):
                 continue
             unit = setting(c), c["seed"]
             settings[unit[0]] = family(views, c["attack"]) if rule.families else unit[0]

@@ -50,10 +50,15 @@ def trains(cell: Cell) -> bool:
     return cell["kind"] == "in_training" or (not cell["kind"] and cell["access"] in ("T2", "T3"))
 
 
+def benign(cell: Cell) -> bool:
+    """The model has no backdoor: attack `none`, with whatever parameters."""
+    return plugin_id(cell["attack"]) == NONE
+
+
 def setting(cell: Cell) -> str:
     """The attack with its rate: what seeds are drawn within."""
     rate = cell["rate"]
-    return cell["attack"] if rate is None or cell["attack"] == NONE else f"{cell['attack']} at {100 * rate:g} %"
+    return cell["attack"] if rate is None or benign(cell) else f"{cell['attack']} at {100 * rate:g} %"
 
 
 def weak(cell: Cell) -> bool:
@@ -139,7 +144,7 @@ class Board:
     @cached_property
     def settings(self) -> list[str]:
         """All attack settings but the clean models'."""
-        return sorted({setting(c) for c in self.cells if c["attack"] != NONE})
+        return sorted({setting(c) for c in self.cells if not benign(c)})
 
     @cached_property
     def asked(self) -> frozenset[str]:
@@ -210,7 +215,7 @@ class Board:
 
 def attacked(cells: Sequence[Cell]) -> list[Cell]:
     """The cells with an attack: clean models say what a repair costs and enter no mean of attacks."""
-    return [c for c in cells if c["attack"] != NONE]
+    return [c for c in cells if not benign(c)]
 
 
 def boards(cells: Sequence[Cell]) -> list[Board]:
@@ -238,7 +243,7 @@ def tally(cells: Sequence[Cell]) -> dict[str, int]:
         "measured": sum(c["status"] == "ok" for c in cells),
         "failed": sum(failed(c) for c in cells),
         "collapsed": sum("collapsed" in c["flags"] for c in cells),
-        "not_purified": sum(not_purified(c) and c["attack"] != NONE for c in cells),
+        "not_purified": sum(not_purified(c) and not benign(c) for c in cells),
         "weak": sum(weak(c) for c in cells),
         "not_applicable": sum(c["status"] == "not_applicable" for c in cells),
         "judged": sum(judge(c) for c in cells),

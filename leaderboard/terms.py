@@ -65,6 +65,7 @@ LABELS = {
     "input_auroc": "Input AUROC",
     "input_tpr_fpr1": "TPR at 1 % FPR",
     "input_tpr_fpr5": "TPR at 5 % FPR",
+    "evidence": "Pictures shown",
     "verdict": "Verdict",
 }
 
@@ -134,6 +135,7 @@ REASONS = {
     "no_verdict": "the method gives no verdict on the model",
     "no_label_scores": "the method gives no score per label",
     "no_scores": "the method gives no scores of inputs",
+    "no_evidence": "the method shows no curves or pictures of its own",
     "no_inversion": "the method recovers no triggers",
     "no_claim": "the method recovers triggers, but claims none for this label",
     "no_mask": "the recovered trigger is a change of the image without a mask",
@@ -200,5 +202,8 @@ PICTURES = {
 }
 """Title and caption of the pictures that evaluators name so."""
 
-FACTS = {"residual_factor": "the difference in the picture is multiplied by this"}
+FACTS = {
+    "residual_factor": "the difference in the picture is multiplied by this",
+    "refused": "what the defense gave in another form than the one that is drawn, and what it lacks",
+}
 """Meanings of what evaluators record beside their figures."""

@@ -15,12 +15,12 @@ from sleeperbench.leaderboard.names import digest12, file_name, plugin_id
 from sleeperbench.leaderboard.stats import Estimate
 from sleeperbench.leaderboard.summary import (
     BOARD,
-    NONE,
     TRACKS,
     Board,
     Cell,
     Mean,
     attacked,
+    benign,
     boards,
     lost,
     not_purified,
@@ -221,7 +221,7 @@ class Views:
         flags = [*cell["flags"]]
         if weak(cell) and "weak" not in flags:
             flags.append("weak")
-        if not_purified(cell) and cell["attack"] != NONE:
+        if not_purified(cell) and not benign(cell):
             flags.append("not_purified")
         return self.flags(flags + ["judges"] * judge(cell))
 
@@ -257,7 +257,7 @@ class Views:
             for name, holds in (
                 ("weak", weak(cell)),
                 ("lost", lost(cell)),
-                ("awake", not_purified(cell) and cell["attack"] != NONE),
+                ("awake", not_purified(cell) and not benign(cell)),
                 ("unmeasured", cell["status"] != "ok"),
             )
             if holds

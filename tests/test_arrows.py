@@ -14,7 +14,7 @@ LAYERS = {
     "benchmark/contracts": ("data", "contracts"),
     "benchmark/kit": ("data", "contracts", "kit", "errors"),
     "benchmark/engine": ("data", "contracts", "kit", "engine", "errors", "schema"),
-    "benchmark/testing": ("data", "contracts", "kit", "engine", "errors", "testing"),
+    "benchmark/testing": ("data", "contracts", "kit", "engine", "errors", "schema", "testing"),
     "attacks": ("data", "contracts", "kit", "attacks"),
     "defenses": ("data", "contracts", "kit", "defenses"),
     "evaluators": ("data", "contracts", "kit", "evaluators"),

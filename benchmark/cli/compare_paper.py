@@ -194,7 +194,8 @@ def _said(line: Line, judged: Judged) -> str:
         sides = [line.published.get(k) for k in ("left", "right")]
         said = " against ".join(f"{v:.4g}" for v in sides if v is not None)
         doubt = f", unconfirmed: {line.published['unconfirmed']}" if line.published["unconfirmed"] else ""
-        parts.append(f"printed {said or 'no figure'} (table {line.published['table']}{doubt})")
+        where = f"table {line.published['table']}" if line.published["table"] else "text"
+        parts.append(f"printed {said or 'no figure'} ({where}{doubt})")
     return "; ".join(parts)
 
 

@@ -61,7 +61,8 @@ class Needs:
             the same backdoor where the trigger is not trained together with the classifier. On undefended cells alone.
         lineage: Whether the defended model descends from the attacked one's weights.
         peers: Other defenses whose outcomes it reads, by id; the suite names them.
-        surrogates: Architectures of attacked models it transfers from, by id; the suite names them.
+        surrogates: Architectures of attacked models it transfers from, by id, or as DEFENSE@ARCHITECTURE such a model
+            after a defense; the suite names them.
         evaluators: Other evaluators whose findings on the same cell it reads.
         trigger: `none`, `rendered` (8-bit triggered images) or `live` (the trigger itself).
     """

@@ -90,7 +90,9 @@ class Outcome:
         verdict: Is the model backdoored.
         inverted: Recovered triggers.
         state: (tensors, JSON) that the second phase reads.
-        chosen: What was chosen on the defender's own data; shown on the cell page.
+        chosen: What was chosen on the defender's own data, as JSON; evaluator `evidence` shows it on the cell page. Of
+            its names `curves` (as `Findings.curves`) and `pictures` (of tensors of `state`) are drawn, see
+            docs/plugins.md, and `claimed` says that an inverter claims these labels, or none.
         path: Candidates by name (one per threshold, rho, epoch); `model` is the marked choice among them.
     """
 
@@ -110,7 +112,8 @@ class Defense(Method):
     """A defense: repair, in-training, detection or inversion.
 
     `ACCESS` is what it receives. `REQUIRES` names what the architecture must have (`bn`, `conv`, `linear_head`);
-    without it the cell is `not_applicable`.
+    without it the cell is `not_applicable`. One that judges (INFO kinds `detection`, `inversion`, `cleansing`) says in
+    INFO whether it `traverses` the classes, each as a possible target in turn, and what it `presumes` of the trigger.
     """
 
     ACCESS: ClassVar[Access] = Access()

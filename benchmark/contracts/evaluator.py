@@ -59,7 +59,9 @@ class Findings:
 
     Args:
         rows: The figures.
-        curves: Name -> {"title", "x_label", "y_label", "series": [{"label", "x", "y", "low"?, "high"?}]}.
+        curves: Name -> {"title", "x_label", "y_label", "threshold"?, "series": [{"label", "x", "y", "low"?, "high"?,
+            "points"?}]}. Lines, or with `points` True unjoined marks; bars where `x` holds names. What has no `series`
+            is shown as it is.
         pictures: Name -> uint8 (C, H, W).
         models: Name -> model that other evaluators may read, such as a retuned one.
     """

@@ -36,6 +36,19 @@ def make_cases() -> Path:
     return folder
 
 
+def renew_cases(folder: Path) -> None:
+    """Make the folder of `make_cases` anew if something that tidies temporary folders took it during a long run.
+
+    Raises:
+        PermissionError: somebody else owns what lies there now.
+    """
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o300)
+    about = folder.lstat()
+    if about.st_uid != os.getuid() or not stat.S_ISDIR(about.st_mode):
+        raise PermissionError(f"{folder} was taken by another user: start the run again, and see who may write there")
+
+
 def remove_cases(folder: Path) -> None:
     """Remove the folder of `make_cases` with what is left in it."""
     with contextlib.suppress(OSError):

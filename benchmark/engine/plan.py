@@ -282,7 +282,7 @@ class Planner:
             d = self.default("defense", peer)
             inputs[f"peer.{peer}"] = self.defense(ds, arch, d, seed, at.attack, at.group)
         for surrogate in (*needs.surrogates, *v.params.get("surrogates", ())):
-            inputs[f"surrogate.{surrogate}"] = self.attack(ds, surrogate, at.attack_variant, at.rate, seed)
+            inputs[f"surrogate.{surrogate}"] = self.surrogate(ds, surrogate, seed, at)
         # A calibration serves the defenses' cells alone, and trains: it waits for the gate as they do.
         own = not needs.calibration and (needs.scope == "attack" or at.variant.id == "none")
         return self.add(
@@ -298,6 +298,19 @@ class Planner:
             ),
             "" if own else at.group,
         )
+
+    @once
+    def surrogate(self, ds: str, name: str, seed: int, at: _At) -> str:
+        """Task of a model of architecture `name` under the same attack; of DEFENSE@ARCHITECTURE, after that defense."""
+        defense, _, arch = name.rpartition("@")
+        attack = self.attack(ds, arch, at.attack_variant, at.rate, seed)
+        if not defense:
+            return attack
+        if self.access(defense).train and self.snapshot(at.attack_variant.id) == "none":
+            raise BadInput(
+                f"surrogate `{name}`: attack `{at.attack_variant.id}` has no training set to give it; drop one of them"
+            )
+        return self.defense(ds, arch, self.default("defense", defense), seed, attack, at.group)
 
     @once
     def descends(self, defense: str) -> bool:

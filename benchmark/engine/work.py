@@ -556,10 +556,13 @@ class Work:
             return {n: artifacts.read_findings(self.store.fetch(k)) for n, k in part(prefix).items()}
 
         def peers(prefix: str) -> tuple[Peer, ...]:
-            return tuple(
-                Peer(name=n, net=self.net(k), outcome=artifacts.read_outcome(self.store.fetch(k)))
-                for n, k in part(prefix).items()
-            )
+            found = []
+            for name, key in part(prefix).items():
+                folder = self.store.fetch(key)
+                # An attacked model, which surrogates may be, has no outcome.
+                said = artifacts.read_outcome(folder) if (folder / "outcome.json").exists() else Outcome()
+                found.append(Peer(name=name, net=self.net(key), outcome=said))
+            return tuple(found)
 
         parts: dict[str, Callable[[], Any]] = {
             "spec": lambda: self.model(inputs["attack"]).spec,
@@ -613,9 +616,7 @@ class Work:
         if part("peer."):
             parts["peers"] = lambda: peers("peer.")
         if part("surrogate."):
-            parts["surrogates"] = lambda: tuple(
-                Peer(name=n, net=self.net(k), outcome=Outcome()) for n, k in part("surrogate.").items()
-            )
+            parts["surrogates"] = lambda: peers("surrogate.")
         if needs["trigger"] != "none":
             for name, data in (("bd_test", rows.test), ("bd_probe", rows.probe)):
                 parts[name] = functools.partial(artifacts.read_rendered, attack / f"{name}.safetensors", data)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeperbench.engine import sandbox
-from sleeperbench.engine.casefiles import answer_bytes, read_progress
+from sleeperbench.engine.casefiles import answer_bytes, read_progress, renew_cases
 
 PROGRESS_SECONDS = 0.5
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
@@ -173,6 +173,7 @@ def _one(work: Any, task: Any, job: dict[str, Any]) -> dict[str, Any]:
     os.close(fd)
     base = {"done": task.key, "result": None}
     try:
+        renew_cases(work.cases)
         result, computed = work.run(task, job["values"], log)
         return base | {"status": "ok", "reason": "", "result": result, "computed": computed}
     except Leased:

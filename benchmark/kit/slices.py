@@ -54,6 +54,8 @@ _QUANTILES, _LEAST, _TRIES = 12, 4, 8
 _BATCH = 256
 _SHOWN = 50
 """Classes up to which a cell page gets the whole matrices of label mutation."""
+_DRAWN, _PICTURED = 60, 12
+"""Points of a drawn map, and labels up to which slices are drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +120,14 @@ class Slice:
         gaps: Its map E, float32 (H, W).
         trials: Slices in the order tried.
         goal: Success at which trying ended.
+        benign: The benign model's map E_s, float32 (H, W); None where no map was made.
     """
 
     label: int
     gaps: Tensor
     trials: tuple[Trial, ...]
     goal: float
+    benign: Tensor | None = None
 
     @property
     def kept(self) -> Trial:
@@ -448,7 +452,7 @@ class _Look:
             trials.append(self.trial(mine, label, where, self.within(mine, label, where), found))
             if trials[-1].success >= goal:
                 break
-        return Slice(label=label, gaps=gaps.cpu(), trials=tuple(trials), goal=goal)
+        return Slice(label=label, gaps=gaps.cpu(), trials=tuple(trials), goal=goal, benign=benign.cpu())
 
     def candidates(self, gaps: Tensor, benign: Tensor) -> Iterator[tuple[Tensor, tuple[float, float] | None]]:
         """Slices with their thresholds, in the order of trying; never none."""
@@ -569,6 +573,7 @@ def told(found: Isolation) -> dict[str, Any]:
         "claimed": found.claimed,
         "shares": _rounded(leaning(found.rates)),
         **{n: [_rounded(row) for row in m] for n, m in rates.items() if m is not None and len(m) <= _SHOWN},
+        "curves": curves(found),
         "slices": [
             {
                 "label": s.label,
@@ -601,18 +606,104 @@ def outcome(found: Isolation, *, natural: bool) -> Outcome:
     if natural:
         others = ((s.label, s.natural()) for s in found.slices if s.label not in found.claimed)
         claims += [Inverted(target=n, delta=t.delta) for n, t in others if t is not None]
-    tensors = {}
+    tensors, pictures = {}, {}
     if found.slices:
         tensors = {
             "maps": torch.stack([s.gaps for s in found.slices]),
             "slices": torch.stack([s.kept.mask for s in found.slices]),
         }
+        columns = [["E", "maps"], ["slice", "slices"]]
+        if all(s.benign is not None for s in found.slices):
+            tensors["benign"] = torch.stack([s.benign for s in found.slices if s.benign is not None])
+            columns.insert(1, ["benign model's E_s", "benign"])
+        few = len(found.slices) <= _PICTURED
+        rows = [f"label {s.label}" for s in found.slices]
+        pictures["slices"] = {"title": "Differential slices", "columns": columns, "rows": rows}
+        pictures = pictures if few else {}
     return Outcome(
         verdict=verdict(found),
         inverted=tuple(claims),
         state=(tensors, {"labels": [s.label for s in found.slices]}),
-        chosen=told(found),
+        chosen=told(found) | ({"pictures": pictures} if pictures else {}),
     )
+
+
+def curves(found: Isolation) -> dict[str, Any]:
+    """What a cell page draws: label mutation by label (figure 7), success by slice, and the best label's map.
+
+    The map is drawn by its values in falling order, beside those of the benign model, and the slice within them.
+    """
+    made = {"label_mutation": _by_label(found)}
+    sliced = [s for s in found.slices if s.benign is not None]
+    if sliced:
+        made["slices"] = {
+            "title": "Success of the trigger inside each slice tried",
+            "x_label": "share of the pixels",
+            "y_label": "share of held-out rows",
+            "threshold": sliced[0].goal,
+            "series": [
+                {"label": f"label {s.label}", "x": [t.area for t in s.trials], "y": [t.success for t in s.trials]}
+                for s in sliced[:_PICTURED]
+            ],
+        }
+    best = min(sliced, key=lambda s: (s.area, -s.kept.success), default=None)
+    if best is not None and best.benign is not None:
+        made["map"] = _profile(best.label, best.gaps.flatten(), best.benign.flatten(), best.kept.mask.flatten())
+    return made
+
+
+def _by_label(found: Isolation) -> dict[str, Any]:
+    """Bars per label: mean over the other classes of the share that turns into it, from the lowest to the highest."""
+    models = {"this model": found.rates, "benign reference": found.reference}
+    most = leaning(found.rates).argsort(descending=True, stable=True)[:_SHOWN].sort().values.tolist()
+    series = []
+    for name, rates in models.items():
+        if rates is None:
+            continue
+        others = rates.masked_fill(torch.eye(len(rates), dtype=torch.bool), torch.nan)
+        known = [others[:, n][~others[:, n].isnan()] for n in most]
+        series.append(
+            {
+                "label": name,
+                "x": [str(n) for n in most],
+                "y": leaning(rates)[most].tolist(),
+                **{
+                    end: [float(f(v)) if len(v) else 0.0 for v in known]
+                    for end, f in (("low", torch.min), ("high", torch.max))
+                },
+            }
+        )
+    return {
+        "title": "Label mutation: share of the other classes that turns into each label, lowest and highest class",
+        "x_label": "label",
+        "y_label": "mean share of a class",
+        "series": series,
+    }
+
+
+def _profile(label: int, gaps: Tensor, benign: Tensor, inside: Tensor) -> dict[str, Any]:
+    """Values of E and E_s (P,) over pixels, each in falling order, and of E inside the slice."""
+    order = gaps.argsort(descending=True, stable=True)
+    at = spread(len(gaps), _DRAWN)
+    kept = inside[order].nonzero().flatten().cpu()
+    kept = kept[spread(len(kept), _DRAWN)]
+    ranked, theirs = gaps[order].tolist(), benign.sort(descending=True).values.tolist()
+    share = 1 / len(ranked)
+    return {
+        "title": f"Map of label {label}: E, how much more a window moves this model than the benign one",
+        "x_label": "share of the pixels, largest values first",
+        "y_label": "E",
+        "series": [
+            {"label": "E", "x": [i * share for i in at.tolist()], "y": [ranked[i] for i in at.tolist()]},
+            {"label": "benign E_s", "x": [i * share for i in at.tolist()], "y": [theirs[i] for i in at.tolist()]},
+            {
+                "label": "slice",
+                "x": [i * share for i in kept.tolist()],
+                "y": [ranked[i] for i in kept.tolist()],
+                "points": True,
+            },
+        ][: 3 if len(kept) else 2],
+    }
 
 
 def _rounded(row: Tensor) -> list[float | None]:

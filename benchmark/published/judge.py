@@ -10,12 +10,14 @@ from typing import Any
 
 from sleeperbench.errors import BadInput
 from sleeperbench.leaderboard.stats import mean_over_attacks
-from sleeperbench.published.paper import Choice, Claim, Comparison, Figure, Paper, Ref, Table
+from sleeperbench.published.paper import TO, Choice, Claim, Comparison, Figure, Paper, Ref, Table
 
 HOLDS, FAILS, NOT_RUN, OUTSIDE = "holds", "does not hold", "not run", "outside"
 """Verdicts. `outside` is a unit on which a claim's condition is not met: the claim does not speak of it."""
 SAME = 1e-9
 """Figures nearer than this are equal: sums of other order differ in the last digits."""
+FEWEST = 3
+"""A rank correlation is over so many points at least: that of two is always 1 or -1."""
 _RATELESS = ("none", "zoo")
 _CONTROLS = ("none", "clean_model")
 _COLUMNS = (
@@ -114,7 +116,8 @@ class Results:
         return sorted(label for label in there if wanted.fits(label, self.methods[kind, label]))
 
     def series(self, unit: Unit, metric: str, qualifier: str) -> Series:
-        """What was measured on a unit, by seed."""
+        """What was measured on a unit, by seed; `{defense}` in a qualifier is the unit's own."""
+        qualifier = qualifier.replace("{defense}", unit.defense.partition("~")[0])
         what = f"{unit}: {metric}" + (f"[{qualifier}]" if qualifier else "")
         by_seed = self._rows.get((unit, metric, qualifier))
         if by_seed is None:
@@ -193,7 +196,9 @@ def _judged(claim: Claim, paper: Paper, results: Results, about: Mapping[str, An
     for dataset, arch in results.grounds():
         if (left.datasets and dataset not in left.datasets) or (left.archs and arch not in left.archs):
             continue
-        if left.pool:
+        if claim.compared.beside is not None:
+            lines += _correlated(claim, dataset, arch, paper, results, about)
+        elif left.pool:
             rates = left.rates or tuple(results.rates(dataset, arch)) or (0.0,)
             for rate in rates:
                 lines.append(_pooled(claim, dataset, arch, rate, paper, results, about))
@@ -202,6 +207,8 @@ def _judged(claim: Claim, paper: Paper, results: Results, about: Mapping[str, An
     if not lines:
         there = ", ".join(f"{d} with {a}" for d, a in results.grounds()) or "no figures"
         lines.append(Line(unit="", verdict=NOT_RUN, reason=f"the run has {there}"))
+    if claim.printed is not None:
+        lines = [replace(n, published={"table": "", "unconfirmed": "", "left": claim.printed}) for n in lines]
     return Judged(claim=claim, verdict=_together(lines, claim.share), lines=tuple(lines))
 
 
@@ -219,16 +226,19 @@ def _together(lines: Sequence[Line], share: float) -> str:
 def _lines(
     claim: Claim, dataset: str, arch: str, paper: Paper, results: Results, about: Mapping[str, Any]
 ) -> Iterator[Line]:
-    metric, qualifier = claim.compared.left.metric or "", claim.compared.left.qualifier or ""
-    for unit, reason in _units(claim.compared.left, dataset, arch, results):
+    metric = claim.compared.left.metric or ""
+    for unit, reason, to in _carried(claim.compared.left, dataset, arch, results):
         if isinstance(unit, str):
             yield Line(unit=unit, verdict=NOT_RUN, reason=reason)
             continue
-        conditions = [_condition(g, unit, results, metric, qualifier) for g in claim.given]
+        qualifier = f"on={to}" if to else claim.compared.left.qualifier or ""
+        conditions = [_condition(g, unit, results, metric, qualifier, to) for g in claim.given]
         failed = [said for said, line in conditions if line.verdict == FAILS]
         unknown = [said for said, line in conditions if line.verdict == NOT_RUN]
         ours = results.series(unit, metric, qualifier)
-        line = _compare(claim.compared, ours, unit, results, metric, qualifier)
+        line = _compare(claim.compared, ours, unit, results, metric, qualifier, to)
+        if to:
+            line = replace(line, unit=f"{unit} on {to}")
         if failed:
             line = replace(line, verdict=OUTSIDE, reason=f"condition not met: {'; '.join(failed)}")
         elif unknown:
@@ -265,6 +275,88 @@ def _pooled(
         published={"table": table.id, "unconfirmed": table.unconfirmed},
         differs=tuple(differences(table.setting, unit, results, about)),
     )
+
+
+def _correlated(
+    claim: Claim, dataset: str, arch: str, paper: Paper, results: Results, about: Mapping[str, Any]
+) -> Iterator[Line]:
+    """Per attack the correlation over defenses, or per defense that over attacks; seed by seed."""
+    left, beside = claim.compared.left, claim.compared.beside
+    assert beside is not None and left.attacks and left.defenses
+    pairs = list(zip(left.defenses, beside.defenses or left.defenses, strict=True))
+    groups = [[(a, *p) for p in pairs] for a in left.attacks]
+    if claim.compared.over == "attack":
+        groups = [[(a, *p) for a in left.attacks] for p in pairs]
+    for rate in left.rates or tuple(results.rates(dataset, arch)) or (0.0,):
+        for group in groups:
+            points, printed = [], []
+            absent: dict[str, str] = {}
+            for attack, one, other in group:
+                at = Choice(datasets=(dataset,), archs=(arch,), attacks=(attack,), rates=(rate,))
+                x = replace(at, metric=left.metric, qualifier=left.qualifier, defenses=(one,))
+                y = replace(at, metric=beside.metric or left.metric, qualifier=beside.qualifier, defenses=(other,))
+                point = (_one(x, results), _one(y, results))
+                points.append(point)
+                called = str(one if claim.compared.over == "defense" else attack)
+                for s in point:
+                    if not s.values:
+                        absent.setdefault(called, s.reason)
+                printed.append([_quoted(claim, paper, dataset, arch, c) for c in (x, y)])
+            attack, one, _ = group[0]
+            name = f"{attack}@{rate:g}" if claim.compared.over == "defense" else f"@{rate:g}/{one}"
+            name = f"{dataset}/{arch}/{name}: {left.metric} with {beside.metric or left.metric}"
+            line = _verdict(name, _correlation(name, points, absent), claim.compared, None)
+            if absent and line.verdict != NOT_RUN:
+                line = replace(line, reason=f"without {', '.join(absent)}")
+            quoted = [(x, y) for x, y in printed if x is not None and y is not None]
+            table = _table(claim, dataset, arch, rate, paper)
+            if table is not None:
+                unit = Unit(dataset, arch, "", rate, "")
+                told = {"table": ", ".join(claim.tables), "unconfirmed": table.unconfirmed, "left": spearman(quoted)}
+                differs = tuple(differences(table.setting, unit, results, about))
+                line = replace(line, published=told, differs=differs)
+            yield line
+
+
+def _correlation(name: str, points: Sequence[tuple[Series, Series]], absent: Mapping[str, str]) -> Series:
+    """Seed by seed, over the points that have both figures for it."""
+    values, few = {}, True
+    for seed in sorted({s for x, _ in points for s in x.values}):
+        both = [(x.values[seed], y.values[seed]) for x, y in points if seed in x.values and seed in y.values]
+        few = few and len(both) < FEWEST
+        if (found := spearman(both)) is not None:
+            values[seed] = found
+    why = f"fewer than {FEWEST} points have both figures" if few else "one side has the same figure everywhere"
+    lacking = [f"{point} ({reason})" for point, reason in absent.items()]
+    return Series(what=name, values=values, reason="" if values else "; ".join([why, *lacking]))
+
+
+def spearman(points: Sequence[tuple[float, float]]) -> float | None:
+    """Spearman's rank correlation, equal figures sharing their mean rank; None for a constant or too few points."""
+    if len(points) < FEWEST:
+        return None
+    x, y = ([_rank(v, side) for v in side] for side in zip(*points, strict=True))
+    mean = (len(points) + 1) / 2
+    xx, yy, xy = (
+        math.fsum((a - mean) * (b - mean) for a, b in zip(p, q, strict=True)) for p, q in ((x, x), (y, y), (x, y))
+    )
+    return xy / math.sqrt(xx * yy) if xx and yy else None
+
+
+def _rank(value: float, among: Sequence[float]) -> float:
+    below, equal = sum(v < value - SAME for v in among), sum(abs(v - value) <= SAME for v in among)
+    return below + (equal + 1) / 2
+
+
+def _quoted(claim: Claim, paper: Paper, dataset: str, arch: str, choice: Choice) -> float | None:
+    """The printed figure of a choice that means one cell, from the claim's tables of that data set and architecture."""
+    assert choice.attacks and choice.defenses
+    for table in (paper.tables[t] for t in claim.tables):
+        if (table.setting["dataset"], table.setting["arch"]) == (dataset, arch):
+            for f in table.figures:
+                if (f.metric, f.attack, f.defense) == (choice.metric, choice.attacks[0], choice.defenses[0]):
+                    return f.value
+    return None
 
 
 def _ground(choice: Choice, dataset: str, arch: str) -> tuple[str, str]:
@@ -307,6 +399,15 @@ def _units(choice: Choice, dataset: str, arch: str, results: Results) -> list[tu
     return found
 
 
+def _carried(choice: Choice, dataset: str, arch: str, results: Results) -> list[tuple[Unit | str, str, str]]:
+    """The units of a choice, each with every defense that it is carried to but its own; one without `to` to none."""
+    found: list[tuple[Unit | str, str, str]] = []
+    for unit, reason in _units(choice, dataset, arch, results):
+        own = unit.defense if isinstance(unit, Unit) else ""
+        found += [(unit, reason, to) for to in choice.to or ("",) if not to or to != own]
+    return found
+
+
 def _qualifier(choice: Choice, inherited: str) -> str:
     """Another metric has no qualifier unless it names one."""
     if choice.qualifier is not None:
@@ -314,8 +415,9 @@ def _qualifier(choice: Choice, inherited: str) -> str:
     return "" if choice.metric else inherited
 
 
-def _own(choice: Choice, unit: Unit, metric: str, qualifier: str) -> Choice:
+def _own(choice: Choice, unit: Unit, metric: str, qualifier: str, to: str) -> Choice:
     """A choice with what it leaves open taken from a unit."""
+    named = None if choice.defenses is None else tuple(Ref(id=to) if d.id == TO else d for d in choice.defenses)
     rates = choice.rates
     if rates is None and (choice.attacks is None or unit.attack not in _RATELESS):
         rates = (unit.rate,)  # a unit without a rate, such as a clean model, leaves that of a named attack open
@@ -326,24 +428,28 @@ def _own(choice: Choice, unit: Unit, metric: str, qualifier: str) -> Choice:
         archs=choice.archs or (unit.arch,),
         attacks=choice.attacks or (Ref(id=unit.attack, label=unit.attack),),
         rates=rates,
-        defenses=choice.defenses or (Ref(id=unit.defense, label=unit.defense),),
+        defenses=named or (Ref(id=unit.defense, label=unit.defense),),
         pool=choice.pool,
     )
 
 
-def _compare(compared: Comparison, ours: Series, unit: Unit, results: Results, metric: str, qualifier: str) -> Line:
+def _compare(
+    compared: Comparison, ours: Series, unit: Unit, results: Results, metric: str, qualifier: str, to: str
+) -> Line:
     """A comparison on one unit; what `than` leaves open is the unit's own."""
     right: Series | None = None
     if compared.than is not None:
-        than = _own(compared.than, unit, metric, qualifier)
+        than = _own(compared.than, unit, metric, qualifier, to)
         right = _pool(than, *_ground(than, "", ""), results) if than.pool else _one(than, results)
     return _verdict(str(unit), ours, compared, right)
 
 
-def _condition(given: Comparison, unit: Unit, results: Results, metric: str, qualifier: str) -> tuple[str, Line]:
+def _condition(
+    given: Comparison, unit: Unit, results: Results, metric: str, qualifier: str, to: str
+) -> tuple[str, Line]:
     """A claim's condition on one unit, in words and as a comparison."""
-    own = _own(given.left, unit, metric, qualifier)
-    line = _compare(given, _one(own, results), unit, results, own.metric or "", own.qualifier or "")
+    own = _own(given.left, unit, metric, qualifier, to)
+    line = _compare(given, _one(own, results), unit, results, own.metric or "", own.qualifier or "", to)
     right, left = (side or {} for side in (line.right, line.left))
     said = f"{own.metric} {left.get('mean') or 0:.4g}, not {given.test} {right.get('mean') or 0:.4g}"
     return said if line.verdict == FAILS else line.reason, line
@@ -364,12 +470,13 @@ def _one(choice: Choice, results: Results) -> Series:
 
 def _pool(choice: Choice, dataset: str, arch: str, results: Results) -> Series:
     """Per seed the mean, least or largest figure over the units; a seed counts where every unit has it."""
-    units = _units(choice, dataset, arch, results)
+    units = _carried(choice, dataset, arch, results)
     what = f"{choice.pool} of {choice.metric} over {len(units)} units"
-    absent = [f"{u}: {reason}" for u, reason in units if isinstance(u, str)]
+    absent = dict.fromkeys(f"{u}: {reason}" for u, reason, _ in units if isinstance(u, str))
     if absent or not units:
         return Series(what=what, values={}, reason="; ".join(absent) or "no such cell in the run")
-    parts = [results.series(u, choice.metric or "", choice.qualifier or "") for u, _ in units if isinstance(u, Unit)]
+    metric, plain = choice.metric or "", choice.qualifier or ""
+    parts = [results.series(u, metric, f"on={to}" if to else plain) for u, _, to in units if isinstance(u, Unit)]
     empty = [f"{p.what}: {p.reason}" for p in parts if not p.values]
     if empty:
         return Series(what=what, values={}, reason="; ".join(empty))

@@ -15,6 +15,9 @@ from sleeperbench.errors import BadInput, nearest
 
 TESTS = (">", ">=", "<", "<=")
 POOLS = ("mean", "min", "max")
+AXES = ("defense", "attack")
+TO = "{to}"
+"""As a defense of `than` and `given`: the one that a perturbation was carried to."""
 SETTING = (
     *(
         "dataset",
@@ -33,7 +36,10 @@ SETTING = (
     *("clean", "clean_source", "seeds", "attack", "defense", "evaluator", "note"),
 )
 _CHOICE = ("metric", "qualifier", "dataset", "arch", "attack", "rate", "defense", "pool")
-_CLAIM = ("id", "says", "where", "table", "ours", "test", "value", "than", "plus", "given", "share", *_CHOICE)
+_CLAIM = (
+    *("id", "says", "where", "table", "ours", "printed", "test", "value", "than", "plus", "given", "share"),
+    *("to", "with", "over", *_CHOICE),
+)
 _GIVEN = ("test", "value", "than", "plus", *_CHOICE)
 _TABLE = (
     *("id", "what", "row", "column", "columns", "metrics", "unit", "attack", "defense", "unconfirmed"),
@@ -74,7 +80,10 @@ class Ref:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which figures are meant. What is None is open: the unit's own in `than`, all there are on the left side."""
+    """Which figures are meant. What is None is open: the unit's own in `than`, all there are on the left side.
+
+    `to` names defenses on whose models the figure of a unit is meant (qualifier `on=`), each but the unit's own.
+    """
 
     metric: str | None = None
     qualifier: str | None = None
@@ -84,28 +93,38 @@ class Choice:
     rates: tuple[float, ...] | None = None
     defenses: tuple[Ref, ...] | None = None
     pool: str = ""
+    to: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """`left` TEST bound, or `left` TEST `than` + `plus`."""
+    """`left` TEST bound, or `left` TEST `than` + `plus`.
+
+    With `beside` the left side is the rank correlation of `left` and `beside` over defenses or attacks (`over`).
+    """
 
     left: Choice
     test: str
     value: float | None = None
     than: Choice | None = None
     plus: float = 0.0
+    beside: Choice | None = None
+    over: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What a paper claims, as a comparison on every unit that `compared.left` chooses."""
+    """What a paper claims, as a comparison on every unit that `compared.left` chooses.
+
+    `printed` is the left side's figure where the text gives one that stands in no table.
+    """
 
     id: str
     says: str
     where: str
     tables: tuple[str, ...]
     ours: str
+    printed: float | None
     compared: Comparison
     given: tuple[Comparison, ...]
     share: float
@@ -289,6 +308,12 @@ def _claim(name: str, raw: Mapping[str, Any]) -> Claim:
     given = tuple(_comparison(f"{where}: given", g, _GIVEN) for g in raw.get("given", ()))
     if compared.left.pool and given:
         raise Faulty(f"{where}: pooled figures have no condition of their own; drop `pool` or `given`")
+    if compared.beside is not None and given:
+        raise Faulty(f"{where}: a correlation has no condition of its own; drop `given`")
+    left, others = compared.left, [compared.than, *(s for g in given for s in (g.left, g.than))]
+    loose = [r for c in (left, *(others if left.pool or not left.to else ())) if c for r in c.defenses or ()]
+    if any(r.id == TO for r in loose):
+        raise Faulty(f"{where}: {TO} stands for a defense of `to`, in `than` and `given`, without `pool`")
     if any(g.left.pool for g in given):
         raise Faulty(f"{where}: a condition speaks of the unit; drop its `pool`")
     return Claim(
@@ -297,6 +322,7 @@ def _claim(name: str, raw: Mapping[str, Any]) -> Claim:
         where=raw["where"],
         tables=(tables,) if isinstance(tables, str) else tuple(tables),
         ours=raw.get("ours", ""),
+        printed=None if "printed" not in raw else _number(where, raw, "printed"),
         compared=compared,
         given=given,
         share=float(share),
@@ -321,16 +347,38 @@ def _comparison(where: str, raw: Mapping[str, Any], known: Sequence[str] = _CLAI
         several = any(len(c or ()) > 1 for c in (than.attacks, than.defenses, than.rates, than.datasets, than.archs))
         if several and not than.pool:
             raise Faulty(f"{where}: than names several; say by `pool` what becomes of them")
-    for key in ("value", "plus"):
-        if isinstance(raw.get(key, 0.0), bool) or not isinstance(raw.get(key, 0.0), (int, float)):
-            raise Faulty(f"{where}: {key} = {raw[key]!r} is no number")
+    if "to" in raw and "qualifier" in raw:
+        raise Faulty(f"{where}: `to` says the qualifier itself; drop `qualifier`")
+    left = _choice(where, raw)
     return Comparison(
-        left=_choice(where, raw),
+        left=left,
         test=raw["test"],
-        value=float(raw["value"]) if "value" in raw else None,
+        value=_number(where, raw, "value") if "value" in raw else None,
         than=than,
-        plus=float(raw.get("plus", 0.0)),
+        plus=_number(where, raw, "plus") if "plus" in raw else 0.0,
+        beside=_beside(where, raw, left) if "with" in raw or "over" in raw else None,
+        over=raw.get("over", ""),
     )
+
+
+def _beside(where: str, raw: Mapping[str, Any], left: Choice) -> Choice:
+    """The other figure of a correlation; its defenses stand beside those of the left side, one by one."""
+    if "with" not in raw or raw.get("over") not in AXES:
+        raise Faulty(f"{where}: a correlation needs `with`, and `over`, which is {' or '.join(AXES)}")
+    _keys(f"{where}: with", raw["with"], ("metric", "qualifier", "defense"))
+    beside = _choice(f"{where}: with", raw["with"])
+    if "value" not in raw or left.pool or left.to or not left.attacks or not left.defenses:
+        raise Faulty(f"{where}: a correlation names `attack` and `defense`, is held against `value`, and has no `pool`")
+    if len(beside.defenses or left.defenses) != len(left.defenses):
+        raise Faulty(f"{where}: `with` has {len(beside.defenses or ())} defenses for {len(left.defenses)}")
+    return beside
+
+
+def _number(where: str, raw: Mapping[str, Any], key: str) -> float:
+    value = raw[key]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise Faulty(f"{where}: {key} = {value!r} is no number")
+    return float(value)
 
 
 def _choice(where: str, raw: Mapping[str, Any]) -> Choice:
@@ -346,7 +394,7 @@ def _choice(where: str, raw: Mapping[str, Any]) -> Choice:
     methods = {}
     for key in ("attack", "defense"):
         names = several(key)
-        methods[key] = None if names is None else tuple(ref(n) for n in names)
+        methods[key] = None if names is None else tuple(Ref(id=TO) if n == TO else ref(n) for n in names)
     rates = several("rate")
     if raw.get("pool", "mean") not in POOLS:
         raise Faulty(f"{where}: pool is {raw['pool']!r}; it may be {' '.join(POOLS)}")
@@ -359,6 +407,7 @@ def _choice(where: str, raw: Mapping[str, Any]) -> Choice:
         rates=None if rates is None else tuple(float(r) for r in rates),
         defenses=methods["defense"],
         pool=raw.get("pool", ""),
+        to=several("to") or (),
     )
 
 

@@ -12,6 +12,7 @@ from sleeperbench.engine.blueprint import Blueprint, read
 from sleeperbench.engine.plugin import Plugin
 from sleeperbench.engine.registry import Registry
 from sleeperbench.errors import BadInput, BrokenPlugin
+from sleeperbench.schema import JUDGES
 from sleeperbench.testing.base import Failed, Skipped, check, hold
 from sleeperbench.testing.differ import differ
 from sleeperbench.testing.sound import sound, trains
@@ -33,9 +34,11 @@ def _blueprint(s: Subject) -> Blueprint:
 @check(
     "metadata",
     ALL,
-    what="INFO, ACCESS, NEEDS, METRICS and the parameters are literal; INFO is complete; each parameter is explained.",
+    what="INFO, ACCESS, NEEDS, METRICS and the parameters are literal; INFO is complete; each parameter is explained; "
+    "a defense that judges says whether it traverses classes and what it presumes.",
     remedy="Write what is named out as a literal in the class body (docs/plugins.md has the forms); a published method "
-    "has `paper`, `bibtex` and an `Args:` line per parameter.",
+    "has `paper`, `bibtex` and an `Args:` line per parameter; one of kind detection, inversion or cleansing has "
+    "`traverses` and `presumes`.",
 )
 def metadata(s: Subject) -> None:
     """Read the source as the planner does."""
@@ -58,6 +61,12 @@ def metadata(s: Subject) -> None:
     for name in effort:
         known = name in b.fields and type(b.fields[name].default) is int
         hold(known, f"INFO['effort'] names {name!r}, which is no whole-number parameter")
+    if s.kind == "defense" and b.info["kind"] in JUDGES:
+        traverses, presumes = b.info.get("traverses"), b.info.get("presumes")
+        words = "True where it looks at every class in turn as a possible target, else False"
+        hold(type(traverses) is bool, f"INFO['traverses'] is {traverses!r}: {words}")
+        words = "say what it takes for granted of the trigger"
+        hold(isinstance(presumes, str) and presumes.strip(), f"INFO['presumes'] is {presumes!r}: {words}")
     if b.access is not None:
         hold(bool(b.info.get("wrapper")) == bool(b.access.inner), "INFO['wrapper'] and ACCESS.inner disagree")
     mute = [n for n, p in b.fields.items() if not p.doc]

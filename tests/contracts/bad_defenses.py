@@ -206,6 +206,8 @@ class Scored(Defense):
         "kind": "detection",
         "micro": {},
         "scores": True,
+        "traverses": False,
+        "presumes": "a trigger that raises the largest logit",
     }
     ACCESS = Access(clean=0.05)
 
@@ -230,7 +232,53 @@ class Transductive(Scored):
 class Silent(Scored):
     """Writes score() and does not declare it."""
 
-    INFO = {"title": "t", "paper": "", "bibtex": "", "version": 1, "api": 1, "kind": "detection", "micro": {}}
+    INFO = {
+        "title": "t",
+        "paper": "",
+        "bibtex": "",
+        "version": 1,
+        "api": 1,
+        "kind": "detection",
+        "micro": {},
+        "traverses": False,
+        "presumes": "a trigger that raises the largest logit",
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unsaid(Scored):
+    """Judges, and does not say what it presumes."""
+
+    INFO = {
+        "title": "t",
+        "paper": "",
+        "bibtex": "",
+        "version": 1,
+        "api": 1,
+        "kind": "detection",
+        "micro": {},
+        "scores": True,
+        "traverses": False,
+        "presumes": " ",
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perhaps(Scored):
+    """Judges, and says in words where yes or no is asked."""
+
+    INFO = {
+        "title": "t",
+        "paper": "",
+        "bibtex": "",
+        "version": 1,
+        "api": 1,
+        "kind": "detection",
+        "micro": {},
+        "scores": True,
+        "traverses": "no",
+        "presumes": "a trigger that raises the largest logit",
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +294,8 @@ class Stamping(Defense):
         "kind": "inversion",
         "stamps": True,
         "micro": {},
+        "traverses": False,
+        "presumes": "a trigger that brightens",
     }
     ACCESS = Access(clean=0.05)
 

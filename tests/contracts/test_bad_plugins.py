@@ -31,6 +31,8 @@ class Gentle(Defense):
 '''  # noqa: E501
 BAD = [
     ("metadata", bad_defenses.Unpublished, "bibtex"),
+    ("metadata", bad_defenses.Unsaid, "INFO['presumes'] is ' '"),
+    ("metadata", bad_defenses.Perhaps, "INFO['traverses'] is 'no'"),
     ("parameters", bad_defenses.TakesAnything, "parameter that does not exist"),
     ("runs", bad_defenses.Raises, "ZeroDivisionError"),
     ("runs", bad_defenses.Declines, "too_few_rows"),

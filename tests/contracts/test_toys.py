@@ -34,7 +34,7 @@ clean_drop_points = 100
 cover = 7
 pattern = "white"
 [evaluator."toys/tba"]
-surrogates = ["small_resnet"]
+surrogates = ["small_resnet", "toys/npd@small_resnet"]
 peers = ["toys/npd"]
 """
 CLASSES = {
@@ -126,7 +126,17 @@ def test_qra_reads_the_model_of_another_evaluator(run: Path) -> None:
 
 def test_tba_gets_the_surrogates_and_peers_that_the_suite_names(run: Path) -> None:
     found = rows(run, "badnets", "none", "asr_tba")
-    assert [r["qualifier"] for r in found] == ["source=small_resnet", "source=toys/npd"]
+    assert [r["qualifier"] for r in found] == ["source=small_resnet", "source=toys/npd", "source=toys/npd@small_resnet"]
+    inputs = json.loads((artifact(run, found[0]["task_key"]) / "manifest.json").read_text())["task"]["inputs"]
+    defended = json.loads((artifact(run, inputs["surrogate.toys/npd@small_resnet"]) / "manifest.json").read_text())[
+        "task"
+    ]
+    assert (defended["kind"], defended["name"], defended["params"]["spec"]["arch"]) == (
+        "defense",
+        "toys/npd",
+        "small_resnet",
+    )
+    assert defended["inputs"]["attack"] == inputs["surrogate.small_resnet"]
 
 
 def test_spectral_marks_rows_and_retrain_trains_on_the_same_rows(run: Path) -> None:

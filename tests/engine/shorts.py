@@ -100,7 +100,10 @@ class Menagerie(Evaluator):
         assert len(case.clean_models) == 1
         score = sum(c["outcome"].verdict.score for c in case.cells)
         figures = {{"zoo_bad": len(bad), "zoo_clean": len(case.cells) - len(bad), "zoo_score": score}}
-        return Findings(rows=tuple(Measurement(metric=k, value=float(v)) for k, v in figures.items()))
+        series = [{{"label": "bad", "x": [0], "y": [len(bad)]}}]
+        curve = {{"title": "Zoo", "x_label": "x", "y_label": "y", "series": series}}
+        rows = tuple(Measurement(metric=k, value=float(v)) for k, v in figures.items())
+        return Findings(rows=rows, curves={{"members": curve}})
 '''
 EVALUATORS = [f"short/n{i}" for i in range(5)]
 DEFENSES = ["none", "short/idle"]

@@ -10,13 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import spearmanr
 
 from sleeperbench.engine import rows
 from sleeperbench.engine.suite import shipped
 from sleeperbench.errors import BadInput
 from sleeperbench.published import paper as published
-from sleeperbench.published.judge import FAILS, HOLDS, NOT_RUN, OUTSIDE, Results, Unit, differences, figures, judge
-from sleeperbench.published.paper import Faulty, Paper, of_suite, papers, read, ref
+from sleeperbench.published.judge import (
+    FAILS,
+    HOLDS,
+    NOT_RUN,
+    OUTSIDE,
+    Results,
+    Unit,
+    differences,
+    figures,
+    judge,
+    spearman,
+)
+from sleeperbench.published.paper import TO, Faulty, Paper, of_suite, papers, read, ref
 from sleeperbench.schema import MEASUREMENTS
 
 ROOT = Path(__file__).parents[2]
@@ -479,11 +491,13 @@ def test_shipped_papers_name_what_there_is() -> None:
                 assert named is None or set(named.id.split(":")) <= known[kind], named
         for c in paper.claims:
             sides = [c.compared, *c.given]
-            for choice in [s.left for s in sides] + [s.than for s in sides if s.than is not None]:
+            assert set(c.compared.left.to) <= known["defense"], c
+            others = [o for s in sides for o in (s.than, s.beside) if o is not None]
+            for choice in [s.left for s in sides] + others:
                 assert choice.metric is None or choice.metric in metrics, choice
                 for kind, refs in (("attack", choice.attacks), ("defense", choice.defenses)):
                     for r in refs or ():
-                        assert set(r.id.split(":")) <= known[kind] | {"zoo"}, r
+                        assert set(r.id.split(":")) <= known[kind] | {"zoo", TO}, r
 
 
 @pytest.mark.parametrize(
@@ -610,3 +624,139 @@ def test_command_on_bad_input(cli: Any, run: Any, tmp_path: Path) -> None:
     (folder / "measurements.parquet").write_text("not parquet")
     answer = cli("compare-paper", "paper-safety", "--results", folder)
     assert (answer.code, "cannot read the table" in answer.err) == (2, True)
+
+
+METHODS = ("abs", "nc", "mesa", "istr")
+ALONG = (
+    claim(
+        metric="apd",
+        attack=["badnets"],
+        defense=list(METHODS),
+        test=">",
+        value=0.0,
+        over="defense",
+    )
+    + '\nwith = { metric = "asr", defense = ["unlearn:abs", "unlearn:nc", "unlearn:mesa", "unlearn:istr"] }'
+)
+
+
+def inverters(metric: str, by: dict[str, tuple[Any, ...]], attack: str = "badnets") -> list[dict[str, Any]]:
+    """Rows of one metric by defense, a figure per seed."""
+    return [r for d, values in by.items() for r in seeds(f"{attack}@0.1/{d}", metric, *values)]
+
+
+def test_a_rank_correlation_over_methods_is_spearmans_seed_by_seed() -> None:
+    apd = {"abs": (0.1, 0.4), "nc": (0.2, 0.1), "mesa": (0.3, 0.2), "istr": (0.3, 0.3)}
+    asr = {"unlearn:abs": (0.5, 0.1), "unlearn:nc": (0.7, 0.2), "unlearn:mesa": (0.6, 0.2), "unlearn:istr": (0.9, 0.1)}
+    judged = one(ALONG, inverters("apd", apd) + inverters("asr", asr))
+    (line,) = judged.lines
+    assert line.unit == "digits/net/badnets@0.1: apd with asr"
+    per_seed = [float(spearmanr([v[s] for v in apd.values()], [v[s] for v in asr.values()]).statistic) for s in (0, 1)]
+    assert per_seed[0] > 0 > per_seed[1]
+    assert line.left["mean"] == pytest.approx(sum(per_seed) / 2)
+    assert (line.left["lower"], line.left["upper"]) == pytest.approx((per_seed[1], per_seed[0]))
+    assert (judged.verdict, line.left["seeds"]) == (HOLDS if sum(per_seed) > 0 else FAILS, [0, 1])
+    turned = one(ALONG.replace('">"', '"<"'), inverters("apd", apd) + inverters("asr", asr))
+    assert {judged.verdict, turned.verdict} == {HOLDS, FAILS}
+
+
+def test_a_correlation_names_what_is_missing_and_needs_three_points() -> None:
+    apd = inverters("apd", {"abs": (0.1,), "nc": (0.2,), "mesa": (0.3,)})
+    asr = inverters("asr", {"unlearn:abs": (0.1,), "unlearn:nc": (0.2,), "unlearn:mesa": (0.3,)})
+    (line,) = one(ALONG, apd + asr).lines
+    assert (line.verdict, line.left["mean"]) == (HOLDS, pytest.approx(1.0))
+    assert line.reason == "without istr"
+    (line,) = one(ALONG, apd + asr[:2]).lines
+    assert line.verdict == NOT_RUN
+    assert "fewer than 3 points have both figures; mesa (no such cell in the run); istr (no" in line.reason
+    level = inverters("asr", {f"unlearn:{m}": (0.2,) for m in METHODS})
+    (line,) = one(ALONG, apd + level).lines
+    assert (line.verdict, "the same figure everywhere" in line.reason) == (NOT_RUN, True)
+
+
+def test_a_correlation_over_attacks_stands_beside_the_printed_one() -> None:
+    attacks = {"badnets": (0.005, 0.1), "sin_wave": (0.2, 0.3), "multi_trigger": (0.002, 0.2)}
+    found = [r for a, (x, y) in attacks.items() for r in inverters("apd", {"istr": (x,)}, a)]
+    found += [r for a, (x, y) in attacks.items() for r in inverters("asr", {"unlearn:istr": (y,)}, a)]
+    paper = papers()["istr"]
+    here = [r | {"dataset": "mnist", "arch": "mnist_cnn"} for r in found]
+    judged = {j.claim.id: j for j in judge(paper, Results(here), ABOUT)}["near-triggers-repair-over-tasks"]
+    (line,) = judged.lines
+    assert line.left["mean"] == pytest.approx(0.5)
+    assert line.published["left"] == pytest.approx(1.0)  # 0.0052 0.2290 0.0026 beside 0.10 2.17 0.04
+    assert line.published["table"].startswith("5.1-mnist, IV-mnist")
+
+
+def test_printed_figures_of_six_tasks_rise_together() -> None:
+    """As the claim's own words say of section 5.1 and table IV."""
+    figures = [f for t in papers()["istr"].tables.values() for f in t.figures]
+    told = {(f.table.partition("-")[2], f.attack.id, f.metric): f.value for f in figures if str(f.defense) == "istr"}
+    left = {
+        (f.table.partition("-")[2], f.attack.id): f.value
+        for f in figures
+        if str(f.defense) == "unlearn:istr" and f.metric == "asr"
+    }
+    points = [(v, left[d, a]) for (d, a, m), v in told.items() if m == "apd"]
+    assert len(points) == 6
+    assert spearman(points) == pytest.approx(1.0)
+
+
+CARRIED = claim(metric="p_asr_qra", attack="badnets", defense=["ft", "pam"], to=["ft", "pam", "fst"], test=">")
+
+
+def test_what_is_carried_to_other_models_leaves_out_a_models_own() -> None:
+    found = [r for d in ("ft", "pam") for o in ("ft", "pam") for r in seeds(
+        f"badnets@0.1/{d}", "p_asr_qra", 0.9 if d == o else 0.3, qualifier=f"on={o}"
+    )]  # fmt: skip
+    found += seeds("badnets@0.1/ft", "asr", 0.1) + seeds("badnets@0.1/pam", "asr", 0.4)
+    text = CARRIED + '\nthan = { metric = "asr", defense = "{to}" }'
+    lines = {line.unit.partition("@0.1/")[2]: line for line in one(text, found).lines}
+    assert {k: v.verdict for k, v in lines.items()} == {
+        "ft on pam": FAILS,  # 0.3 against pam's own 0.4
+        "ft on fst": NOT_RUN,
+        "pam on ft": HOLDS,
+        "pam on fst": NOT_RUN,
+    }
+    given = text + '\ngiven = [{ metric = "asr", defense = "{to}", test = "<=", value = 0.2 }]'
+    lines = {line.unit.partition("@0.1/")[2]: line for line in one(given, found).lines}
+    assert (lines["ft on pam"].verdict, lines["pam on ft"].verdict) == (OUTSIDE, HOLDS)
+    pooled = claim(
+        metric="p_asr_qra",
+        attack="badnets",
+        defense=["ft", "pam"],
+        to=["ft", "pam"],
+        pool="mean",
+        test=">",
+        printed=0.321,
+        than='{ metric = "asr" }',
+    )
+    (line,) = one(pooled, found).lines
+    assert line.left["mean"] == pytest.approx(0.3)
+    assert line.right["mean"] == pytest.approx(0.25)
+    assert line.published == {"table": "", "unconfirmed": "", "left": 0.321}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (ALONG.replace('over = "defense"', 'over = "seed"'), "which is defense or attack"),
+        (ALONG.replace('over = "defense"\n', ""), "needs `with`, and `over`"),
+        (ALONG.replace(', "unlearn:istr"', ""), "3 defenses for 4"),
+        (ALONG + '\ngiven = [{ metric = "asr", test = "<", value = 1 }]', "no condition of its own"),
+        (CARRIED + '\nvalue = 0.1\nqualifier = "on=ft"', "drop `qualifier`"),
+        (claim(metric="asr", defense="ft", test=">", than='{ metric = "asr", defense = "{to}" }'), "stands for"),
+        (CARRIED.replace('["ft", "pam"]', '["{to}"]', 1) + "\nvalue = 0.1", "stands for"),
+        (claim(metric="asr", test=">", value=0.1, printed="much"), "is no number"),
+    ],
+)
+def test_faulty_correlations_and_carried_figures(wrong: str, said: str) -> None:
+    with pytest.raises(Faulty, match=said):
+        one(wrong, [])
+
+
+def test_a_qualifier_may_name_the_units_own_defense() -> None:
+    found = [r for d in ("ft", "nad") for r in seeds(f"badnets@0.1/{d}", "asr_tba", 0.9, qualifier=f"source={d}@net2")]
+    found += seeds("badnets@0.1/nad", "asr_tba", 0.1, qualifier="source=ft@net2")
+    told = claim(metric="asr_tba", qualifier="source={defense}@net2", defense=["ft", "nad"], test=">", value=0.5)
+    assert [line.verdict for line in one(told, found).lines] == [HOLDS, HOLDS]
+    assert one(told.replace("net2", "net3"), found).verdict == NOT_RUN

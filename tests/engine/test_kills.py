@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import shorts
 
-KILLS = int(os.environ.get("KILLS", "20"))
+KILLS = int(os.environ.get("KILLS", "8"))
 
 
 @pytest.fixture(scope="module")

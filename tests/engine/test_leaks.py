@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 import snoop
 from safetensors.torch import load_file
 
-from sleeperbench.engine.casefiles import make_cases, remove_cases
+from sleeperbench.engine.casefiles import make_cases, remove_cases, renew_cases
 
 HERE = Path(__file__).parent
 
@@ -117,6 +118,24 @@ def test_every_probe_finds_what_is_planted() -> None:
 def _job(case: Path, **more: object) -> bytes:
     job = {"folder": str(case), "seconds": 60, "memory": 0, "cuda": False, "share": 1.0}
     return json.dumps(job | {"file_bytes": 1 << 30, "command": None} | more).encode() + b"\n"
+
+
+def test_a_folder_of_cases_that_was_tidied_away_comes_back(tmp_path: Path) -> None:
+    base = make_cases()
+    try:
+        base.chmod(0o700)
+        base.rmdir()
+        renew_cases(base)
+        assert stat.S_IMODE(base.stat().st_mode) == 0o300
+        renew_cases(base)
+    finally:
+        remove_cases(base)
+    base.symlink_to(tmp_path)
+    try:
+        with pytest.raises(PermissionError, match="taken by another user"):
+            renew_cases(base)
+    finally:
+        base.unlink()
 
 
 def test_another_case_cannot_be_come_upon() -> None:

@@ -238,6 +238,62 @@ def test_a_defense_that_needs_the_training_set_is_blocked_without_a_snapshot(
     assert blocked == {"digits/small_cnn/streams/stream@0.1/streams/sift/s0": "not_applicable attack_controls_training"}
 
 
+TRANSFER = """[evaluator.tba]
+peers = ["ft"]
+surrogates = ["small_resnet", "ft@small_resnet", "bn_refresh@timm:resnet18"]
+[defense.ft]
+lr = 0.5
+"""
+
+
+def test_surrogates_are_attacked_or_defended_models_of_other_architectures(make_plan: Any) -> None:
+    plan = make_plan(evaluators=["tba"], tail=TRANSFER)
+    at = cell(plan, "badnets@0.1", "ft")
+    inputs = plan.tasks[at.evaluations[0].key].inputs
+    attacked, tuned, refreshed = (
+        plan.tasks[inputs[f"surrogate.{n}"]] for n in ("small_resnet", "ft@small_resnet", "bn_refresh@timm:resnet18")
+    )
+    target = plan.tasks[at.attack_key]
+    assert (attacked.kind, attacked.params["spec"]["arch"]) == ("attack", "small_resnet")
+    assert (attacked.name, attacked.seed, attacked.params["method"]) == (
+        target.name,
+        target.seed,
+        target.params["method"],
+    )
+    assert tuned.inputs["attack"] == inputs["surrogate.small_resnet"]
+    assert (tuned.kind, tuned.name, tuned.params["spec"]["arch"]) == ("defense", "ft", "small_resnet")
+    assert tuned.params["method"]["lr"] == 0.5, "the suite's own setting"
+    assert plan.gates[tuned.key] == at.attack_group
+    assert refreshed.name == "bn_refresh"
+    other = plan.tasks[refreshed.inputs["attack"]]
+    assert (other.kind, other.params["spec"]["arch"]) == ("attack", "timm:resnet18")
+    assert other.key != attacked.key != at.attack_key
+
+
+def test_a_surrogate_of_an_unknown_defense_names_the_nearest(make_plan: Any) -> None:
+    with pytest.raises(BadInput, match="fts"):
+        make_plan(evaluators=["tba"], tail=TRANSFER.replace('"ft@', '"fts@'))
+
+
+def test_a_surrogate_that_needs_a_training_set_which_there_is_not(
+    suite_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_plan: Any
+) -> None:
+    entries = {"sleeperbench.attacks": {"stream": "streams:Stream"}, "sleeperbench.defenses": {"sift": "streams:Sift"}}
+    folder = plugins.install(tmp_path, "streams", "1.0", {"streams.py": STREAM}, entries)
+    monkeypatch.syspath_prepend(str(folder))
+    tail = '[evaluator.tba]\nsurrogates = ["streams/sift@small_resnet"]\n'
+    for attack, fails in (("badnets", False), ("streams/stream", True)):
+        matrix = {"attacks": ["none", attack], "defenses": ["none"], "evaluators": ["tba"], "tail": tail}
+        registry = Registry.discover("all")
+        suite, _ = build(str(suite_file(**matrix)), registry)
+        planner = Planner(suite, registry, make_plan().datasets)
+        if fails:
+            with pytest.raises(BadInput, match="has no training set"):
+                planner.build()
+        else:
+            planner.build()
+
+
 def test_a_calibration_waits_for_the_gate_and_stealth_does_not(make_plan: Any) -> None:
     plan = make_plan(evaluators=["accuracy", "ra", "ra_budget", "stealth"], defenses=["none", "ft"])
     at = cell(plan, "badnets@0.1", "none")

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import termios
@@ -294,13 +295,23 @@ def test_zoo(env: Mapping[str, str], tmp_path: Path) -> None:
     assert (zoo["short/idle", "zoo_bad"]["value"], zoo["short/idle", "zoo_clean"]["value"]) == (2.0, 2.0)
     assert zoo["short/idle", "zoo_score"]["status"] == "ok"
     assert zoo["short/fails", "zoo_bad"]["reason"] == "input_failed: no cell of the zoo has an outcome"
+    shown = {}
+    for file in (tmp_path / "out" / "media").glob("*/index.json"):
+        index = json.loads(file.read_bytes())
+        shown[index["cell"]] = [(c["name"], c["series"][0]["y"]) for c in index["curves"] if "menagerie" in c["name"]]
+    assert {cell: curves for cell, curves in shown.items() if curves} == {
+        "digits/small_cnn/zoo/short/idle/s0": [("short/menagerie-members", [2])]
+    }, "the curves of a zoo stand beside its figures, and one without an outcome has none"
     tried = note.read_text()
     assert tried == "tried " * 4
 
+    shutil.rmtree(tmp_path / "out" / "media")
     again = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
     assert again.returncode == 1
     assert "computed 0 tasks" in again.stderr
     assert note.read_text() == tried
+    cells_shown = {json.loads(f.read_bytes())["cell"] for f in (tmp_path / "out" / "media").glob("*/index.json")}
+    assert cells_shown == set(shown), "a lost folder of media is written again from the store"
     assert shorts.tables(tmp_path / "out") == [measurements, cells]
 
 

@@ -16,7 +16,7 @@ def cell(attack: str, score: float | None, threshold: float = 2.0) -> dict[str, 
         "cell": f"d/a/{attack}@0/x/s0",
         "attack": attack,
         "seed": 0,
-        "backdoored": attack != "none",
+        "backdoored": not attack.startswith("none"),
         "outcome": Outcome(verdict=verdict),
     }
 
@@ -58,6 +58,15 @@ def test_each_attack_stands_against_all_clean_models() -> None:
     assert ("det_fpr", "attack=wanet") not in found
     assert [s["label"] for s in findings.curves["roc"]["series"]] == ["all attacks", "badnets", "wanet"]
     assert findings.curves["roc"]["title"] == "Models: 5 backdoored against 4 clean"
+
+
+def test_hard_negatives_are_clean_models_and_stand_apart_as_well() -> None:
+    found, _ = measure(*ZOO, cell("none~ab", 3.0), cell("none~ab", 2.5), cell("none~ab", 0.5))
+    assert (found["det_fpr", ""].count, found["det_fpr", ""].total) == (3, 7)
+    assert (found["det_fpr", "clean=none"].count, found["det_fpr", "clean=none"].total) == (1, 4)
+    assert (found["det_fpr", "clean=none~ab"].count, found["det_fpr", "clean=none~ab"].total) == (2, 3)
+    # Of the 20 pairs above 13.5; of 15 new ones 3.0 beats 2 and ties 1, 5.0 beats 3, 1.5 and 2.0 beat 1, 0.5 ties 1.
+    assert found["det_auroc", ""].value == pytest.approx((13.5 + 2.5 + 3 + 1 + 0.5 + 1) / 35)
 
 
 def test_the_threshold_is_each_verdict_s_own() -> None:

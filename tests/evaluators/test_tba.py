@@ -116,6 +116,20 @@ def test_the_model_itself_and_what_is_not_purified_are_no_surrogates() -> None:
     )
 
 
+def test_a_defended_surrogate_of_another_architecture_must_be_purified() -> None:
+    nets = {"net": Gate(3.1), "ft@net": Gate(3.1), "nad@net": Gate(3.35), "ft@other": Gate(3.3)}
+    t = TransferActivation(surrogates=tuple(nets), steps=5)
+    found = t.measure(case(Gate(3.3), surrogates=named(**nets)))
+    reasons = {m.qualifier: m.reason.partition(":")[0] for m in found.rows if m.value is None}
+    assert reasons == {"source=ft@net": "not_purified", "source=ft@other": "same_model"}
+    assert {m.qualifier for m in found.rows if m.value is not None} == {
+        "",
+        "control=guaa",
+        "source=net",
+        "source=nad@net",
+    }
+
+
 def test_the_same_model_is_the_same_tensors() -> None:
     net = build(samples.SPEC, 1)
     other = copy.deepcopy(net)

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import samples
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sleeperbench.evaluators.evidence import curve, sheet
 from sleeperbench.kit import slices
 from sleeperbench.kit.slices import (
     Isolation,
@@ -17,6 +20,7 @@ from sleeperbench.kit.slices import (
     Slice,
     Trial,
     climb,
+    curves,
     gap_maps,
     isolate,
     label_scores,
@@ -271,3 +275,86 @@ def test_settings_and_reference_are_checked() -> None:
         isolate(SimpleNamespace(), None, Settings())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="benign reference"):
         isolate(SimpleNamespace(), mlp(0), Settings(dms=False))  # type: ignore[arg-type]
+
+
+def shown(**parts: object) -> Isolation:
+    rates = torch.tensor([[0.0, 0.5, 0.1, 0.4], [0.2, 0.0, 0.3, 0.5], [0.1, 0.9, 0.0, 0.0], [torch.nan] * 4]).double()
+    first = Slice(
+        label=1,
+        gaps=torch.tensor([[0.1, 0.7], [0.4, 0.0]]),
+        benign=torch.tensor([[0.2, 0.0], [0.3, 0.1]]),
+        trials=(
+            Trial(mask=torch.zeros(2, 2, dtype=torch.bool), area=0.25, delta=torch.zeros(1, 2, 2), success=0.5),
+            Trial(mask=torch.tensor([[0, 1], [1, 0]]).bool(), area=0.5, delta=torch.zeros(1, 2, 2), success=0.95),
+        ),
+        goal=0.9,
+    )
+    about: dict[str, Any] = {
+        "scores": torch.tensor([0.0, 1.2, 0.0, 0.0]).double(),
+        "threshold": 1.0,
+        "rates": rates,
+        "reference": torch.full((4, 4), 0.2).double(),
+        "pairs": torch.zeros(0, 2, dtype=torch.int64),
+        "sources": {},
+        "slices": (first,),
+    }
+    return Isolation(**about | parts)
+
+
+def test_label_mutation_is_drawn_by_label() -> None:
+    bars = curve(curves(shown())["label_mutation"])
+    mine, theirs = bars["series"]
+    assert (mine["label"], theirs["label"]) == ("this model", "benign reference")
+    assert mine["x"] == ["0", "1", "2", "3"]
+    # Label 1: 0.5 of class 0 and 0.9 of class 2; class 3 has no rows, and the own class does not count.
+    assert mine["y"] == pytest.approx([0.15, 0.7, 0.2, 0.3])
+    assert mine["low"] == pytest.approx([0.1, 0.5, 0.1, 0.0])
+    assert mine["high"] == pytest.approx([0.2, 0.9, 0.3, 0.5])
+    assert theirs["y"] == theirs["low"] == pytest.approx([0.2] * 4)
+    # Without a reference there is none to compare with, and of many labels those most turned into are drawn.
+    alone = curves(shown(reference=None, slices=()))
+    assert list(alone) == ["label_mutation"]
+    assert len(alone["label_mutation"]["series"]) == 1
+    many = torch.zeros(60, 60).double()
+    many[:, 7] = many[:, 55] = 0.5
+    (series,) = curve(curves(shown(rates=many, reference=None, slices=()))["label_mutation"])["series"]
+    assert len(series["x"]) == 50 and {"7", "55"} <= set(series["x"])
+    empty = curve(
+        curves(shown(rates=torch.full((2, 2), torch.nan).double(), reference=None, slices=()))["label_mutation"]
+    )
+    assert empty["series"][0]["y"] == empty["series"][0]["high"] == [0, 0]
+
+
+def test_slices_and_the_map_are_drawn() -> None:
+    found = curves(shown())
+    tried = curve(found["slices"])
+    assert tried["threshold"] == 0.9
+    assert tried["series"] == [{"label": "label 1", "x": [0.25, 0.5], "y": [0.5, 0.95]}]
+    ours, theirs, inside = curve(found["map"])["series"]
+    assert found["map"]["title"].startswith("Map of label 1")
+    assert ours["x"] == theirs["x"] == [0, 0.25, 0.5, 0.75]
+    assert ours["y"] == pytest.approx([0.7, 0.4, 0.1, 0])
+    assert theirs["y"] == pytest.approx([0.3, 0.2, 0.1, 0])
+    # The slice kept is the two largest pixels.
+    assert inside["points"] is True
+    assert inside["x"] == [0, 0.25] and inside["y"] == pytest.approx([0.7, 0.4])
+    large = replace(shown().slices[0], gaps=rand(32, 32), benign=rand(32, 32), trials=(trial_of(32),))
+    assert all(len(s["x"]) <= 60 for s in curve(curves(shown(slices=(large,)))["map"])["series"])
+
+
+def trial_of(side: int) -> Trial:
+    mask = torch.ones(side, side, dtype=torch.bool)
+    return Trial(mask=mask, area=1.0, delta=torch.zeros(1, side, side), success=1.0)
+
+
+def test_maps_and_slices_are_pictures() -> None:
+    found = outcome(shown(), natural=False)
+    assert found.state is not None
+    title, picture = sheet(found.chosen["pictures"]["slices"], found.state[0])
+    assert title == "Differential slices. Columns: E, benign model's E_s, slice. Rows: label 1."
+    assert picture.shape == (1, 2, 10)
+    assert picture[0, :, :2].tolist() == [[36, 255], [146, 0]]
+    assert picture[0, :, 4:6].tolist() == [[170, 0], [255, 85]]
+    assert picture[0, :, 8:].tolist() == [[0, 255], [255, 0]]
+    assert "pictures" not in outcome(shown(slices=()), natural=False).chosen
+    assert "pictures" not in outcome(shown(slices=shown().slices * 13), natural=False).chosen

@@ -222,6 +222,27 @@ def write_media(folder: Path, cell: str, index: Any = None, files: Mapping[str, 
     (at / "index.json").write_text(json.dumps(index or {"cell": cell, "pictures": pictures, "curves": [curve]}))
 
 
+PLANE: dict[str, Any] = {
+    "name": "evidence-plane",
+    "title": SCRIPT,
+    "x_label": RTL,
+    "y_label": "fooled",
+    "threshold": 0.5,
+    "series": [
+        {"label": SCRIPT, "x": [0.1, 0.9], "y": [0.2, 0.8], "points": True},
+        {"label": "b", "x": [0.5], "y": [0.5], "points": True},
+        {"label": "c", "x": [0.25], "y": [1.0], "points": True},
+        {"label": "curve", "x": [0.0, 1.0], "y": [0.0, 1.0]},
+    ],
+}
+THRESHOLD_BARS: dict[str, Any] = {
+    "name": "evidence-index",
+    "title": "Anomaly index",
+    "threshold": 2,
+    "series": [{"label": "", "x": ["0", SCRIPT], "y": [3.5, -1.0]}],
+}
+
+
 def hostile_plugins() -> list[dict[str, Any]]:
     """Entries of plugins.json, some with missing keys, some out to break a page."""
     return [
@@ -271,6 +292,7 @@ def hostile_run(folder: Path) -> Path:
     write_run(folder, cells, rows, hostile_plugins(), info)
     for cell in cells[:4]:
         write_media(folder, cell["cell"])
+    write_media(folder, cells[4]["cell"], {"cell": cells[4]["cell"], "curves": [PLANE, THRESHOLD_BARS]}, {})
     return folder
 
 

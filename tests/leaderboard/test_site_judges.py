@@ -6,7 +6,7 @@ from pathlib import Path
 import judging
 import pytest
 from page_reader import Page, Tag, board_rows, figures, read
-from synthetic import measurement, write_run
+from synthetic import SCRIPT, cell_row, measurement, write_run
 
 from sleeperbench.leaderboard import names
 from sleeperbench.leaderboard.build import build
@@ -241,3 +241,27 @@ def test_hostile_judges_are_inert(tmp_path: Path) -> None:
         assert not page.wrong
         assert all(t.attrs.get("src", "").endswith(".js") for t in page.root.all("script"))
     assert lines(read(site / "tracks.html"), "board-1-input")
+
+
+def test_a_judge_says_whether_it_traverses_classes_and_what_it_presumes(tmp_path: Path) -> None:
+    said = {
+        "strip": {"kind": "detection", "traverses": False, "presumes": SCRIPT},
+        "spectral": {"kind": "cleansing", "traverses": True, "presumes": "a share known beforehand"},
+        "retrain": {"kind": "in_training"},
+        "odd": {"kind": "detection", "traverses": "no", "presumes": ["a list"]},
+    }
+    plugins = [{"kind": "defense", "id": d, "title": d, "info": info} for d, info in said.items()]
+    cells = [cell_row("badnets", 0.1, d, 0, c_acc=0.9) for d in ("strip", "retrain:spectral", "odd")]
+    out = build([write_run(tmp_path / "r", cells, [], plugins)], tmp_path / "s").parent
+
+    def pairs(page: str) -> dict[str, str]:
+        shown = [t for t in read(out / "defenses" / page).root.all("div") if t.all("dt")]
+        return {t.all("dt")[0].text: t.all("dd")[0].text for t in shown}
+
+    strip = pairs("strip.html")
+    assert strip["Traverses classes"] == "no"
+    assert strip["Presumes"] == SCRIPT, "as text, not as markup"
+    retrained = pairs("retrain-spectral.html")
+    assert retrained["Traverses classes"] == "yes: each in turn as a possible target"
+    assert retrained["Presumes"] == "a share known beforehand"
+    assert not {"Traverses classes", "Presumes"} & set(pairs("odd.html"))

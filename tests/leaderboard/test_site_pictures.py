@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from page_reader import Page
 from synthetic import png, write_media
 
 from sleeperbench.leaderboard import charts, figures, media
@@ -243,3 +244,65 @@ def test_figures_for_papers_are_few_the_same_and_name_no_day(hostile_run: Path) 
 def test_no_more_figures_than_promised(hostile_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "MOST", 1)
     assert len(figures.figures(Views(load([hostile_run])), lambda p, d: None)) == 1
+
+
+def test_scattered_marks_are_drawn_unjoined_each_with_its_values(pages: dict[str, Page]) -> None:
+    page = next(p for p in pages.values() if any("Anomaly index" in t.text for t in p.root.all("figcaption")))
+    plane, index = (t for t in page.root.all("svg") if "chart" in t.attrs["class"])
+    names = [t.name for t in plane.all("polyline")]
+    assert names == ["polyline"], "of four series one is a line"
+    dots = [t for t in (*plane.all("circle"), *plane.all("rect"), *plane.all("path")) if "dot" in t.attrs["class"]]
+    titles = [t.all("title")[0].text for t in dots]
+    # Two marks, one and one, the ends of the line, and one in the legend of each scattered series.
+    assert len(dots) == 9
+    assert {"b: 0.5, 0.5", "c: 0.25, 1", "curve: 0, 0"} <= set(titles)
+    left, right = charts.LEFT, charts.WIDTH - charts.RIGHT
+    (cut,) = (t for t in plane.all("path") if t.attrs["class"] == "rule")
+    top, bottom = charts.TOP, charts.HEIGHT - charts.BOTTOM
+    assert cut.attrs["d"] == f"M{left} {(top + bottom) / 2}H{right}"
+    assert cut.all("title")[0].text == "threshold 0.5"
+    (cut,) = (t for t in index.all("path") if t.attrs["class"] == "rule")
+    scale = {t.text: float(t.attrs["x"]) for t in index.all("text") if t.attrs.get("text-anchor") == "middle"}
+    assert cut.attrs["d"].startswith(f"M{scale['2']} {top}V")
+    assert not page.wrong
+
+
+def test_only_truth_makes_marks_of_a_series_and_only_a_number_a_threshold() -> None:
+    def drawn(**parts: Any) -> charts.Lines:
+        series = {"label": "a", "x": [1, 2], "y": [3, 4], **parts}
+        curve = media._curve({"title": "t", "series": [series], "threshold": parts.get("threshold")})
+        assert curve is not None
+        assert isinstance(curve.chart, charts.Lines)
+        return curve.chart
+
+    assert drawn(points=True).lines[0].points == ""
+    for odd in (1, "yes", [True], None, False):
+        assert drawn(points=odd).lines[0].points
+    assert drawn(threshold=9).rule is not None
+    for value in (True, "9", None, [9], float("nan"), 1e31):
+        assert drawn(threshold=value).rule is None
+
+
+def test_an_axis_holds_the_threshold() -> None:
+    rule = charts.lines([charts.Series("a", (0.0, 1.0), (0.1, 0.2), (), ())], "x", "y", 5.0).rule
+    assert rule is not None
+    assert charts.TOP <= rule.at <= charts.HEIGHT - charts.BOTTOM
+    chart = charts.bars([charts.Series("", ("a",), (1.0,), (), ())], "x", "y", -4.0)
+    assert chart.rule is not None
+    assert chart.rule.at == {t: x for x, t in chart.x_ticks}["-4"]
+
+
+def test_a_point_series_of_many_values_keeps_its_marks() -> None:
+    many = tuple(i / 100 for i in range(100))
+    line, marks = charts.lines(
+        [charts.Series("a", many, many, (), ()), charts.Series("b", many, many, (), (), scattered=True)], "x", "y"
+    ).lines
+    assert (len(line.dots), len(marks.dots)) == (0, 100)
+    assert line.points and not marks.points
+
+
+def test_a_caption_that_repeats_the_title_is_left_with_the_maker(tmp_path: Path) -> None:
+    title = "Slices. Columns: E, slice."
+    pictures = [{"file": "trigger.png", "title": title, "caption": f"{title}, by evidence"}]
+    found, _ = loaded(tmp_path, {"cell": "cell", "pictures": pictures})
+    assert (found.pictures[0].title, found.pictures[0].caption) == (title, "By evidence.")

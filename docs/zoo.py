@@ -1,0 +1,108 @@
+"""Writes docs/zoo.md and its JSON from runs of suite `zoo`: `python docs/zoo.py NAME "COMMAND" RUN [RUN ...]`.
+
+How well each detector tells backdoored models from clean ones, at its own threshold and whatever the threshold.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from record import provenance
+
+from sleeperbench.engine.rows import read_table
+
+DOCS = Path(__file__).resolve().parent
+FIELDS = ("cell", "dataset", "defense", "metric", "qualifier", "value", "count", "total", "lower", "upper", "reason")
+
+
+def detectors(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[tuple[str, str], Mapping[str, Any]]]:
+    """(data set, detector) -> its figures over the zoo, by (metric, qualifier)."""
+    found: dict[tuple[str, str], dict[tuple[str, str], Mapping[str, Any]]] = {}
+    for r in rows:
+        if r["scope"] == "zoo" and r["metric"].startswith("det_"):
+            found.setdefault((r["dataset"], r["defense"]), {})[r["metric"], r["qualifier"]] = r
+    return {k: v for k, v in sorted(found.items()) if any(r["value"] is not None for r in v.values())}
+
+
+def share(row: Mapping[str, Any] | None) -> str:
+    """A share in % with its 95 % interval."""
+    if row is None or row["value"] is None:
+        return ""
+    text = f"{100 * row['value']:.1f}"
+    return text if row["lower"] is None else f"{text} ({100 * row['lower']:.0f} to {100 * row['upper']:.0f})"
+
+
+def kinds(cells: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Label of a kind of clean models -> what was done to them."""
+    found = {}
+    for c in cells:
+        if c["attack"].partition("~")[0] == "none":
+            given = {k: v for k, v in json.loads(c["attack_params"]).items() if v}
+            found[c["attack"]] = " + ".join(f"{k} {100 * v:g} %" for k, v in sorted(given.items())) or "plain"
+    return found
+
+
+def main() -> int:
+    """Write both files."""
+    name, command, *folders = sys.argv[1:]
+    runs = [Path(f) for f in folders]
+    rows = [r for run in runs for r in read_table(run / "measurements.parquet")]
+    cells = [c for run in runs for c in read_table(run / "cells.parquet")]
+    about, found, clean = provenance(runs[0], rows), detectors(rows), kinds(cells)
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for c in cells:
+        if c["seconds"] is not None and c["status"] == "ok":
+            seconds.setdefault((c["dataset"], c["defense"]), []).append(c["seconds"])
+    out = [{k: r[k] for k in FIELDS} for figures in found.values() for r in figures.values()]
+    (DOCS / "measured" / f"{name}.json").write_text(
+        json.dumps({"command": command} | about | {"clean_kinds": clean, "rows": out}, indent=1) + "\n"
+    )
+    names = dict(sorted(clean.items(), key=lambda kv: (kv[1] != "plain", kv[1])))
+    head = ["data set", "detector", "models", "AUROC", "balanced accuracy", "TPR", "FPR"]
+    text = ["| " + " | ".join([*head, *(f"FPR {said}" for said in names.values()), "s a model"]) + " |"]
+    text.append("|---" * (len(head) + len(names) + 1) + "|")
+    attacks = sorted({q.removeprefix("attack=") for f in found.values() for _, q in f if q.startswith("attack=")})
+    by_attack = ["| data set | detector | " + " | ".join(attacks) + " |", "|---" * (2 + len(attacks)) + "|"]
+    for (dataset, detector), f in found.items():
+        low, high = (f.get(("det_auroc", f"stat={s}")) for s in ("lower", "upper"))
+        auroc = share(f["det_auroc", ""])
+        if low and high and low["value"] is not None:
+            auroc += f" ({100 * low['value']:.0f} to {100 * high['value']:.0f})"
+        models = f"{f['det_tpr', '']['total']} + {f['det_fpr', '']['total']}"
+        took = seconds.get((dataset, detector), [])
+        cost = f"{statistics.median(took):.1f}" if took else ""
+        apart = [share(f.get(("det_fpr", f"clean={label}"))) for label in names]
+        figures = [auroc, *(share(f.get((m, ""))) for m in ("det_bacc", "det_tpr", "det_fpr")), *apart, cost]
+        text.append("| " + " | ".join([dataset, detector, models, *figures]) + " |")
+        each = [share(f.get(("det_auroc", f"attack={a}"))) for a in attacks]
+        by_attack.append("| " + " | ".join([dataset, detector, *each]) + " |")
+    v = about["versions"]
+    page = [
+        *(
+            "# Detectors over a zoo of models",
+            "",
+            "Written by `docs/zoo.py` from the tables of:",
+            "",
+            f"`{command}`",
+            "",
+        ),
+        f"torch {v['torch']}, {v['machine']} {v['cpu']}, {about['recipe']['epochs']} epochs. In %, with 95 % "
+        "intervals, Newcombe's for AUROC, Wilson's for shares. Backdoored models are those whose attack implanted; "
+        "the thresholds are the methods' own and were fixed before any model of the zoo was trained.",
+        *("", *text, "", "AUROC of each attack against all clean models:", "", *by_attack),
+        *("", f"All rows: [{name}.json](measured/{name}.json)."),
+    ]
+    (DOCS / "zoo.md").write_text("\n".join(page) + "\n")
+    print(f"wrote docs/zoo.md and docs/measured/{name}.json: {len(found)} detectors")
+    return 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
+    sys.exit(main())
