@@ -27,6 +27,7 @@ SHARES = (
 )
 """Shown in %."""
 PLAIN = ("det_score", "apd", "apd_raw", "apd_rel", "psnr", "ssim", "linf", "ra_k")
+ATTACKED = ("c_acc_attacked", "asr_attacked")
 HEAD = "## Measured"
 
 
@@ -59,25 +60,29 @@ def collect(run: Path, kind: str, name: str) -> tuple[dict[str, Any], list[dict[
     return provenance(run, rows), rows
 
 
-def table(run: Path, rows: list[dict[str, Any]]) -> list[str]:
-    """One line per cell: the figures without qualifier, in the order above."""
+def _lines(rows: list[dict[str, Any]], attacked: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """Cell -> its figures without qualifier, its flags and reason, and the undefended model's figures."""
     lines: dict[str, dict[str, Any]] = {}
     for r in rows:
         line = lines.setdefault(r["cell"], {"flags": r["flag"], "reason": r["reason"] if r["status"] != "ok" else ""})
         if not r["qualifier"] and r["value"] is not None:
             line[r["metric"]] = r["value"]
-    for c in read_table(run / "cells.parquet"):
-        if c["cell"] in lines and c["defense"] != "none":
-            lines[c["cell"]] |= {k: c[k] for k in ("c_acc_attacked", "asr_attacked") if c[k] is not None}
+    for cell, line in lines.items():
+        line |= attacked.get(cell, {})
+    return lines
+
+
+def table(lines: dict[str, dict[str, Any]], *, several: bool) -> list[str]:
+    """One line per cell: its figures, in the order above; of `several` runs, which one it is of."""
     shown = [m for m in (*SHARES, *PLAIN) if any(m in v for v in lines.values())]
-    known = {*SHARES, *PLAIN, "flags", "reason"}
+    known = {*SHARES, *PLAIN, "flags", "reason", "origin"}
     shown += sorted({m for v in lines.values() for m in v} - known)
-    text = ["| cell | " + " | ".join(shown) + " | flags |", "|---" * (len(shown) + 2) + "|"]
+    head = ["cell", *shown, "flags", *(["run"] if several else [])]
+    text = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for cell in sorted(lines):
         values = [_shown(m, lines[cell].get(m)) for m in shown]
-        text.append(
-            f"| {cell.removeprefix('cifar10/small_resnet/')} | " + " | ".join(values) + f" | {lines[cell]['flags']} |"
-        )
+        ends = [lines[cell]["flags"], *([str(lines[cell]["origin"])] if several else [])]
+        text.append("| " + " | ".join([cell.removeprefix("cifar10/small_resnet/"), *values, *ends]) + " |")
     return text
 
 
@@ -108,30 +113,65 @@ def _shown(metric: str, value: float | None) -> str:
     return f"{value:.3g}" if metric in PLAIN else f"{100 * value:.1f}"
 
 
-def write(run: Path, kind: str, name: str, said: str) -> None:
-    """The JSON and the section of the method's page."""
-    about, rows = collect(run, kind, name)
+def write(runs: list[Path], kind: str, name: str, said: str, *, keep: bool) -> None:
+    """The JSON and the section of the method's page.
+
+    Args:
+        runs: Run folders; their rows stand side by side.
+        kind: `attack`, `defense` or `evaluator`.
+        name: Its id.
+        said: The command that made the runs.
+        keep: Keep what the JSON has of cells that these runs do not, under `earlier`.
+    """
     kept = ("cell", "scope", "evaluator", "metric", "qualifier", "value", "count", "total", "status", "reason", "flag")
-    about = {"command": said} | about | {"measurements": [{k: r[k] for k in kept} for r in rows]}
     file = f"{kind}-{name.replace(':', '-')}"
-    (DOCS / "measured" / f"{file}.json").write_text(json.dumps(about, indent=1) + "\n")
+    target = DOCS / "measured" / f"{file}.json"
+    collected = [collect(run, kind, name) for run in runs]
+    about, rows = collected[0][0], [{k: r[k] for k in kept} for _, rows in collected for r in rows]
+    cells = [c for run in runs for c in read_table(run / "cells.parquet") if c["defense"] != "none"]
+    attacked = {c["cell"]: {k: c[k] for k in ATTACKED if c[k] is not None} for c in cells}
+    about["attacked"] = {r["cell"]: attacked[r["cell"]] for r in rows if attacked.get(r["cell"])}
+    lines = _lines(rows, about["attacked"])
+    for line in lines.values():
+        line["origin"] = 1
+    earlier: list[dict[str, Any]] = []
+    if keep and target.exists():
+        before = json.loads(target.read_text())
+        known = {r["cell"] for r in rows}
+        for part in (before, *before.pop("earlier", [])):
+            part["measurements"] = [r for r in part["measurements"] if r["cell"] not in known]
+            known |= {r["cell"] for r in part["measurements"]}
+            if part["measurements"]:
+                earlier.append(part)
+                for cell, line in _lines(part["measurements"], part.get("attacked", {})).items():
+                    lines[cell] = line | {"origin": 1 + len(earlier)}
+    out = {"command": said} | about | {"measurements": rows} | ({"earlier": earlier} if earlier else {})
+    target.write_text(json.dumps(out, indent=1) + "\n")
     page = DOCS / "methods" / f"{name.replace(':', '-')}.md"
     if not page.exists() and ":" in name:
         page = DOCS / "methods" / f"{name.partition(':')[0]}.md"
-    before = page.read_text().partition(f"\n{HEAD}")[0].rstrip()
+    before_it = page.read_text().partition(f"\n{HEAD}")[0].rstrip()
+    text = [before_it, "", HEAD, ""]
+    for n, part in enumerate((out, *earlier), 1):
+        number = f"{n}. " if earlier else ""
+        text += [f"{number}`{part['command']}` {_source(part)}", ""]
+    told = [r for part in (out, *earlier) for r in part["measurements"]]
+    text += [*table(lines, several=bool(earlier)), *candidates(told)]
+    text += ["", f"All rows: [{file}.json](../measured/{file}.json)."]
+    page.write_text("\n".join(text) + "\n")
+    print(f"wrote {page.relative_to(DOCS.parent)} and docs/measured/{file}.json")
+
+
+def _source(about: dict[str, Any]) -> str:
+    """What a run was made of, in a sentence or two."""
+    v = about["versions"]
     notes = [
         f"The copy of {n} differs from its release: {d['note']}." for n, d in about["datasets"].items() if d["note"]
     ]
-    v = about["versions"]
-    text = [
-        *(before, "", HEAD, "", f"`{said}` (suite `cpu`: 10,000 rows, {about['recipe']['epochs']} epochs,"),
-        *(f"rate 5 %), torch {v['torch']}, {v['machine']} {v['cpu']}. Shares in %. {' '.join(notes)}".strip(), ""),
-        *table(run, rows),
-        *candidates(rows),
-        *("", f"All rows: [{file}.json](../measured/{file}.json)."),
-    ]
-    page.write_text("\n".join(text) + "\n")
-    print(f"wrote {page.relative_to(DOCS.parent)} and docs/measured/{file}.json")
+    return (
+        f"(suite `cpu`: 10,000 rows, {about['recipe']['epochs']} epochs, rate 5 %), torch {v['torch']}, {v['machine']} "
+        f"{v['cpu']}. Shares in %. {' '.join(notes)}"
+    ).strip()
 
 
 def main() -> int:
@@ -140,19 +180,21 @@ def main() -> int:
     p.add_argument("method", help="kind/id, such as defense/anp or defense/unlearn:neural_cleanse")
     p.add_argument("--seeds", default="0,1", help="default 0,1")
     p.add_argument("--out", type=Path, default=Path("runs/measure"), help="folder of run folders and their store")
-    p.add_argument("--run", type=Path, help="take the figures of this run folder and compute nothing")
+    p.add_argument("--run", type=Path, nargs="+", help="take the figures of these run folders and compute nothing")
+    p.add_argument("--keep", action="store_true", help="keep the figures of cells that are not measured now")
     p.add_argument("--command", default="", help="with --run: the command that made it, to stand beside the figures")
     args = p.parse_args()
     kind, _, name = args.method.partition("/")
     if kind not in ("attack", "defense", "evaluator") or not name:
         p.error(f"{args.method}: write attack/ID, defense/ID or evaluator/ID")
     argv = command(kind, name, args.seeds)
-    run = args.run or args.out / f"{kind}-{name.replace(':', '-')}"
+    runs = args.run or [args.out / f"{kind}-{name.replace(':', '-')}"]
     if args.run is None:
-        code = subprocess.run([sys.executable, "-m", "sleeperbench", *argv, "--no-site", "--out", str(run)]).returncode
+        whole = [sys.executable, "-m", "sleeperbench", *argv, "--no-site", "--out", str(runs[0])]
+        code = subprocess.run(whole).returncode
         if code not in (0, 1):
             return code
-    write(run, kind, name, args.command or "sleeperbench " + " ".join(argv))
+    write(runs, kind, name, args.command or "sleeperbench " + " ".join(argv), keep=args.keep)
     return 0
 
 

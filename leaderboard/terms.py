@@ -118,6 +118,7 @@ SIGNED = frozenset({"reasr_net"})
 """Fractions that may lie below 0."""
 
 REASONS = {
+    "does_not_fit": "the attack as set cannot work on images or classes such as this data set's",
     "needs_bn": "the method needs batch normalisation, which this architecture lacks",
     "attack_controls_training": "the attack controls training and leaves no training set to hand over",
     "opaque_model": "the repaired model keeps private code, so its weights and activations cannot be read",

@@ -92,14 +92,19 @@ def check(request: dict[str, Any]) -> list[dict[str, Any]]:
         except Exception as e:
             note(3, f"{name} cannot be made: {type(e).__name__}: {e}; mend or uninstall its distribution")
             continue
+        misfits = []
         for shape, classes in p["fits"]:
             try:
                 for method in methods:
                     method.check(tuple(shape), classes)
             except ValueError as e:
-                note(2, f"{name} on images {tuple(shape)}: {e}")
+                misfits.append(f"{name} on images {tuple(shape)}: {e}")
             except Exception as e:
                 note(3, f"{name}: its check raises {type(e).__name__}: {e}; mend or uninstall its distribution")
+        # Of several data sets an attack may fit some alone: on the others its own task declines.
+        if p["kind"] != "attack" or len(misfits) == len(p["fits"]):
+            for misfit in misfits:
+                note(2, misfit)
     if request["specs"]:
         from sleeperbench.kit.classifier import traits
 

@@ -205,6 +205,11 @@ class Work:
                 clean_models=tuple(self.model(k) for r, k in sorted(task.inputs.items()) if r.startswith("clean")),
             )
             method, ctx.inner = make_attack(values[task.name], p["method"])
+            try:
+                for part in (method, *([ctx.inner] if ctx.inner is not None else [])):
+                    part.check(rows.train.shape, len(rows.train.classes))
+            except ValueError as e:
+                raise Failed("not_applicable", f"does_not_fit: {e}") from e
             train_ctx = replace(ctx, seed=derive(task.seed, "train", p["replica"]))
             try:
                 b = method.prepare(rows.train, ctx)

@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plugins
 import pytest
+
+from sleeperbench.engine.rows import read_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -252,6 +255,37 @@ def test_a_patch_larger_than_the_image_is_refused_before_training(sleeper: Any, 
     refused(answer, "attack `badnets`", "40 pixels", "16x16", "sizes 1 to 16 fit")
     assert not (out / "tasks.jsonl").exists()
     assert not list(store.rglob("manifest.json"))
+
+
+def test_an_attack_that_fits_one_data_set_of_two_declines_on_the_other(sleeper: Any, tmp_path: Path) -> None:
+    """CTRL needs colour: digits are grey, so its cell there says so, and the suite runs on."""
+    rng = np.random.default_rng(0)
+    colour = tmp_path / "data" / "cifar10"
+    colour.mkdir(parents=True)
+    for split, n in (("train", 400), ("test", 60)):
+        images = rng.integers(256, size=(n, 32, 32, 3), dtype=np.uint8)
+        np.savez(colour / f"{split}.npz", images=images, labels=np.arange(n) % 10)
+    file = tmp_path / "two.toml"
+    file.write_text(
+        'schema = 1\nname = "two"\n[matrix]\ndatasets = ["digits", "cifar10"]\narchs = ["small_cnn"]\n'
+        'attacks = ["none", "ctrl"]\nrates = [0.05]\ndefenses = ["none"]\nevaluators = ["accuracy"]\nseeds = [0]\n'
+        "[train]\nepochs = 1\n"
+    )
+    answer = sleeper(
+        *("run", file, "--out", tmp_path / "out", "--store", tmp_path / "store", "--no-site"),
+        before=("env", f"SLEEPERBENCH_DATA={tmp_path / 'data'}"),
+    )
+    assert answer.code == 0, answer.err
+    cells = {c["cell"]: c for c in read_table(tmp_path / "out" / "cells.parquet")}
+    grey, colours = (cells[f"{name}/small_cnn/ctrl@0.05/none/s0"] for name in ("digits", "cifar10"))
+    assert grey["status"] == "not_applicable"
+    assert "does_not_fit" in grey["reason"]
+    assert "needs colour images" in grey["reason"]
+    assert colours["status"] == "ok"
+    refused(
+        sleeper("run", file, "--dataset", "digits", "--out", tmp_path / "one", "--store", tmp_path / "store"),
+        *("attack `ctrl`", "needs colour images"),
+    )
 
 
 BROKEN = {
