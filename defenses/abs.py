@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,6 +92,8 @@ class ABS(Defense):
         "api": 1,
         "micro": {"per_class": 2, "samples": 2, "top": 3, "steps": 5},
         "effort": ["per_class", "samples", "top", "steps"],
+        "traverses": False,
+        "presumes": "a trigger of bounded size that works through single neurons, the same on all images",
     }
     ACCESS = Access(clean=0.05)
     REQUIRES = frozenset({"conv"})
@@ -138,8 +141,22 @@ class ABS(Defense):
         return Outcome(
             verdict=Verdict(score=float(scores.max()), threshold=self.threshold, label_scores=scores),
             inverted=tuple(claims[t] for t in sorted(claims)),
-            chosen={"claimed": sorted(claims), "candidates": named},
+            chosen={"claimed": sorted(claims), "candidates": named} | self.drawn(found, shares),
         )
+
+    def drawn(self, found: Sequence[Candidate], shares: Sequence[float]) -> dict[str, Any]:
+        """REASR of every candidate as bars for the cell page; nothing without a candidate."""
+        bars = {f"{c.site}:{c.channel} to {c.label}": share for c, share in zip(found, shares, strict=True)}
+        if not bars:
+            return {}
+        reasr = {
+            "title": "REASR of the candidate neurons, in the order of selection",
+            "x_label": "stage:channel, and the label it drives to",
+            "y_label": "REASR",
+            "threshold": self.threshold,
+            "series": [{"label": "", "x": list(bars), "y": list(bars.values())}],
+        }
+        return {"curves": {"reasr": reasr}}
 
     @torch.no_grad()
     def stimulate(self, net: Classifier, x: Tensor, site: str, ctx: Ctx) -> Tensor:

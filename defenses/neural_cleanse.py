@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from sleeperbench import Access, Defense, Inverted, Outcome, Verdict
 from sleeperbench.contracts import Case, NotApplicable
 from sleeperbench.kit.anomaly import LEAST, anomaly_index
-from sleeperbench.kit.masks import optimise_masks
+from sleeperbench.kit.masks import Masks, optimise_masks
 
 _INFINITE = 1e6
 """Stands for an infinite index, which tables cannot hold."""
@@ -27,6 +29,9 @@ class NeuralCleanse(Defense):
        2^1.5 after as many failed ones. The smallest successful mask of each class is kept. A class stops early.
     3. Anomaly index of class t: (median - |m_t|) / (1.4826 median absolute deviation). Classes above `threshold` are
        flagged; the model's score is the largest index, that of the smallest mask.
+    4. With `repetitions` above 1, steps 1 to 3 from other starts and orders of rows. The score is then the mean of the
+       models' indices, as BELT reports it, and a class is flagged by the mean of its own; its claim is the smallest
+       mask of all repetitions.
 
     Settings of BackdoorBench. The recovered triggers of flagged classes are the claims that the wrapper `unlearn`
     repairs with; norms and successes of all classes stand in `chosen`.
@@ -47,6 +52,9 @@ class NeuralCleanse(Defense):
         success: Share of rows that must reach the class.
         stop_after: Passes without a smaller mask after which a class stops.
         threshold: Anomaly index above which a class is flagged.
+        repetitions: Inversions that the index is averaged over (BELT: 10).
+        batched: All classes in one pass through the net; False takes them one after another, as the published code
+            does, at the same result but for rounding: for timings.
     """
 
     INFO = {
@@ -61,6 +69,8 @@ class NeuralCleanse(Defense):
         "api": 1,
         "micro": {"epochs": 4, "updates": 4},
         "effort": ["epochs", "updates"],
+        "traverses": True,
+        "presumes": "a small mask and pattern, the same on all images of all other classes",
     }
     ACCESS = Access(clean=0.05)
 
@@ -72,6 +82,12 @@ class NeuralCleanse(Defense):
     success: float = 0.98
     stop_after: int = 25
     threshold: float = 2.0
+    repetitions: int = 1
+    batched: bool = True
+
+    def __post_init__(self) -> None:
+        if self.repetitions < 1:
+            raise ValueError(f"repetitions is {self.repetitions}: give at least 1")
 
     def run(self, case: Case) -> Outcome:
         """The verdict, an index per class, and the recovered triggers of flagged classes.
@@ -82,31 +98,82 @@ class NeuralCleanse(Defense):
         classes = case.spec.classes
         if classes < LEAST:
             raise NotApplicable(f"too_few_classes: {classes}; an outlier needs {LEAST}")
-        found = optimise_masks(
-            case.net,
-            case.clean.images,
-            torch.arange(classes),
-            ctx=case.ctx,
-            epochs=self.epochs,
-            batch=math.ceil(len(case.clean) / self.updates),
-            lr=self.lr,
-            weight=self.weight,
-            factor=2.0,
-            patience=self.patience,
-            success=self.success,
-            stop_after=self.stop_after,
-        )
-        index = suspicion(found.norm)
+        # The first repetition draws what a single one draws.
+        seeds = [case.ctx.derive("repetition", r) for r in range(1, self.repetitions)]
+        contexts = [case.ctx, *(replace(case.ctx, seed=seed) for seed in seeds)]
+        runs = [
+            optimise_masks(
+                case.net,
+                case.clean.images,
+                torch.arange(classes),
+                ctx=ctx,
+                epochs=self.epochs,
+                batch=math.ceil(len(case.clean) / self.updates),
+                lr=self.lr,
+                weight=self.weight,
+                factor=2.0,
+                patience=self.patience,
+                success=self.success,
+                stop_after=self.stop_after,
+                at_once=0 if self.batched else 1,
+            )
+            for ctx in contexts
+        ]
+        found = smallest(runs)
+        indices = torch.stack([suspicion(run.norm) for run in runs])
+        index, score = indices.mean(0), float(indices.amax(1).mean())
         claimed = [int(t) for t in (index > self.threshold).nonzero().flatten()]
         return Outcome(
-            verdict=Verdict(score=float(index.max()), threshold=self.threshold, label_scores=index),
+            verdict=Verdict(score=score, threshold=self.threshold, label_scores=index),
             inverted=tuple(Inverted(target=t, mask=found.mask[t], pattern=found.pattern[t]) for t in claimed),
             chosen={
                 "claimed": claimed,
                 "norms": [None if math.isnan(n) else round(n, 4) for n in found.norm.tolist()],
                 "successes": [round(s, 4) for s in found.success.tolist()],
+                "curves": drawn(indices, self.threshold),
             },
         )
+
+
+def smallest(runs: Sequence[Masks]) -> Masks:
+    """Per class the mask of smallest norm among several runs; of the first where none has a norm."""
+    norms = torch.stack([run.norm for run in runs])
+    best = norms.nan_to_num(nan=torch.inf).argmin(0)
+    at = torch.arange(norms.shape[1])
+    parts = {n: torch.stack([getattr(run, n) for run in runs])[best, at] for n in ("mask", "pattern", "success")}
+    return Masks(norm=norms[best, at], **parts)
+
+
+def drawn(indices: Tensor, threshold: float) -> dict[str, Any]:
+    """Index by class, and the model's by repetition where there are several, as a cell page draws them.
+
+    Args:
+        indices: float64 (repetitions, K), larger is more suspicious.
+        threshold: Index above which a class is flagged.
+    """
+    ends = {"low": indices.amin(0).tolist(), "high": indices.amax(0).tolist()} if len(indices) > 1 else {}
+    bars = {"label": "", "x": [str(t) for t in range(indices.shape[1])], "y": indices.mean(0).tolist(), **ends}
+    made = {
+        "index": {
+            "title": "Anomaly index of each class's mask" + (", mean, lowest and highest repetition" if ends else ""),
+            "x_label": "class",
+            "y_label": "anomaly index",
+            "threshold": threshold,
+            "series": [bars],
+        }
+    }
+    if ends:
+        each = indices.amax(1).tolist()
+        x = list(range(1, len(each) + 1))
+        mean = {"label": "mean", "x": [x[0], x[-1]], "y": [sum(each) / len(each)] * 2}
+        made["repetitions"] = {
+            "title": "Largest anomaly index of each repetition, and their mean",
+            "x_label": "repetition",
+            "y_label": "anomaly index",
+            "threshold": threshold,
+            "series": [{"label": "repetitions", "x": x, "y": each, "points": True}, mean],
+        }
+    return made
 
 
 def suspicion(norms: Tensor) -> Tensor:

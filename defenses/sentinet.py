@@ -15,13 +15,15 @@ from sleeperbench import Access, Defense, Outcome
 from sleeperbench.contracts import Case, NotApplicable
 from sleeperbench.kit.classifier import Classifier
 from sleeperbench.kit.pixels import to_float
-from sleeperbench.kit.predict import evaluating
+from sleeperbench.kit.predict import evaluating, spread
 from sleeperbench.kit.taps import capture, taps
 
 _BATCH = 1000
 """Pasted images at a time."""
 _SIDE = 8
 """Pixels that a map needs on a side to show a place."""
+_SHOWN = 100
+"""Points of a series in the drawn plane."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,7 @@ class SentiNet(Defense):
         "micro": {"carriers": 8, "rows": 30},
         "effort": ["carriers", "rows"],
         "scores": True,
+        "traverses": False,
         "presumes": "a trigger in one place, which works on all images",
     }
     ACCESS = Access(clean=0.05)
@@ -104,7 +107,7 @@ class SentiNet(Defense):
         distance = distances(confidence, fooled, curve)
         below = distance < 0
         threshold = float(-distance[below].mean()) if bool(below.any()) else 0.0
-        chosen = {
+        chosen: dict[str, Any] = {
             "site": site,
             "carriers": count,
             "rows": len(x),
@@ -113,14 +116,16 @@ class SentiNet(Defense):
             "clean_fooled": float(fooled.mean()),
             "clean_flagged": float((distance > threshold).double().mean()),
         }
+        chosen["curves"] = {"plane": plane(confidence, fooled, curve, threshold)}
         tensors = {"carriers": carriers, "inert": inert, "curve": curve, "points": torch.stack([confidence, fooled], 1)}
         return Outcome(state=(tensors, {"site": site, "threshold": threshold}), chosen=chosen)
 
     def score(self, state: tuple[Mapping[str, Tensor], Any], net: Classifier, x: Tensor) -> Tensor:
-        """Signed distance (N,) from the curve; above the threshold is an alarm."""
+        """Signed distance from the curve, above the threshold is an alarm, and beside it the input's place: (N, 3)."""
         t = state[0]
         fooled, confidence = self.statistics(net, state[1]["site"], x, t["carriers"], t["inert"])
-        return distances(confidence.cpu().double(), fooled.cpu().double(), t["curve"].cpu()).float()
+        fooled, confidence = fooled.cpu().double(), confidence.cpu().double()
+        return torch.stack([distances(confidence, fooled, t["curve"].cpu()), confidence, fooled], 1).float()
 
     def statistics(
         self, net: nn.Module, site: str, x: Tensor, carriers: Tensor, inert: Tensor
@@ -189,6 +194,32 @@ def fit_curve(confidence: Tensor, fooled: Tensor, width: float, highest: int) ->
         chosen.append(own[fooled[own].argsort(descending=True, stable=True)[:highest]])
     x, y = (v[torch.cat(chosen)].numpy() for v in (confidence, fooled))
     return torch.from_numpy(np.linalg.lstsq(np.vander(x, 3, increasing=True), y, rcond=None)[0])
+
+
+def plane(confidence: Tensor, fooled: Tensor, curve: Tensor, threshold: float) -> dict[str, Any]:
+    """Rows, the curve, and where the alarm begins, as a cell page draws them; all of it float64.
+
+    Both lines are drawn over the confidences of the rows, as far as they lie in the plane. The alarm begins at the
+    threshold's distance above the curve, along its normals.
+    """
+    a, b, c = curve
+    shown = spread(len(confidence), _SHOWN)
+    x = torch.linspace(float(confidence.min()), float(confidence.max()), _SHOWN, dtype=torch.float64)
+    y, slope = a + b * x + c * x**2, b + 2 * c * x
+    normal = (1 + slope**2).sqrt()
+    lines = {"curve": (x, y), "alarm": (x - threshold * slope / normal, y + threshold / normal)}
+    series = [{"label": "clean rows", "x": confidence[shown].tolist(), "y": fooled[shown].tolist(), "points": True}]
+    for label, (across, up) in lines.items():
+        inside = (across >= 0) & (across <= 1) & (up >= 0) & (up <= 1)
+        if bool(inside.any()):
+            series.append({"label": label, "x": across[inside].tolist(), "y": up[inside].tolist()})
+    return {
+        "title": "SentiNet's plane: carriers that an input's region fools, against their confidence under inert noise",
+        "x_label": "mean largest probability under noise",
+        "y_label": "share of carriers fooled",
+        "series": series,
+        "inputs": [0, 1],
+    }
 
 
 def distances(confidence: Tensor, fooled: Tensor, curve: Tensor) -> Tensor:

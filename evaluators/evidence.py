@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sleeperbench import EvalCase, Evaluator, Findings, Measurement, Metric, Needs
+from sleeperbench.kit.predict import spread
 
 _MOST = 12
 """Most curves, and most pictures, of one defense."""
@@ -36,7 +37,8 @@ class Refused(ValueError):
 class Evidence(Evaluator):
     """Draws what a defense put into its answer to be drawn; it measures nothing, and no method is known to it by name.
 
-    1. Each of `chosen["curves"]`, name -> curve in the form of `Findings.curves`.
+    1. Each of `chosen["curves"]`, name -> curve in the form of `Findings.curves`. With `"inputs": [i, j]` the clean and
+       the triggered inputs of the second phase are marks in it, at statistics i and j that `score` gave beside scores.
     2. Each of `chosen["pictures"]`, name -> {"title", "columns": [[words, tensor], ...], "rows"?: [words, ...]}: a row
        of tiles per entry of the named tensors of `state`, (R, H, W) or (R, C, H, W) with equal R, a column per tensor.
        Numbers are drawn from 0, black, to the largest of their tile, white, and truth values as black and white.
@@ -71,7 +73,10 @@ class Evidence(Evaluator):
         """The number of curves and pictures drawn, and these."""
         chosen, state = case.outcome.chosen, case.outcome.state
         tensors = {} if state is None else state[0]
-        curves, bad = _each(chosen.get("curves", {}), curve)
+        asked = None
+        if case.beside is not None and case.asked is not None:
+            asked = {"clean inputs": case.beside[~case.asked], "triggered": case.beside[case.asked]}
+        curves, bad = _each(chosen.get("curves", {}), lambda raw: curve(raw, asked))
         pictures, worse = _each(chosen.get("pictures", {}), lambda raw: sheet(raw, tensors))
         count = len(curves) + len(pictures)
         drawn = dict(curves)
@@ -108,8 +113,12 @@ def _each(given: Any, make: Callable[[Any], Any]) -> tuple[dict[str, Any], dict[
     return made, refused
 
 
-def curve(raw: Any) -> dict[str, Any]:
+def curve(raw: Any, inputs: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     """A curve in the form of `Findings.curves`, made anew of its known parts alone.
+
+    Args:
+        raw: What the defense gave.
+        inputs: Statistics (N, S) of inputs asked about, by name; a curve with `inputs` shows them where there are any.
 
     Raises:
         Refused: it has another form, or is larger than what is drawn.
@@ -126,6 +135,8 @@ def curve(raw: Any) -> dict[str, Any]:
     named = {isinstance(s["x"][0], str) for s in made["series"]}
     if len(named) > 1:
         raise Refused("x holds names in one series and numbers in another")
+    if "inputs" in raw:
+        made["series"] += _inputs(raw["inputs"], inputs or {}, named == {True})
     if "threshold" in raw:
         (made["threshold"],) = _numbers([raw["threshold"]], "threshold")
     return made
@@ -136,7 +147,7 @@ def _series(raw: Any) -> dict[str, Any]:
         raise Refused("a series is no mapping")
     x = raw.get("x")
     words = isinstance(x, list | tuple) and any(isinstance(v, str) for v in x)
-    made = {
+    made: dict[str, Any] = {
         "label": _words(raw.get("label", ""), "label"),
         "x": [_words(v, "x") for v in x or ()] if words else _numbers(x, "x"),
         "y": _numbers(raw.get("y"), "y"),
@@ -151,6 +162,20 @@ def _series(raw: Any) -> dict[str, Any]:
             raise Refused("low and high are not both as long as x")
     if raw.get("points") is True and not words:
         made["points"] = True
+    return made
+
+
+def _inputs(columns: Any, inputs: Mapping[str, Tensor], named: bool) -> list[dict[str, Any]]:
+    """Inputs as series of marks, evenly thinned."""
+    pair = isinstance(columns, list | tuple) and len(columns) == 2 and all(type(i) is int and i >= 0 for i in columns)
+    if not pair or named:
+        raise Refused("inputs is no pair of numbers of statistics, or x holds names")
+    if any(max(columns) >= t.shape[1] for t in inputs.values()):
+        raise Refused("inputs names a statistic that score() does not give")
+    made = []
+    for label, table in inputs.items():
+        x, y = table[spread(len(table), _POINTS)][:, columns].T.tolist()
+        made.append({"label": label, "x": x, "y": y, "points": True})
     return made
 
 

@@ -124,7 +124,10 @@ class Defense(Method):
         """Repair or inspect the model of `case`."""
 
     def score(self, state: tuple[Mapping[str, Tensor], Any], net: Any, x: Tensor) -> Tensor:
-        """Second phase: (N,) scores, larger is more suspicious. Row i may not depend on the other rows."""
+        """Second phase: (N,) scores, larger is more suspicious. Row i may not depend on the other rows.
+
+        Or (N, 1 + S): the score, and up to 8 statistics behind it, which count nowhere and can be drawn.
+        """
         raise NotImplementedError  # abstract
 
     def stamp(self, state: tuple[Mapping[str, Tensor], Any], inv: Inverted, x: Tensor) -> Tensor:

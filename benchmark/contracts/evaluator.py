@@ -112,8 +112,9 @@ class EvalCase(Protocol):
     `leak_test` are triggered rows of classes that a source-specific backdoor spares, `cover_test` rows as the attack
     covers them, which both should keep their label; None where an attack has none. `oracle` is the live backdoor.
     `controls` are this evaluator's own findings on the control cells it names. `answers` (N,) are
-    an input detector's second-phase scores, `asked` (N,) says which of those images were triggered; both are None where
-    the defense has no second phase or the attack no trigger. `stamps` are uint8 images with recovered triggers that are
+    an input detector's second-phase scores, `beside` (N, S) the statistics that it gave with them (None without any),
+    `asked` (N,) says which of those images were triggered; all are None where the defense has no second phase or the
+    attack no trigger. `stamps` are uint8 images with recovered triggers that are
     the inverter's own code: `<i>.test` and `<i>.probe`, like `test` and `probe`, for `outcome.inverted[i]`.
     """
 
@@ -140,6 +141,7 @@ class EvalCase(Protocol):
     evaluators: Mapping[str, Findings]
     cells: Sequence[Mapping[str, Any]]
     answers: Tensor | None
+    beside: Tensor | None
     asked: Tensor | None
     stamps: Mapping[str, Tensor]
     recipe: Recipe

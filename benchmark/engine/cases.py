@@ -71,6 +71,7 @@ EVAL_PARTS = (
     "evaluators",
     "cells",
     "answers",
+    "beside",
     "asked",
     "stamps",
     "recipe",

@@ -42,6 +42,8 @@ DECOY_ASR = 0.10
 STANDARD_CLEAN = 0.05
 ASKED_ROWS = 1000
 """Clean and triggered test images each that an input detector is asked about."""
+STATISTICS = 8
+"""Most statistics that a detector may give beside a score."""
 Fork = Callable[[Path, Path, float], dict[str, Any]]
 
 
@@ -438,11 +440,15 @@ class Work:
         order = torch.randperm(2 * n, generator=gen)
         found, usage = self._second(task, values, images[order], {"what": "score"}, cost, log)
         scores = found["scores"]
-        if scores.shape != (2 * n,):
+        if scores.shape[:1] != (2 * n,) or scores[:1].numel() not in range(1, 2 + STATISTICS) or scores.dim() > 2:
             raise Failed("failed", f"wrong_shape: scores are {tuple(scores.shape)} for {2 * n} images")
         if not bool(scores.isfinite().all()):
             raise Failed("failed", "nan: a score is not finite")
-        artifacts.write_tensors(out / "scores.safetensors", {"scores": scores.double(), "triggered": triggered[order]})
+        columns = scores.double().view(2 * n, -1)
+        parts = {"scores": columns[:, 0], "triggered": triggered[order]}
+        if columns.shape[1] > 1:
+            parts["beside"] = columns[:, 1:]
+        artifacts.write_tensors(out / "scores.safetensors", parts)
         return usage
 
     def _second(
@@ -611,6 +617,7 @@ class Work:
                 lambda: artifacts.read_tensors(self.store.fetch(inputs["answer"]) / "scores.safetensors")
             )
             parts["answers"] = lambda: answer()["scores"] if "answer" in inputs else None
+            parts["beside"] = lambda: answer().get("beside") if "answer" in inputs else None
             parts["asked"] = lambda: answer()["triggered"] if "answer" in inputs else None
         if "inverted" in needs["outcome"]:
             parts["stamps"] = lambda: (

@@ -50,6 +50,7 @@ def optimise_masks(
     patience: int,
     success: float,
     stop_after: int,
+    at_once: int = 0,
 ) -> Masks:
     """Per target, the smallest mask and pattern that send all images there (Wang et al., S&P 2019).
 
@@ -79,6 +80,8 @@ def optimise_masks(
         patience: See above.
         success: Share of the images, 0..1.
         stop_after: Passes; see above.
+        at_once: Targets per pass through the net, at least one; 0 takes as many as the device likes. It changes the
+            masks by rounding alone: what takes targets one after another pays for each of them.
 
     Returns:
         Kept masks on the CPU; where none was kept, those of the last pass, with a norm of NaN.
@@ -99,7 +102,7 @@ def optimise_masks(
     kept_u, kept_v = u.detach().clone(), v.detach().clone()
     schedule = _Schedule(k, weight, factor, patience, success, stop_after, device)
     live = torch.arange(k, device=device)
-    classes = max(1, _AT_ONCE[device.type if device.type in _AT_ONCE else "cpu"] // batch)
+    classes = at_once or max(1, _AT_ONCE[device.type if device.type in _AT_ONCE else "cpu"] // batch)
     for epoch in range(epochs):
         order = torch.randperm(len(x), generator=ctx.generator("masks order", epoch)).to(device)
         hit = torch.zeros(k, device=device)

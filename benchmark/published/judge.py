@@ -333,19 +333,13 @@ def _correlation(name: str, points: Sequence[tuple[Series, Series]], absent: Map
 
 def spearman(points: Sequence[tuple[float, float]]) -> float | None:
     """Spearman's rank correlation, equal figures sharing their mean rank; None for a constant or too few points."""
-    if len(points) < FEWEST:
+    from scipy.stats import spearmanr  # type: ignore[import-untyped]
+
+    # Rounded, since figures that are equal but for their last digits share a rank.
+    x, y = ([round(p[side], 9) for p in points] for side in (0, 1))
+    if len(points) < FEWEST or len(set(x)) < 2 or len(set(y)) < 2:
         return None
-    x, y = ([_rank(v, side) for v in side] for side in zip(*points, strict=True))
-    mean = (len(points) + 1) / 2
-    xx, yy, xy = (
-        math.fsum((a - mean) * (b - mean) for a, b in zip(p, q, strict=True)) for p, q in ((x, x), (y, y), (x, y))
-    )
-    return xy / math.sqrt(xx * yy) if xx and yy else None
-
-
-def _rank(value: float, among: Sequence[float]) -> float:
-    below, equal = sum(v < value - SAME for v in among), sum(abs(v - value) <= SAME for v in among)
-    return below + (equal + 1) / 2
+    return float(spearmanr(x, y).statistic)
 
 
 def _quoted(claim: Claim, paper: Paper, dataset: str, arch: str, choice: Choice) -> float | None:

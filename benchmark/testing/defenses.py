@@ -12,6 +12,7 @@ from sleeperbench.contracts import Outcome
 from sleeperbench.contracts.context import Cost
 from sleeperbench.engine import artifacts
 from sleeperbench.engine.questions import SOCKET, Asked, Desk, queried
+from sleeperbench.engine.work import STATISTICS
 from sleeperbench.engine.work import Failed as Refused
 from sleeperbench.kit.classifier import load
 from sleeperbench.kit.pixels import to_float
@@ -60,8 +61,8 @@ def save_load(s: Subject) -> None:
 @check(
     "score_rows",
     "defense",
-    what="Second phase: score() gives (N,) finite values that repeat, each from its own row alone, and leaves model "
-    "and process as they were.",
+    what="Second phase: score() gives (N,) or (N, 1 + S) finite values that repeat, each from its own row alone, and "
+    "leaves model and process as they were.",
     remedy="No statistics over the batch, no draws per call: fix overlays and thresholds in run() and keep them in "
     "`state`; put the net into eval mode with `kit.predict.evaluating`.",
 )
@@ -89,8 +90,9 @@ def score_rows(s: Subject) -> None:
 
     def score(rows: Tensor) -> Tensor:
         out = method.score(state, judge, rows)
-        hold(isinstance(out, Tensor) and out.shape == (len(rows),), f"score() gives {form(out)} for {len(rows)} images")
-        return out.detach().double().cpu()
+        whole = isinstance(out, Tensor) and out.dim() in (1, 2) and len(out) == len(rows)
+        hold(whole and out[:1].numel() in range(1, 2 + STATISTICS), f"score() gives {form(out)} for {len(rows)} images")
+        return out.detach().double().cpu().view(len(rows), -1)
 
     try:
         whole = score(x)
@@ -106,7 +108,7 @@ def score_rows(s: Subject) -> None:
     room = 1e-4 * max(1.0, float(whole.abs().max()))
     pairs = (("in reverse order", whole, back), ("in batches of 7", whole, parts), ("alone", whole[[0, 41]], alone))
     for how, a, b in pairs:
-        bad = int(((a - b).abs() > room).sum())
+        bad = int(((a - b).abs() > room).any(1).sum())
         hold(not bad, f"asked {how}, {bad} of {len(a)} images get another score")
 
 

@@ -11,6 +11,7 @@ import torch
 from sleeperbench import Inverted, ModelSpec
 from sleeperbench.contracts import NotApplicable
 from sleeperbench.defenses.abs import ABS, Candidate, penalty, reasr, select
+from sleeperbench.evaluators.evidence import curve
 from sleeperbench.kit.classifier import Classifier, build
 from sleeperbench.kit.taps import taps
 
@@ -173,6 +174,9 @@ def test_a_planted_neuron_is_found_with_its_trigger() -> None:
     assert v.label_scores.tolist() == [0, 0, 1, 0]
     assert found.chosen["claimed"] == [2]
     assert {(c[1], c[2]) for c in found.chosen["candidates"]} == {(1, 2)}
+    (bars,) = curve(found.chosen["curves"]["reasr"])["series"]
+    assert bars["x"] == [f"{site}:1 to 2" for site, *_ in found.chosen["candidates"]]
+    assert bars["y"] == pytest.approx([share for *_, share in found.chosen["candidates"]], abs=1e-4)
     (claim,) = found.inverted
     assert int((claim.mask > 0.01).sum()) <= 16
     again = ABS(steps=40, weight=1.0).run(case(net, clean=clean))
@@ -198,3 +202,13 @@ def test_it_declines(monkeypatch: pytest.MonkeyPatch) -> None:
         ABS().run(case(net))
     with pytest.raises(ValueError, match="area"):
         ABS(area=0)
+
+
+def test_candidates_are_drawn_with_their_reasr() -> None:
+    found = [Candidate(site="body.stage3", channel=c, label=t, gap=1) for c, t in ((5, 2), (0, 2), (5, 1))]
+    drawn = curve(ABS(threshold=0.7).drawn(found, [0.25, 1.0, 0.5])["curves"]["reasr"])
+    (bars,) = drawn["series"]
+    assert drawn["threshold"] == 0.7
+    assert bars["x"] == ["body.stage3:5 to 2", "body.stage3:0 to 2", "body.stage3:5 to 1"]
+    assert bars["y"] == [0.25, 1.0, 0.5]
+    assert ABS().drawn([], []) == {}

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from sleeperbench import Inverted, ModelSpec, Outcome, Role
 from sleeperbench.contracts import NotApplicable
 from sleeperbench.defenses import neural_cleanse as module
-from sleeperbench.defenses.neural_cleanse import NeuralCleanse, suspicion
+from sleeperbench.defenses.neural_cleanse import NeuralCleanse, smallest, suspicion
 from sleeperbench.defenses.unlearn import Unlearn, Unlearning
 from sleeperbench.evaluators.accuracy import answers
+from sleeperbench.evaluators.evidence import curve
 from sleeperbench.evaluators.ra import measure_asr
 from sleeperbench.kit.classifier import build, load, pack
 from sleeperbench.kit.masks import Masks
@@ -80,7 +81,9 @@ def test_figures_of_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen.pop("images") is c.clean.images
     assert seen.pop("targets").tolist() == list(range(10))
     published = {"epochs": 80, "lr": 0.1, "weight": 1e-3, "factor": 2.0, "patience": 5, "success": 0.98}
-    assert seen == published | {"stop_after": 25, "batch": 15}
+    assert seen == published | {"stop_after": 25, "batch": 15, "at_once": 0}
+    NeuralCleanse(batched=False).run(c)
+    assert seen["at_once"] == 1
 
     norms[3:8] = [math.nan] * 5
     few = NeuralCleanse().run(c)
@@ -180,3 +183,71 @@ def test_access() -> None:
     assert (NeuralCleanse.ACCESS.track(), Unlearn.ACCESS.track()) == ("T1", "T1")
     assert Unlearn.INFO["wrapper"] is True
     assert Unlearn.ACCESS.inner == "inverted"
+
+
+NORMS = ([10.0, 52, 50, 49, 55, 51, 48, 53, 54, 47], [30.0, 52, 50, 49, 55, 51, 48, 53, 54, math.nan])
+
+
+def test_the_index_is_averaged_over_repetitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def planted(net: nn.Module, images: Tensor, targets: Tensor, *, ctx: Any, **args: Any) -> Masks:
+        norms = torch.tensor(NORMS[len(seeds)])
+        seeds.append(ctx.seed)
+        flat = torch.full((10, 1, 16, 16), float(len(seeds)))
+        return Masks(mask=flat, pattern=flat / 10, norm=norms, success=torch.full((10,), 0.5 * len(seeds)))
+
+    monkeypatch.setattr(module, "optimise_masks", planted)
+    c = case()
+    found = NeuralCleanse(repetitions=2).run(c)
+    first, second = (suspicion(torch.tensor(n)) for n in NORMS)
+    assert seeds[0] == c.ctx.seed != seeds[1]
+    assert found.verdict.label_scores.tolist() == pytest.approx(((first + second) / 2).tolist())
+    assert found.verdict.score == pytest.approx((float(first.max()) + float(second.max())) / 2)
+    assert found.chosen["claimed"] == [0]
+    # Of every class the smallest mask is handed over.
+    assert found.chosen["norms"] == [10, 52, 50, 49, 55, 51, 48, 53, 54, 47]
+    assert found.chosen["successes"][0] == 0.5
+    assert float(found.inverted[0].mask.mean()) == 1
+
+    bars = curve(found.chosen["curves"]["index"])
+    assert bars["threshold"] == 2
+    (series,) = bars["series"]
+    assert series["x"] == [str(t) for t in range(10)]
+    assert series["y"] == found.verdict.label_scores.tolist()
+    assert (series["low"][0], series["high"][0]) == (float(second[0]), float(first[0]))
+    each, mean = curve(found.chosen["curves"]["repetitions"])["series"]
+    assert (each["x"], each["y"]) == ([1, 2], [float(first.max()), float(second.max())])
+    assert mean["y"] == pytest.approx([found.verdict.score] * 2)
+
+
+def test_one_repetition_is_the_published_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert NeuralCleanse().repetitions == 1
+    found = cleansed()
+    assert list(found.chosen["curves"]) == ["index"]
+    (series,) = curve(found.chosen["curves"]["index"])["series"]
+    assert series["y"] == found.verdict.label_scores.tolist()
+    assert "low" not in series
+    with pytest.raises(ValueError, match="repetitions is 0"):
+        NeuralCleanse(repetitions=0)
+    # Repetitions differ in nothing but their draws: with two, the first is what one gives.
+    runs: list[Masks] = []
+    monkeypatch.setattr(module, "smallest", lambda given: runs.extend(given) or given[0])
+    small = {"epochs": 2, "updates": 2}
+    c = case(clean=samples.digits()["pool"].rows(torch.arange(20)))
+    one, two = (NeuralCleanse(repetitions=r, **small).run(c) for r in (1, 2))  # type: ignore[arg-type]
+    assert torch.equal(runs[0].mask, runs[1].mask)
+    assert not torch.equal(runs[1].mask, runs[2].mask)
+    assert one.chosen["norms"] == two.chosen["norms"]
+
+
+def test_the_smallest_mask_of_all_repetitions_is_kept() -> None:
+    def run(norms: list[float], value: float) -> Masks:
+        flat = torch.full((3, 1, 2, 2), value)
+        return Masks(mask=flat, pattern=flat, norm=torch.tensor(norms), success=torch.full((3,), value))
+
+    found = smallest([run([3.0, math.nan, math.nan], 0.1), run([2.0, 9.0, math.nan], 0.2)])
+    assert found.norm[:2].tolist() == [2, 9]
+    assert math.isnan(float(found.norm[2]))
+    assert found.mask[:, 0, 0, 0].tolist() == pytest.approx([0.2, 0.2, 0.1])
+    assert found.success.tolist() == pytest.approx([0.2, 0.2, 0.1])

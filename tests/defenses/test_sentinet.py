@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from sleeperbench import ModelSpec, Role
 from sleeperbench.contracts import NotApplicable
 from sleeperbench.defenses import sentinet
-from sleeperbench.defenses.sentinet import SentiNet, deepest, distances, fit_curve, grad_cam, largest
+from sleeperbench.defenses.sentinet import SentiNet, deepest, distances, fit_curve, grad_cam, largest, plane
 from sleeperbench.evaluators.detection import auroc
+from sleeperbench.evaluators.evidence import curve
 from sleeperbench.kit.classifier import Classifier, build
 from sleeperbench.kit.pixels import to_float
 
@@ -147,7 +148,10 @@ def test_run_fits_other_rows_than_the_carriers_and_the_threshold_is_the_mean_bel
     fooled, confidence = method.statistics(c.net, about["site"], rows, tensors["carriers"], tensors["inert"])
     assert torch.allclose(tensors["points"], torch.stack([confidence, fooled], 1).double())
     assert torch.equal(tensors["curve"], fit_curve(*tensors["points"].T, 0.02, 2))
-    scores = method.score(outcome.state, c.net, rows)
+    assert outcome.chosen["curves"]["plane"] == plane(*tensors["points"].T, tensors["curve"], about["threshold"])
+    scored = method.score(outcome.state, c.net, rows)
+    assert torch.allclose(scored[:, 1:], tensors["points"].float(), atol=1e-6)
+    scores = scored[:, 0]
     assert about["threshold"] == pytest.approx(-float(scores[scores < 0].mean()), abs=1e-5)
     assert outcome.chosen["clean_flagged"] == pytest.approx(float((scores > about["threshold"]).float().mean()))
     assert c.ctx.cost.forwards == 40 * 21 + 1 and c.ctx.cost.backwards == 40
@@ -163,7 +167,7 @@ def test_triggered_inputs_stand_out_on_the_attacked_model_alone() -> None:
     method, ranks = SentiNet(carriers=20, rows=60), {}
     for name, net in (("attacked", samples.badnets_net()), ("clean", samples.clean_net())):
         state = method.run(case(net)).state
-        ranks[name] = auroc(method.score(state, net, triggered), method.score(state, net, clean))
+        ranks[name] = auroc(*(method.score(state, net, x)[:, 0].contiguous() for x in (triggered, clean)))
     assert ranks["attacked"] > 0.9
     assert ranks["clean"] < 0.75
 
@@ -181,3 +185,26 @@ def test_what_it_declines_and_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     for bad in ({"carriers": 0}, {"bin": 0.0}, {"region": 1.0}, {"highest": 0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             SentiNet(**bad)  # type: ignore[arg-type]
+
+
+def test_the_plane_holds_the_rows_the_curve_and_where_the_alarm_begins() -> None:
+    confidence, fooled, coefficients = torch.tensor(
+        [[0.2, 0.5, 0.9], [0.1, 0.4, 0.3], [0.1, 0.2, 0.5]], dtype=torch.float64
+    )
+    drawn = curve(plane(confidence, fooled, coefficients, 0.05))
+    rows, fitted, alarm = drawn["series"]
+    assert rows == {"label": "clean rows", "x": [0.2, 0.5, 0.9], "y": [0.1, 0.4, 0.3], "points": True}
+    assert (fitted["label"], alarm["label"]) == ("curve", "alarm")
+    assert (fitted["x"][0], fitted["x"][-1]) == pytest.approx((0.2, 0.9))
+    assert fitted["y"] == pytest.approx([0.1 + 0.2 * x + 0.5 * x * x for x in fitted["x"]])
+    # A score on the second line is the threshold.
+    at = [torch.tensor(alarm[k]).double() for k in "xy"]
+    assert distances(at[0], at[1], coefficients).tolist() == pytest.approx([0.05] * len(at[0]), abs=1e-5)
+    # Lines that leave the plane are cut, or left out.
+    steep = curve(plane(confidence, fooled, torch.tensor([-2.0, 5.0, 0.0]).double(), 0.0))["series"]
+    assert all(0 <= y <= 1 for s in steep for y in s["y"])
+    assert len(curve(plane(confidence, fooled, torch.tensor([5.0, 0, 0]).double(), 0.1))["series"]) == 1
+    assert (
+        len(curve(plane(torch.rand(400).double(), torch.rand(400).double(), coefficients, 0.0))["series"][0]["x"])
+        == 100
+    )

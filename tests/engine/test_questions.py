@@ -19,6 +19,7 @@ from sleeperbench.contracts.defense import Inverted, Outcome, UndeclaredAccess
 from sleeperbench.contracts.models import ModelSpec
 from sleeperbench.engine import artifacts, sandbox
 from sleeperbench.engine.questions import BATCH, SOCKET, Asked, Desk
+from sleeperbench.engine.work import Failed
 from sleeperbench.engine.worker import ForkServer
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.testing.stage import BASE, PLANTED, Stage, stage
@@ -219,3 +220,30 @@ def test_a_staged_case_asks_the_attacked_model() -> None:
     x = to_float(at.micro.test.images[:20])
     assert torch.equal(case.net(x), at.net(at.attacked)(x).argmax(1))
     assert case.ctx.cost.queries == 20
+
+
+@pytest.mark.parametrize("columns", [0, 1, 3, 10])
+def test_statistics_beside_scores_are_kept_apart(columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = stage(BASE)
+    first = at.task("judge", Access(), {}, None)
+    task = replace(first, kind="answer", inputs=first.inputs | {"defense": at.attacked})
+    asked: list[torch.Tensor] = []
+
+    def second(task: Any, values: Any, images: torch.Tensor, *rest: Any) -> Any:
+        asked.append(images)
+        sums = images.flatten(1).double().sum(1)
+        return {"scores": sums if not columns else torch.stack([sums + i for i in range(columns)], 1)}, {}
+
+    monkeypatch.setattr(at, "_second", second)
+    if columns == 10:
+        with pytest.raises(Failed, match="wrong_shape: scores are"):
+            at._answer(task, {}, tmp_path, Cost(), tmp_path / "log")
+        return
+    at._answer(task, {}, tmp_path, Cost(), tmp_path / "log")
+    found = artifacts.read_tensors(tmp_path / "scores.safetensors")
+    sums = asked[0].flatten(1).double().sum(1)
+    assert torch.equal(found["scores"], sums)
+    if columns < 2:
+        assert "beside" not in found
+    else:
+        assert torch.equal(found["beside"], torch.stack([sums + 1, sums + 2], 1))

@@ -17,12 +17,10 @@ PLANE = {"title": "A plane", "x_label": "x", "y_label": "y", "threshold": 2, "se
 BARS = {"title": "Bars", "series": [{"label": "", "x": ["a", "b"], "y": [1, 2], "low": [0, 1], "high": [2, 3]}]}
 
 
-def measured(
-    chosen: Any, tensors: dict[str, Tensor] | None = None, answers: Tensor | None = None, asked: Tensor | None = None
-) -> Findings:
+def measured(chosen: Any, tensors: dict[str, Tensor] | None = None, **asked: Tensor) -> Findings:
     state = None if tensors is None else (tensors, None)
-    outcome = Outcome(chosen=chosen, state=state)
-    return Evidence().measure(SimpleNamespace(outcome=outcome, answers=answers, asked=asked))  # type: ignore[arg-type]
+    parts: Any = {"answers": None, "beside": None, "asked": None} | asked
+    return Evidence().measure(SimpleNamespace(outcome=Outcome(chosen=chosen, state=state), **parts))  # type: ignore[arg-type]
 
 
 def test_curves_of_any_defense_are_handed_on_in_the_form_that_the_site_draws() -> None:
@@ -46,14 +44,7 @@ def test_nothing_shown_says_so() -> None:
     found = measured({"claimed": []})
     assert (found.rows[0].value, found.rows[0].reason) == (None, "no_evidence")
     assert found.curves == {"chosen": {"claimed": []}}
-    assert (
-        Evidence()
-        .measure(
-            SimpleNamespace(outcome=Outcome(), answers=None, asked=None)  # type: ignore[arg-type]
-        )
-        .curves
-        == {}
-    )
+    assert measured({}).curves == {}
 
 
 def changed(**parts: Any) -> dict[str, Any]:
@@ -106,6 +97,31 @@ def test_a_curve_of_another_form_is_refused_and_named(raw: Any, why: str) -> Non
     assert why in found.curves["left-out"]["refused"]["odd"]
 
 
+def test_inputs_are_marks_in_a_curve_that_asks_for_them() -> None:
+    beside = torch.arange(24.0).view(8, 3)
+    asked = torch.arange(8) % 4 == 0
+    raw = changed(inputs=[2, 0])
+    found = measured({"curves": {"plane": raw}}, answers=torch.rand(8), beside=beside, asked=asked).curves["plane"]
+    rows, clean, bad = found["series"]
+    assert rows == POINTS
+    assert clean == {
+        "label": "clean inputs",
+        "x": [5, 8, 11, 17, 20, 23],
+        "y": [3, 6, 9, 15, 18, 21],
+        "points": True,
+    }
+    assert (bad["label"], bad["x"], bad["y"]) == ("triggered", [2, 14], [0, 12])
+    # Without any, as on a model without a trigger, the rest is drawn; of many, 200.
+    assert measured({"curves": {"plane": raw}}).curves["plane"] == PLANE
+    many = curve(raw, {"a": torch.rand(1000, 3)})
+    assert len(many["series"][1]["x"]) == 200
+    for odd in ([0, 3], [0], [0, -1], [0, True], [0, 1.0], "01", None, {0: 1}):
+        with pytest.raises(Refused, match="inputs"):
+            curve(changed(inputs=odd), {"a": beside})
+    with pytest.raises(Refused, match="x holds names"):
+        curve({**BARS, "inputs": [0, 1]}, {"a": beside})
+
+
 def test_names_and_numbers_of_curves_are_bounded() -> None:
     for name in ("Upper", "a-b", "../x", "", "x" * 41, "left-out"):
         found = measured({"curves": {name: PLANE}})
@@ -123,7 +139,7 @@ def test_what_is_added_to_a_curve_does_not_pass() -> None:
 
 
 def test_a_picture_is_a_grid_of_tiles() -> None:
-    maps = torch.tensor([[[0.0, 1], [2, 4]], [[0, 0], [0, -3]]])
+    maps = torch.tensor([[[0.0, 1], [2, 4]], [[0, 2], [0, -1]]])
     truth = torch.tensor([[[True, False], [False, True]], [[False] * 2] * 2])
     raw = {"title": "Maps", "columns": [["E", "maps"], ["slice", "slices"]], "rows": ["label 3", "label 5"]}
     found = measured({"pictures": {"maps": raw}}, {"maps": maps, "slices": truth})
@@ -137,7 +153,7 @@ def test_a_picture_is_a_grid_of_tiles() -> None:
             [128, 255, 128, 128, 0, 255],
             [128] * 6,
             [128] * 6,
-            [0, 0, 128, 128, 0, 0],
+            [0, 255, 128, 128, 0, 0],
             [0, 0, 128, 128, 0, 0],
         ]
     ]

@@ -237,3 +237,25 @@ def test_apply_and_what_can_be_applied() -> None:
         apply(half, x)
     known = (stamped, added, half, Inverted(target=0, mask=mask, pattern=pattern, uses_apply=True))
     assert [appliable(i) for i in known] == [True, True, False, False]
+
+
+def test_targets_one_after_another_give_the_same_masks() -> None:
+    images = samples.digits()["pool"].images[:24]
+    settings = PUBLISHED | {"epochs": 8, "batch": 6, "patience": 2, "success": 0.5}
+    net, passes = samples.badnets_net(), []
+    # The net is copied, hooks and all.
+    handle = net.register_forward_hook(lambda m, args, out: passes.append(len(out)))
+    try:
+        whole = optimise_masks(net, images, torch.arange(5), ctx=samples.ctx(), **settings)
+        together = passes.copy()
+        passes.clear()
+        apart = optimise_masks(net, images, torch.arange(5), ctx=samples.ctx(), at_once=1, **settings)
+    finally:
+        handle.remove()
+    # The last passes are those over what was kept, a target at a time.
+    assert (together[0], passes[0]) == (30, 6)
+    assert set(passes) == {6}
+    assert sum(together) == sum(passes)
+    for name in ("mask", "pattern", "norm", "success"):
+        assert torch.allclose(getattr(whole, name), getattr(apart, name), atol=1e-4, equal_nan=True)
+    assert not bool(whole.norm.isnan().all())
