@@ -12,7 +12,9 @@ from pathlib import Path
 from sleeperbench.engine.rows import read_table
 
 ROOT = Path(__file__).resolve().parent / "measured"
-SHOWN = ("c_acc", "asr", "r_acc", "der", "p_asr_ra", "p_asr_net", "c_acc_ra")
+SHOWN = ("c_acc", "asr", "r_acc", "der", "p_asr_ra", "p_asr_net", "c_acc_ra", "cover_acc", "input_auroc", "reasr")
+PLAIN = ("det_score", "det_flag", "silhouette", "apd_rel")
+"""Columns that are no shares. A column stands where a cell has a figure."""
 CONTROLS = ("clean_model", "clean_defended", "placebo", "k0")
 
 
@@ -48,20 +50,28 @@ def _page(name: str, out: dict, cells: list[dict], rows: list[dict]) -> str:
     text = [f"# Measured: {name}", "", f"`{out['command']}`", ""]
     host, v = out["host"], out["versions"]
     text.append(
-        f"{host['cores']} cores ({host['machine']}, {v['cpu']}), torch {v['torch']}, Python {v['python']}. In %."
+        f"{host['cores']} cores ({host['machine']}, {v['cpu']}), torch {v['torch']}, Python {v['python']}. Shares in %."
     )
     for n, d in out["datasets"].items():
         if not d["canonical"]:
             text.append(f"The copy of {n} differs from its release: {d['note']}.")
     controls: dict[tuple[str, str], float] = {}
+    figures: dict[tuple[str, str], float] = {}
     for r in rows:
+        if not r["qualifier"] and r["value"] is not None:
+            figures[r["cell"], r["metric"]] = r["value"]
         if r["metric"] == "p_asr_ra" and r["qualifier"].startswith("control=") and r["value"] is not None:
             controls[r["cell"], r["qualifier"].removeprefix("control=")] = r["value"]
-    head = ["cell", *SHOWN, *(f"RA: {c}" for c in CONTROLS), "flags"]
+    measured = {metric for _, metric in figures}
+    shares, plain = [m for m in SHOWN if m in measured], [m for m in PLAIN if m in measured]
+    asked = CONTROLS if controls else ()
+    head = ["cell", *shares, *(f"RA: {c}" for c in asked), *plain, "flags"]
     text += ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for c in cells:
-        values = [c.get(m) for m in SHOWN] + [controls.get((c["cell"], k)) for k in CONTROLS]
+        values = [figures.get((c["cell"], m)) for m in shares] + [controls.get((c["cell"], k)) for k in asked]
         shown = ["" if x is None else f"{100 * x:.1f}" for x in values]
+        own = [figures.get((c["cell"], m)) for m in plain]
+        shown += ["" if x is None else f"{x:.3g}" for x in own]
         text.append("| " + " | ".join([c["cell"], *shown, c["flag"]]) + " |")
     budgets = [r for r in rows if r["metric"] == "ra_k"]
     if budgets:

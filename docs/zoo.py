@@ -55,16 +55,17 @@ def main() -> int:
     cells = [c for run in runs for c in read_table(run / "cells.parquet")]
     about, found, clean = provenance(runs[0], rows), detectors(rows), kinds(cells)
     seconds: dict[tuple[str, str], list[float]] = {}
-    for c in cells:
-        if c["seconds"] is not None and c["status"] == "ok":
-            seconds.setdefault((c["dataset"], c["defense"]), []).append(c["seconds"])
+    for line in (json.loads(text) for run in runs for text in (run / "tasks.jsonl").read_text().splitlines()):
+        if line["kind"] == "defense" and line["status"] == "ok":
+            dataset = line["name"].partition("/")[0]
+            seconds.setdefault((dataset, line["plugin"]), []).append(line["result"]["cpu_seconds"])
     out = [{k: r[k] for k in FIELDS} for figures in found.values() for r in figures.values()]
     (DOCS / "measured" / f"{name}.json").write_text(
         json.dumps({"command": command} | about | {"clean_kinds": clean, "rows": out}, indent=1) + "\n"
     )
     names = dict(sorted(clean.items(), key=lambda kv: (kv[1] != "plain", kv[1])))
     head = ["data set", "detector", "models", "AUROC", "balanced accuracy", "TPR", "FPR"]
-    text = ["| " + " | ".join([*head, *(f"FPR {said}" for said in names.values()), "s a model"]) + " |"]
+    text = ["| " + " | ".join([*head, *(f"FPR {said}" for said in names.values()), "core-seconds a model"]) + " |"]
     text.append("|---" * (len(head) + len(names) + 1) + "|")
     attacks = sorted({q.removeprefix("attack=") for f in found.values() for _, q in f if q.startswith("attack=")})
     by_attack = ["| data set | detector | " + " | ".join(attacks) + " |", "|---" * (2 + len(attacks)) + "|"]
