@@ -173,7 +173,7 @@ def _standings(views: Views, name: str) -> list[dict[str, Any]]:
 
 
 def _cost(rows: Sequence[Row]) -> str:
-    """Wall time of a cell's own tasks."""
+    """Wall time of a cell's evaluations."""
     seconds = [r.cell["seconds"] for r in rows if r.cell["seconds"] is not None and r.cell["status"] == "ok"]
     if not seconds:
         return ""
