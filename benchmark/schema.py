@@ -122,7 +122,7 @@ CELLS = (
     Column("reason", "str", "Why the cell has no figures"),
     Column("flag", "str", "`;`-joined, of: " + " ".join(FLAGS)),
     Column("reasons", "str", "JSON: metric -> reason of each null"),
-    Column("seconds", "f64", "Wall time of the evaluations of the cell, without its defense and attack", "s", volatile=True),
+    Column("seconds", "f64", "Wall time of the cell's evaluations, without its defense and attack", "s", volatile=True),
     Column("method_version", "i64", "Version of the defense"),
     Column("attack_key", "str", "Key of the attack's artifact"),
     Column("defense_key", "str", "Key of the defense's artifact"),
