@@ -16,7 +16,7 @@ from sleeperbench.contracts import Case, Ctx, NotApplicable
 from sleeperbench.kit.classifier import Classifier
 from sleeperbench.kit.masks import apply
 from sleeperbench.kit.pixels import to_float
-from sleeperbench.kit.taps import behind, capture, taps
+from sleeperbench.kit.taps import behind, capture, look, taps
 
 _AT_ONCE = {"cpu": 256, "cuda": 2048}
 """Images per pass through the net, at most."""
@@ -192,7 +192,8 @@ class ABS(Defense):
             for part in parts:
                 mask = (u[part].tanh() + 1) / 2
                 stamped = x + mask[:, None] * (p[part][:, None] - x)
-                logits, answers = look(net, stamped.flatten(0, 1), {found[i].site for i in part.tolist()})
+                logits, answers = look(net, stamped.flatten(0, 1), sorted({found[i].site for i in part.tolist()}))
+                logits = logits.float()
                 loss = penalty(mask, size, self.weight).sum()
                 for row, i in enumerate(part.tolist()):
                     own = slice(row * len(x), (row + 1) * len(x))
@@ -241,19 +242,6 @@ def penalty(mask: Tensor, size: float, weight: float) -> Tensor:
     count = (mask > _COVERED).flatten(1).sum(1)
     factor = (count > size).to(mask.dtype) + (count > (math.sqrt(size) + 2) ** 2).to(mask.dtype)
     return weight * factor * mask.flatten(1).sum(1)
-
-
-def look(net: Classifier, x: Tensor, sites: set[str]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits, and what the sites answer, of one pass."""
-    found: dict[str, Tensor] = {}
-    handles = [
-        net.get_submodule(s).register_forward_hook(lambda m, i, out, s=s: found.update({s: out.clone()})) for s in sites
-    ]
-    try:
-        return net(x).float(), found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sleeperbench import Access, Defense, Outcome, Verdict
 from sleeperbench.contracts import Case, Ctx, NotApplicable
@@ -15,7 +15,7 @@ from sleeperbench.kit.anomaly import LEAST, anomaly_index, bounded
 from sleeperbench.kit.classifier import Classifier
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.predict import device_of, evaluating
-from sleeperbench.kit.taps import capture, taps
+from sleeperbench.kit.taps import capture, look, taps
 
 _FOLDS = 5
 _TINY = 1e-6
@@ -106,7 +106,7 @@ class Beatrix(Defense):
 
         value, pooled, labels = [], [], []
         for part in case.train.images.split(_BATCH):
-            label, a = look(net, site, to_float(part.to(device)))
+            label, a = labelled(net, site, to_float(part.to(device)))
             value.append(self.judge(state, label, a))
             pooled.append(a.mean((2, 3)).double().cpu())
             labels.append(label.cpu())
@@ -134,13 +134,13 @@ class Beatrix(Defense):
 
     def score(self, state: tuple[Mapping[str, Tensor], Any], net: Classifier, x: Tensor) -> Tensor:
         """Deviation over the threshold of the class that the input gets, (N,) from 0; above 1 is an alarm."""
-        parts = [self.judge(state[0], *look(net, state[1]["site"], part)) for part in x.split(_BATCH)]
+        parts = [self.judge(state[0], *labelled(net, state[1]["site"], part)) for part in x.split(_BATCH)]
         return torch.cat(parts).float()
 
     def learn(self, net: Classifier, site: str, images: Tensor, classes: int, ctx: Ctx) -> dict[str, Tensor]:
         """Ranges `low` and `high` (K, orders, entries), `threshold` (K,), and whether a class has its `own` rows."""
         device = device_of(net)
-        labels = torch.cat([look(net, site, to_float(p.to(device)))[0] for p in images.split(_BATCH)]).cpu()
+        labels = torch.cat([labelled(net, site, to_float(p.to(device)))[0] for p in images.split(_BATCH)]).cpu()
         ctx.cost.forwards += len(images)
         order = torch.randperm(len(images), generator=ctx.generator("rows"))
         own = labels.bincount(minlength=classes) >= _FOLDS
@@ -150,7 +150,7 @@ class Beatrix(Defense):
             key = c if own[c] else -1
             if key not in found:
                 rows = (order[labels[order] == c] if own[c] else order)[: self.per_class]
-                _, a = look(net, site, to_float(images[rows].to(device)))
+                _, a = labelled(net, site, to_float(images[rows].to(device)))
                 ctx.cost.forwards += len(rows)
                 found[key] = self.calibrate(torch.cat(list(grams(a, self.orders))))
         stacked = [torch.stack(v) for v in zip(*(found[c if own[c] else -1] for c in range(classes)), strict=True)]
@@ -194,19 +194,11 @@ def place(net: Classifier, x: Tensor) -> str:
     return site
 
 
-def look(net: nn.Module, site: str, x: Tensor) -> tuple[Tensor, Tensor]:
+def labelled(net: Classifier, site: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """The label (N,) that each image of (N, C, H, W) in [0, 1] gets, and what the layer `site` answers."""
-    found: list[Tensor] = []
-
-    def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        found.append(output.clone())  # what follows may overwrite it
-
-    handle = net.get_submodule(site).register_forward_hook(keep)
-    try:
-        with evaluating(net), torch.no_grad():
-            return net(x).argmax(1), found[0]
-    finally:
-        handle.remove()
+    with evaluating(net), torch.no_grad():
+        logits, answers = look(net, x, [site])
+    return logits.argmax(1), answers[site]
 
 
 def grams(a: Tensor, orders: int) -> Iterator[Tensor]:

@@ -13,6 +13,8 @@ from torch.func import functional_call
 
 from sleeperbench import Access, Defense, Outcome
 from sleeperbench.contracts import Case, NotApplicable
+from sleeperbench.kit.classifier import Classifier
+from sleeperbench.kit.gates import channels
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.predict import device_of, evaluating
 
@@ -76,12 +78,10 @@ class IBDPSC(Defense):
         """The number k_0 of layers to begin with, as the second phase needs it.
 
         Raises:
-            NotApplicable: no BatchNorm layer with weight and bias, or no clean rows.
+            NotApplicable: no BatchNorm layer with a weight, or no clean rows.
         """
         net, rows, ctx = case.net, len(case.clean), case.ctx
-        names = norms(net)
-        if not names:
-            raise NotApplicable("needs_bn")
+        names = list(channels(net))
         if not rows:
             raise NotApplicable("too_few_clean_rows: 0")
         x, labels = to_float(case.clean.images.to(device_of(net))), case.clean.labels.cpu()
@@ -106,13 +106,13 @@ class IBDPSC(Defense):
             },
         )
 
-    def score(self, state: tuple[Mapping[str, Tensor], Any], net: nn.Module, x: Tensor) -> Tensor:
+    def score(self, state: tuple[Mapping[str, Tensor], Any], net: Classifier, x: Tensor) -> Tensor:
         """PSC (N,), 0 to 1; above the threshold is an alarm."""
         return self.consistency(net, state[1]["first"], x)
 
-    def consistency(self, net: nn.Module, first: int, x: Tensor) -> Tensor:
+    def consistency(self, net: Classifier, first: int, x: Tensor) -> Tensor:
         """PSC (N,) of images (N, C, H, W) in [0, 1], beginning with the last `first` layers."""
-        names = norms(net)
+        names = list(channels(net))
         label = self.probabilities(net, [], x).argmax(1, keepdim=True)
         total = torch.zeros(len(x), device=x.device)
         for k, times in self.amplified(first, len(names)).items():
@@ -130,9 +130,3 @@ class IBDPSC(Defense):
             louder = {name: self.factor * t for name, t in tensors.items()}
             parts = [functional_call(net, louder, (part,)).float().softmax(1) for part in x.split(_BATCH)]
         return torch.cat(parts)
-
-
-def norms(net: nn.Module) -> list[str]:
-    """Names of the architecture's BatchNorm layers that have weight and bias, in its order."""
-    named = net.named_modules()
-    return [n for n, m in named if n.startswith("body.") and isinstance(m, nn.BatchNorm2d) and m.affine]

@@ -53,8 +53,8 @@ class NeuralCleanse(Defense):
         stop_after: Passes without a smaller mask after which a class stops.
         threshold: Anomaly index above which a class is flagged.
         repetitions: Inversions that the index is averaged over (BELT: 10).
-        batched: All classes in one pass through the net; False takes them one after another, as the published code
-            does, at the same result but for rounding: for timings.
+        batched: All classes in one pass through the net; False sends one class through at a time in every update, at
+            the same result but for rounding: for timings.
     """
 
     INFO = {

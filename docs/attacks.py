@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from record import provenance
+from record import machine, provenance
 
 from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.rows import read_table
@@ -72,13 +72,13 @@ def main() -> int:
     about = provenance(run, rows)
     kept = [{k: r[k] for k in FIELDS} for r in rows if r["defense"] == "none"]
     (DOCS / "measured" / f"{name}.json").write_text(json.dumps({"command": command} | about | {"rows": kept}) + "\n")
-    v, sets = about["versions"], ", ".join(sorted({c["dataset"] for c in cells}))
+    sets = ", ".join(sorted({c["dataset"] for c in cells}))
     rates = ", ".join(sorted({f"{100 * c['rate']:g} %" for c in cells if c["rate"]}))
     text = [
         *("# Attacks: declared, published, measured", "", "Written by `docs/attacks.py` from the tables of:", ""),
         *(f"`{command}`", ""),
         f"{sets}, {', '.join(sorted({c['arch'] for c in cells}))}, rate {rates}, {about['recipe']['epochs']} epochs, "
-        f"torch {v['torch']}, {v['machine']} {v['cpu']}. One figure per seed; shares in %.",
+        f"{machine(about)}. One figure per seed; shares in %.",
         "",
         "*Declared* is the ASR at which the attack counts as implanted; below it a row is `weak` and no defense gets "
         "credit. *Published* figures are of other data, networks and lengths of training: they say what the attack is "

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import provenance
+from record import machine, provenance
 from scipy.stats import spearmanr, t
 
 from sleeperbench.engine.rows import read_table
@@ -173,21 +173,21 @@ def main() -> int:
         json.dumps({"command": command} | about | {"cells": figures}, indent=1) + "\n"
     )
     ranks, models, clusters, few = predictions(all_cells)
-    v = about["versions"]
     tuned = sorted({c["attack"] for c in all_cells if "tuned" in c["flags"]})
     sets = ", ".join(sorted({c["dataset"] for c in all_cells}))
     archs = ", ".join(sorted({c["arch"] for c in all_cells}))
     seeds = len({c["seed"] for c in all_cells})
     text = [
         *("# Findings", "", "Written by `docs/findings.py` from the tables of:", "", f"`{command}`", ""),
-        f"{sets}, {archs}, {seeds} seeds, {about['recipe']['epochs']} epochs, torch {v['torch']}, {v['machine']} "
-        f"{v['cpu']}. Shares in %; two figures are the two seeds'; ± is half of Student's 95 % interval over more.",
+        f"{sets}, {archs}, {seeds} seeds, {about['recipe']['epochs']} epochs, {machine(about)}. "
+        "Shares in %; two figures are the two seeds'; ± is half of Student's 95 % interval over more.",
         f"Attacks marked `tuned` by their suite: {', '.join(tuned) or 'none'}.",
         *("", "## Which defenses come back", ""),
         "By seed: *not purified* where O-ASR is above 20 %; else *comes back* where P-ASR under the retuning attack "
         "reaches 50 %, or 5 times that of the clean model under the same attack; else *stays*. A small figure that is "
         "5 times a smaller one comes back by this rule too: read it beside the net column, which takes off the largest "
-        "of what the attack does to models without this backdoor. k = 0 is the same tuning on clean rows alone.",
+        "of what the attack does to models without this backdoor, by ra's rule of version 3 from the stored "
+        "controls. k = 0 is the same tuning on clean rows alone.",
         *("", *superficial(all_cells), "", "## What predicts that a model comes back", ""),
         f"Spearman's rank correlation with P-ASR over {models} repaired models that have all these figures, from "
         f"{clusters} attacked ones; intervals are a bootstrap over the attacked models, left out below {FEWEST} of "

@@ -44,7 +44,10 @@ def methods() -> str:
 
 
 ANSWERS = {"cleansing": "training rows", "inversion": "the model, with a trigger"}
-"""What defenses of a kind answer about; of detection, inputs where there is a second phase, else the model."""
+"""What defenses of a kind answer about; of detection, inputs where there is a second phase, else the model.
+
+A detector of inputs that is given the training set answers about its rows, and so about the model, as well.
+"""
 
 
 def judges() -> str:
@@ -63,6 +66,8 @@ def judges() -> str:
     for p in found:
         info, access = p.blueprint.info, p.blueprint.access
         about = ANSWERS.get(info["kind"]) or ("inputs" if info.get("scores") else "the model")
+        if about == "inputs" and access and access.train:
+            about = "inputs, training rows, the model"
         name = f"[`{p.id}`](methods/{p.id}.md)" if (ROOT / f"docs/methods/{p.id}.md").exists() else f"`{p.id}`"
         seen = _words(access) if access else ""
         crossed = "yes" if info["traverses"] else "no"

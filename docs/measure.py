@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from record import provenance
+from record import machine, provenance
 
 from sleeperbench.engine.rows import read_table
 
@@ -61,10 +61,10 @@ def collect(run: Path, kind: str, name: str) -> tuple[dict[str, Any], list[dict[
 
 
 def _lines(rows: list[dict[str, Any]], attacked: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """Cell -> its figures without qualifier, its flags and reason, and the undefended model's figures."""
+    """Cell -> its figures without qualifier, its flags, and the undefended model's figures."""
     lines: dict[str, dict[str, Any]] = {}
     for r in rows:
-        line = lines.setdefault(r["cell"], {"flags": r["flag"], "reason": r["reason"] if r["status"] != "ok" else ""})
+        line = lines.setdefault(r["cell"], {"flags": r["flag"]})
         if not r["qualifier"] and r["value"] is not None:
             line[r["metric"]] = r["value"]
     for cell, line in lines.items():
@@ -75,7 +75,7 @@ def _lines(rows: list[dict[str, Any]], attacked: dict[str, dict[str, float]]) ->
 def table(lines: dict[str, dict[str, Any]], *, several: bool) -> list[str]:
     """One line per cell: its figures, in the order above; of `several` runs, which one it is of."""
     shown = [m for m in (*SHARES, *PLAIN) if any(m in v for v in lines.values())]
-    known = {*SHARES, *PLAIN, "flags", "reason", "origin"}
+    known = {*SHARES, *PLAIN, "flags", "origin"}
     shown += sorted({m for v in lines.values() for m in v} - known)
     head = ["cell", *shown, "flags", *(["run"] if several else [])]
     text = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -164,13 +164,12 @@ def write(runs: list[Path], kind: str, name: str, said: str, *, keep: bool) -> N
 
 def _source(about: dict[str, Any]) -> str:
     """What a run was made of, in a sentence or two."""
-    v = about["versions"]
     notes = [
         f"The copy of {n} differs from its release: {d['note']}." for n, d in about["datasets"].items() if d["note"]
     ]
     return (
-        f"(suite `cpu`: 10,000 rows, {about['recipe']['epochs']} epochs, rate 5 %), torch {v['torch']}, {v['machine']} "
-        f"{v['cpu']}. Shares in %. {' '.join(notes)}"
+        f"(suite `cpu`: 10,000 rows, {about['recipe']['epochs']} epochs, rate 5 %), {machine(about)}. Shares in %. "
+        f"{' '.join(notes)}"
     ).strip()
 
 

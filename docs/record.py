@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sleeperbench.engine.rows import read_table
 
@@ -44,6 +46,12 @@ def provenance(run: Path, rows: list[dict]) -> dict:
         "recipe": about["suite"]["recipe"],
         "evaluation_core_seconds": round(sum(cpu.values())),
     }
+
+
+def machine(about: Mapping[str, Any]) -> str:
+    """What computed a run, from its provenance: torch, kind of processor."""
+    v = about["versions"]
+    return f"torch {v['torch']}, {v['machine']} {v['cpu']}"
 
 
 def _page(name: str, out: dict, cells: list[dict], rows: list[dict]) -> str:

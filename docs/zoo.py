@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from record import provenance
+from record import machine, provenance
 
 from sleeperbench.engine.rows import read_table
 
@@ -47,6 +47,12 @@ def kinds(cells: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return found
 
 
+def absent(cells: Sequence[Mapping[str, Any]]) -> str:
+    """The attacks that did not implant, with the reason."""
+    told = {(c["dataset"], c["attack"], c["reason"]) for c in cells if c["reason"].startswith("attack_did_not_implant")}
+    return "; ".join(f"{a} on {d} ({reason.partition(': ')[2]})" for d, a, reason in sorted(told))
+
+
 def main() -> int:
     """Write both files."""
     name, command, *folders = sys.argv[1:]
@@ -54,6 +60,9 @@ def main() -> int:
     rows = [r for run in runs for r in read_table(run / "measurements.parquet")]
     cells = [c for run in runs for c in read_table(run / "cells.parquet")]
     about, found, clean = provenance(runs[0], rows), detectors(rows), kinds(cells)
+    flags: dict[tuple[str, str], set[str]] = {}
+    for c in (c for c in cells if c["status"] == "ok"):
+        flags.setdefault((c["dataset"], c["defense"]), set()).update(filter(None, c["flag"].split(";")))
     seconds: dict[tuple[str, str], list[float]] = {}
     for line in (json.loads(text) for run in runs for text in (run / "tasks.jsonl").read_text().splitlines()):
         if line["kind"] == "defense" and line["status"] == "ok":
@@ -65,8 +74,8 @@ def main() -> int:
     )
     names = dict(sorted(clean.items(), key=lambda kv: (kv[1] != "plain", kv[1])))
     head = ["data set", "detector", "models", "AUROC", "balanced accuracy", "TPR", "FPR"]
-    text = ["| " + " | ".join([*head, *(f"FPR {said}" for said in names.values()), "core-seconds a model"]) + " |"]
-    text.append("|---" * (len(head) + len(names) + 1) + "|")
+    head += [*(f"FPR {said}" for said in names.values()), "core-seconds a model", "flags"]
+    text = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     attacks = sorted({q.removeprefix("attack=") for f in found.values() for _, q in f if q.startswith("attack=")})
     by_attack = ["| data set | detector | " + " | ".join(attacks) + " |", "|---" * (2 + len(attacks)) + "|"]
     for (dataset, detector), f in found.items():
@@ -79,10 +88,10 @@ def main() -> int:
         cost = f"{statistics.median(took):.1f}" if took else ""
         apart = [share(f.get(("det_fpr", f"clean={label}"))) for label in names]
         figures = [auroc, *(share(f.get((m, ""))) for m in ("det_bacc", "det_tpr", "det_fpr")), *apart, cost]
+        figures.append("; ".join(sorted(flags.get((dataset, detector), set()))))
         text.append("| " + " | ".join([dataset, detector, models, *figures]) + " |")
         each = [share(f.get(("det_auroc", f"attack={a}"))) for a in attacks]
         by_attack.append("| " + " | ".join([dataset, detector, *each]) + " |")
-    v = about["versions"]
     page = [
         *(
             "# Detectors over a zoo of models",
@@ -92,9 +101,11 @@ def main() -> int:
             f"`{command}`",
             "",
         ),
-        f"torch {v['torch']}, {v['machine']} {v['cpu']}, {about['recipe']['epochs']} epochs. In %, with 95 % "
-        "intervals, Newcombe's for AUROC, Wilson's for shares. Backdoored models are those whose attack implanted; "
-        "the thresholds are the methods' own and were fixed before any model of the zoo was trained.",
+        f"{machine(about)}, {about['recipe']['epochs']} epochs. In %, with 95 % intervals, Newcombe's for AUROC, "
+        "Wilson's for shares. The thresholds are the methods' own and were fixed before any model of the zoo was "
+        "trained; `reduced` is one that ran with less than its published effort.",
+        "",
+        f"Backdoored models are those whose attack implanted. Left out: {absent(cells) or 'none'}.",
         *("", *text, "", "AUROC of each attack against all clean models:", "", *by_attack),
         *("", f"All rows: [{name}.json](measured/{name}.json)."),
     ]

@@ -77,7 +77,12 @@ def taps(net: Classifier) -> Taps:
 
 
 def capture(net: Classifier, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """What the named layers answer to `x` in one forward pass, in the order of `names`.
+    """What the named layers answer to `x` in one forward pass, as `look` does without the logits."""
+    return look(net, x, names)[1]
+
+
+def look(net: Classifier, x: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits (N, K), and what the named layers answer to `x` in the same forward pass, in the order of `names`.
 
     Mode and gradients are the caller's: the answers carry the graph unless this runs under `torch.no_grad()`. They are
     copies, because a ReLU behind a layer may overwrite its output. The hooks are gone afterwards, also after an error.
@@ -101,14 +106,14 @@ def capture(net: Classifier, x: Tensor, names: Sequence[str]) -> dict[str, Tenso
                 handles.append(modules[name].register_forward_hook(_keep_output(found, name)))
             else:
                 raise ValueError(f"no layer {name!r}; see `taps(net)` and `net.named_modules()`")
-        net(x)
+        logits: Tensor = net(x)
     finally:
         for handle in handles:
             handle.remove()
     for name in names:
         if name not in found:
             raise ValueError(f"layer {name!r} took no part in the forward pass")
-    return {name: found[name] for name in names}
+    return logits, {name: found[name] for name in names}
 
 
 def features(net: Classifier, images: Tensor, batch: int = 500, *, ctx: Ctx | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from sleeperbench import Role
 from sleeperbench.attacks.badnets import BadNets
 from sleeperbench.contracts import NotApplicable
 from sleeperbench.defenses import beatrix
-from sleeperbench.defenses.beatrix import Beatrix, deviations, discrepancy, grams, look, place
+from sleeperbench.defenses.beatrix import Beatrix, deviations, discrepancy, grams, labelled, place
 from sleeperbench.evaluators.detection import auroc
 from sleeperbench.kit.classifier import pack
 from sleeperbench.kit.pixels import to_float
@@ -136,7 +136,7 @@ def test_the_attacked_class_and_triggered_inputs_stand_out() -> None:
     scores = [method.score(outcome.state, c.net, x) for x in (triggered, clean)]
     assert auroc(*scores) > 0.85
     assert all(torch.equal(before[n], t) for n, t in pack(c.net).state.items())
-    labels, _ = look(c.net, "body.stage3", to_float(c.clean.images))
+    labels, _ = labelled(c.net, "body.stage3", to_float(c.clean.images))
     # To find the layer, the clean rows' classes, the ranges and the suspects.
     assert c.ctx.cost.forwards == 1 + 150 + int(labels.bincount().clamp(max=30).sum()) + len(p.data)
     again: Any = method.run(case(train=p.data))
@@ -158,7 +158,7 @@ def test_a_run_is_made_of_these_parts() -> None:
     assert about == {"site": "body.stage3"} and place(net, to_float(data.images[:1])) == "body.stage3"
 
     pool = to_float(c.clean.images)
-    labels, a = look(net, "body.stage3", pool)
+    labels, a = labelled(net, "body.stage3", pool)
     with evaluating(net), torch.no_grad():
         assert torch.equal(a, net.body.stage3(net.body.stage2(net.body.stage1((pool - 0.5) / 0.5))))
         assert torch.equal(labels, net(pool).argmax(1))
@@ -171,7 +171,7 @@ def test_a_run_is_made_of_these_parts() -> None:
         assert torch.allclose(tensors["high"][k], high.float(), rtol=1e-5, atol=1e-6)
         assert float(tensors["threshold"][k]) == pytest.approx(float(threshold), rel=1e-3)
 
-    labels, a = look(net, "body.stage3", to_float(data.images))
+    labels, a = labelled(net, "body.stage3", to_float(data.images))
     g = torch.cat(list(grams(a, 2)))
     for i in (0, 7, 299):
         k = int(labels[i])

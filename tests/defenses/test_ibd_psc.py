@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from sleeperbench import ModelSpec, Role
 from sleeperbench.contracts import NotApplicable
-from sleeperbench.defenses.ibd_psc import IBDPSC, norms
+from sleeperbench.defenses.ibd_psc import IBDPSC
 from sleeperbench.evaluators.detection import auroc
 from sleeperbench.kit.classifier import Classifier, build, pack
+from sleeperbench.kit.gates import channels
 from sleeperbench.kit.pixels import to_float
 
 
@@ -60,7 +61,7 @@ def slow(net: Classifier, x: Tensor, ks: list[int], factor: float) -> list[float
 
 def test_psc_is_the_mean_probability_of_the_label_in_copies_with_larger_weights() -> None:
     net = residual()
-    assert len(norms(net)) == 12
+    assert len(channels(net)) == 12
     before = pack(net).state
     x = to_float(samples.random_images(7, (3, 8, 8)).images)
     found = IBDPSC(factor=1.2).consistency(net, 3, x)

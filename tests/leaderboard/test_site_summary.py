@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from synthetic import cell_row
 
-from sleeperbench.leaderboard.summary import Board, boards, not_purified, role, tally, track, weak
+from sleeperbench.leaderboard.summary import Board, benign, boards, not_purified, role, tally, track, weak
 from sleeperbench.leaderboard.tracks import MEASURED
 
 KEPT = {"kind": "", "reasr_net": None, **dict.fromkeys(MEASURED)}
@@ -112,6 +112,12 @@ def test_an_attack_that_did_not_implant_enters_no_mean(more: dict[str, Any]) -> 
 def test_rates_are_settings_of_their_own_and_clean_models_are_none() -> None:
     b = board(cell("badnets", "ft", 0), cell("badnets", "ft", 1, rate=0.01), cell("none", "ft", 0))
     assert b.settings == ["badnets at 1 %", "badnets at 10 %"]
+
+
+def test_hard_negatives_are_clean_models_too() -> None:
+    cells = [cell("none", "ft", 0), cell("none~1ce2b1", "ft", 0), cell("badnets", "ft", 0)]
+    assert [benign(c) for c in cells] == [True, True, False]
+    assert board(*cells).settings == ["badnets at 10 %"]
 
 
 @pytest.mark.parametrize("column", ["suite", "protocol", "dataset", "arch", "clean_source"])
