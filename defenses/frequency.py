@@ -63,6 +63,7 @@ class Frequency(Defense):
         "micro": {"rounds": 1, "epochs": 1},
         "effort": ["rounds", "epochs"],
         "scores": True,
+        "prepares": True,
         "traverses": False,
         "presumes": "a trigger that looks like one of five made-up kinds in the cosine transform",
     }
@@ -78,8 +79,8 @@ class Frequency(Defense):
         if min(self.rounds, self.epochs, self.batch) < 1 or self.lr <= 0:
             raise ValueError("rounds, epochs, batch and lr must be positive")
 
-    def run(self, case: Case) -> Outcome:
-        """The trained detector, as the second phase needs it.
+    def prepare(self, case: Case) -> tuple[Mapping[str, Tensor], Any]:
+        """The trained detector, which needs no model.
 
         Raises:
             NotApplicable: no clean rows, or images too small for the detector.
@@ -100,7 +101,12 @@ class Frequency(Defense):
             log = fit(net, both, recipe, replace(ctx, seed=ctx.derive("round", i)), hooks=hooks)
             losses.append(round(log.losses[-1], 4))
         state = {name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}
-        return Outcome(state=(state, {"shape": list(clean.shape)}), chosen={"losses": losses})
+        return state, {"shape": list(clean.shape), "losses": losses}
+
+    def run(self, case: Case) -> Outcome:
+        """The detector, as the second phase needs it."""
+        state, about = case.prepared
+        return Outcome(state=(state, {"shape": about["shape"]}), chosen={"losses": about["losses"]})
 
     def score(self, state: tuple[Mapping[str, Tensor], Any], net: Any, x: Tensor) -> Tensor:
         """Logit of triggered minus that of clean, (N,); above 0 is an alarm."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
+
+from torch import Tensor
 
 from sleeperbench import Access, Defense, Outcome
-from sleeperbench.contracts import Case
-from sleeperbench.kit.classifier import Classifier, build
+from sleeperbench.contracts import Case, Model
+from sleeperbench.kit.classifier import Classifier, build, load, pack
 from sleeperbench.kit.slices import Settings, isolate, outcome
 from sleeperbench.kit.train import fit
 
@@ -56,10 +59,11 @@ class IsTr(Defense):
         "Jianjin and Li, Qi and Zhu, Hongliang and Shen, Zongliang and Fu, Anmin}, "
         "journal={arXiv preprint arXiv:2508.04094}, year={2025}}",
         "kind": "inversion",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"steps": 6, "step": 0.1, "labels": 1, "reference_steps": 6},
         "effort": ["steps", "labels", "reference_steps"],
+        "prepares": True,
         "traverses": False,
         "presumes": "all images or all of a class with the same trigger; nothing of its size, place or number",
     }
@@ -78,14 +82,23 @@ class IsTr(Defense):
     def __post_init__(self) -> None:
         Settings.of(self)
 
+    def prepare(self, case: Case) -> tuple[Mapping[str, Tensor], Any]:
+        """Weights of the benign reference; none where differential slices are not asked for."""
+        return (trained(case, self.reference_steps) if self.dms else {}), None
+
     def run(self, case: Case) -> Outcome:
         """Verdict with a score per label, pairs, and the triggers of claimed labels; `chosen` shows how it came."""
-        reference = trained(case, self.reference_steps) if self.dms else None
-        return outcome(isolate(case, reference, Settings.of(self)), natural=self.natural)
+        found = isolate(case, benign(case) if self.dms else None, Settings.of(self))
+        return outcome(found, natural=self.natural)
 
 
-def trained(case: Case, steps: int) -> Classifier:
-    """A benign model of the same architecture, trained on all clean rows by the suite's recipe."""
+def trained(case: Case, steps: int) -> Mapping[str, Tensor]:
+    """Weights of a benign model of the same architecture, trained on all clean rows by the suite's recipe."""
     net = build(case.spec, seed=case.ctx.derive("reference"))
     fit(net, case.clean, replace(case.recipe, batch=128), case.ctx, steps=steps)
-    return net
+    return pack(net).state
+
+
+def benign(case: Case) -> Classifier:
+    """The benign model that `trained` gave the weights of."""
+    return load(Model(spec=case.spec, state=case.prepared[0]), case.ctx.device)

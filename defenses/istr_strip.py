@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sleeperbench import Access, Defense, Outcome
 from sleeperbench.contracts import Case, NotApplicable, QueryNet
-from sleeperbench.defenses.istr import trained
+from sleeperbench.defenses.istr import benign, trained
 from sleeperbench.defenses.strip import Strip
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.predict import evaluating
@@ -51,12 +51,13 @@ class IsTrStrip(Defense):
         "Jianjin and Li, Qi and Zhu, Hongliang and Shen, Zongliang and Fu, Anmin}, "
         "journal={arXiv preprint arXiv:2508.04094}, year={2025}}",
         "kind": "detection",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"overlays": 8, "steps": 6, "labels": 1, "reference_steps": 6},
         "effort": ["overlays", "steps", "labels", "reference_steps"],
         "scores": True,
         "traverses": False,
+        "prepares": True,
         "presumes": "a trigger that survives blending, the same on all images",
     }
     ACCESS = Access(clean=0.05)
@@ -76,6 +77,10 @@ class IsTrStrip(Defense):
         """STRIP as it is used here; its score is -H."""
         return Strip(overlays=self.overlays, mode="blend", alpha=self.alpha, frr=self.frr)
 
+    def prepare(self, case: Case) -> tuple[Mapping[str, Tensor], Any]:
+        """Weights of IsTr's benign reference."""
+        return trained(case, self.reference_steps), None
+
     def run(self, case: Case) -> Outcome:
         """Overlays and threshold for the second phase, and IsTr's verdict.
 
@@ -84,8 +89,7 @@ class IsTrStrip(Defense):
         """
         if not len(case.tune) or not len(case.val):
             raise NotApplicable(f"too_few_clean_rows: {len(case.clean)}")
-        reference = trained(case, self.reference_steps)
-        found = isolate(case, reference, Settings.of(self))
+        found = isolate(case, benign(case), Settings.of(self))
         order = torch.randperm(len(case.tune), generator=case.ctx.generator("overlays"))
         overlays = case.tune.images[order[: self.overlays]]
         x = to_float(case.val.images).to(case.ctx.device)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -67,6 +68,7 @@ class MNTD(Defense):
         "api": 1,
         "micro": {"shadows": 2, "validation": 1, "steps": 2, "batch": 32, "epochs": 2, "repeats": 1},
         "effort": ["shadows", "validation", "steps", "epochs", "repeats"],
+        "prepares": True,
         "traverses": False,
         "presumes": "a trigger whose traces are like those of blended squares and pictures",
     }
@@ -87,8 +89,8 @@ class MNTD(Defense):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
-    def run(self, case: Case) -> Outcome:
-        """The verdict.
+    def prepare(self, case: Case) -> tuple[Mapping[str, Tensor], Any]:
+        """Steps 1 and 2 and the threshold, which need no model: meta-classifiers that judge any.
 
         Raises:
             NotApplicable: fewer than two clean rows.
@@ -116,11 +118,27 @@ class MNTD(Defense):
             aurocs.append(best)
         with torch.no_grad():
             own = torch.stack([torch.stack([m(ask(i)) for m in metas]).mean() for i in held])
-            score = float(torch.stack([m(lambda x: case.net(x).log()) for m in metas]).mean())
         ctx.cost.forwards += len(held) * self.queries * self.repeats
-        threshold = float(own.double().quantile(0.5))
-        about = {"validation_auroc": [round(a, 4) for a in aurocs], "shadows": 2 * self.shadows}
-        return Outcome(verdict=Verdict(score=score, threshold=threshold), chosen=about)
+        weights = {f"{r}.{k}": v.cpu().contiguous() for r, m in enumerate(metas) for k, v in m.state_dict().items()}
+        return weights, {
+            "threshold": float(own.double().quantile(0.5)),
+            "validation_auroc": [round(a, 4) for a in aurocs],
+            "shadows": 2 * self.shadows,
+        }
+
+    def run(self, case: Case) -> Outcome:
+        """The verdict, step 3."""
+        weights, about = case.prepared
+        with torch.no_grad():
+            logits = []
+            for r in range(self.repeats):
+                own = {k.partition(".")[2]: v for k, v in weights.items() if k.startswith(f"{r}.")}
+                with torch.random.fork_rng(devices=[]):  # first weights are drawn, and replaced
+                    meta = Meta(own["queries"], case.spec.classes, self.hidden)
+                meta.load_state_dict(own)
+                logits.append(meta.to(case.ctx.device)(lambda x: case.net(x).log()))
+        verdict = Verdict(score=float(torch.stack(logits).mean()), threshold=about["threshold"])
+        return Outcome(verdict=verdict, chosen={k: about[k] for k in ("validation_auroc", "shadows")})
 
     def shadow(self, case: Case, i: int, *, poisoned: bool) -> Shadow:
         """A network trained on the clean rows, with a backdoor of its own if `poisoned`."""

@@ -26,7 +26,10 @@ SHARES = (
     *("asr_oracle", "c_acc_oracle"),
 )
 """Shown in %."""
-PLAIN = ("det_score", "apd", "apd_raw", "apd_rel", "psnr", "ssim", "linf", "ra_k")
+PLAIN = (
+    *("det_score", "apd", "apd_raw", "apd_rel", "psnr", "ssim", "linf", "ra_k"),
+    *("cost_forwards", "cost_backwards", "cost_queries", "cpu_seconds"),
+)
 ATTACKED = ("c_acc_attacked", "asr_attacked")
 HEAD = "## Measured"
 
@@ -67,6 +70,8 @@ def _lines(rows: list[dict[str, Any]], attacked: dict[str, dict[str, float]]) ->
         line = lines.setdefault(r["cell"], {"flags": r["flag"]})
         if not r["qualifier"] and r["value"] is not None:
             line[r["metric"]] = r["value"]
+            if r["metric"] == "cost_forwards":  # whose row carries the defense's own time
+                line["cpu_seconds"] = r["cpu_seconds"]
     for cell, line in lines.items():
         line |= attacked.get(cell, {})
     return lines

@@ -85,6 +85,16 @@ def _cost(task: Mapping[str, Any]) -> tuple[str, ...]:
     return task["evaluator"] or "not recorded", *numbers, (task["task_key"] or "unknown")[:16]
 
 
+def _took(views: Views, cell: Mapping[str, Any]) -> str:
+    """What the cell's defense took, in words; empty where nobody measured it."""
+    n, t = views.medians([cell])
+    if not n:
+        return ""
+    time = f"{words.number(t['seconds'], False)} s ({words.number(t['cpu_seconds'], False)} s of processor time)"
+    images = f"{t['forwards']:,.0f} images forward, {t['backwards']:,.0f} backward, {t['queries']:,.0f} asked about"
+    return f"{time}, {words.number(t['peak_mb'], False)} MB at most, {images}"
+
+
 def _machine(views: Views, tasks: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, str, str], ...]:
     """What the tasks ran on: each answer once, which is one answer in nearly all cells."""
     ran_on = {(t["device"], t["threads"], t["precision"], t["env"], t["dist"], t["dist_version"]) for t in tasks}
@@ -124,6 +134,7 @@ def _cell(
         "empty": [(why, views.same(tuple(heads))) for why, heads in empty.items()],
         "measured": [_measurement(views, m) for m in measured],
         "tasks": [_cost(t) for t in tasks],
+        "took": _took(views, c),
         "machine": _machine(views, tasks),
         "media": shown,
         "curves": [*shown.curves, *media.measured_curves(measured, shown.curves)],

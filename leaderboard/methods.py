@@ -173,7 +173,7 @@ def _standings(views: Views, name: str) -> list[dict[str, Any]]:
 
 
 def _cost(rows: Sequence[Row]) -> str:
-    """Wall time of a cell's evaluations."""
+    """Wall time of all that was measured on a cell."""
     seconds = [r.cell["seconds"] for r in rows if r.cell["seconds"] is not None and r.cell["status"] == "ok"]
     if not seconds:
         return ""
@@ -183,6 +183,19 @@ def _cost(rows: Sequence[Row]) -> str:
         else ""
     )
     return f"median {words.number(statistics.median(seconds), False)} s{ends}, over {len(seconds)} measured cells"
+
+
+def _took(views: Views, name: str) -> list[tuple[Any, ...]]:
+    """What a defense took on a model: (board, label, cells, medians) per board and setting of its parameters."""
+    found = []
+    for b in views.boards:
+        for d in b.defenses:
+            if plugin_id(d) == name and (known := views.medians(b.of_defense[d]))[0]:
+                n, half = known
+                times = [words.number(half[k], False) for k in ("seconds", "cpu_seconds", "peak_mb")]
+                counts = [f"{half[k]:,.0f}" for k in ("forwards", "backwards", "queries")]
+                found.append((b.title, d, n, *times, *counts))
+    return found
 
 
 def _fields(views: Views, rows: Sequence[Row], kind: str, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,6 +212,7 @@ def _fields(views: Views, rows: Sequence[Row], kind: str, name: str, entry: Mapp
         else "",
         "seeds": [str(s) for s in seeds[:30]] + ["and more"] * (len(seeds) > 30),
         "cost": _cost(rows),
+        "took": _took(views, name) if kind == "defense" else [],
         "sources": sorted({r.cell["clean_source"] for r in rows} - {""}) if kind == "defense" else [],
         "gate": _gate(views, name, info) if kind == "attack" and name != NONE else [],
     }
@@ -285,5 +299,5 @@ def _intro(context: Mapping[str, Any]) -> int:
     zoo = sum(paging.figure(f) for z in context["zoos"] for _, some in z.lines for f in some)
     zoo += sum(c.weight for z in context["zoos"] for c in z.curves)
     gates = sum(900 + 60 * len(g["seeds"]) for g in context["gate"])
-    lines = itertools.chain(context["standings"], context["sheet"])
+    lines = itertools.chain(context["standings"], context["sheet"], context["took"])
     return settings + text + zoo + gates + sum(1100 for _ in lines)

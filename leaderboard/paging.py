@@ -79,4 +79,4 @@ def figure(f: Shown) -> int:
 def mean_row(line: MeanRow) -> int:
     """About how many bytes a line of means takes."""
     named = 420 + 2 * size(line.name) + len(line.href) + sum(60 + size(a) + size(b) for a, b in line.badges)
-    return named + sum(map(figure, line.figures))
+    return named + sum(map(figure, (*line.figures, line.took)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -36,6 +37,8 @@ from sleeperbench.leaderboard.tables import Results, plain
 from sleeperbench.leaderboard.tracks import LEADING, METRICS, NOTHING, judge
 from sleeperbench.leaderboard.words import Shown
 
+TOOK = ("seconds", "cpu_seconds", "peak_mb", "forwards", "backwards", "queries")
+"""What a defense took, as the rows of evaluator `cost` carry it."""
 MEASURED_AS = {"o_asr": "asr"}
 """Headline columns whose measurement has another name."""
 
@@ -70,6 +73,7 @@ class MeanRow:
     asked: int
     tally: Mapping[str, int]
     figures: tuple[Shown, ...]
+    took: Shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +148,30 @@ class Views:
             key = tuple(m[n] or "" for n in (*BOARD, "defense"))
             found.setdefault(key, []).append(m)
         return found
+
+    @cached_property
+    def costs(self) -> Mapping[str, Mapping[str, float]]:
+        """Cell -> what its defense took, where evaluator `cost` measured it."""
+        rows = self.results.measurements
+        whole = pc.and_(pc.equal(rows["metric"], "cost_forwards"), pc.equal(pc.fill_null(rows["qualifier"], ""), ""))
+        known = rows.filter(pc.and_(whole, pc.is_valid(rows["value"]))).select(["cell", *TOOK])
+        return {r["cell"]: r for r in plain(known) if None not in r.values()}
+
+    def medians(self, cells: Sequence[Cell]) -> tuple[int, Mapping[str, float]]:
+        """Of how many cells it is known what the defense took, and the median of each part."""
+        known = [self.costs[c["cell"]] for c in cells if c["cell"] in self.costs]
+        return len(known), {k: statistics.median(r[k] for r in known) for k in TOOK if known}
+
+    def took(self, cells: Sequence[Cell]) -> Shown:
+        """What a defense took on a model: processor seconds, and beneath them its work in images."""
+        n, half = self.medians(cells)
+        if not n:
+            return words.missing("cpu_seconds", "not_run: no evaluator of the suite measures it")
+        images = {"forward": half["forwards"], "backward": half["backwards"], "asked about": half["queries"]}
+        title = f"median of {n} cells; {words.number(half['seconds'], False)} s of wall time; images: "
+        title += ", ".join(f"{v:,.0f} {k}" for k, v in images.items())
+        note = f"{words.number(sum(images.values()), False)} images"
+        return Shown("cpu_seconds", words.number(half["cpu_seconds"], False), repr(half["cpu_seconds"]), title, note)
 
     def share(self, metric: str) -> bool:
         """Whether a metric is printed as per cent."""
@@ -319,7 +347,8 @@ class Views:
             badges.append((f"{count['not_purified']} not purified", terms.FLAG_WORDS["not_purified"]))
         figures = tuple(mean_shown(m, self.share(m.metric)) for m in means)
         kind = role(cells[0]) if cells else "defense"
-        return MeanRow(name, link, kind, tuple(badges), len(covered), len(asked), count, figures)
+        took = self.took(cells)
+        return MeanRow(name, link, kind, tuple(badges), len(covered), len(asked), count, figures, took)
 
     def by_track(
         self, board: Board, metrics: Sequence[str], defenses: Sequence[str]

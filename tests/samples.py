@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,3 +115,9 @@ def rendered(answer: list[int], labels: list[int], targets: list[int], trigger_i
         targets=torch.as_tensor(targets),
         trigger_id=torch.as_tensor(trigger_id or [0] * len(targets)),
     )
+
+
+def judged(method: Any, case: Any) -> Any:
+    """The outcome of a defense that prepares, both phases."""
+    case.prepared = method.prepare(case)
+    return method.run(case)

@@ -34,7 +34,7 @@ class Case(Protocol):
 
     `clean` is its clean rows; `tune` and `val` are one fixed split of them, 80 to 20. `train` is the shuffled training
     set. `inner` is the wrapped defense's outcome, for wrappers, and `spent` what its run cost. `marks` (N,) are the
-    `Mark`s of the rows of `train`, for oracles that declare both.
+    `Mark`s of the rows of `train`, for oracles that declare both. `prepared` is what `prepare` returned.
     """
 
     net: Any
@@ -48,6 +48,7 @@ class Case(Protocol):
     inner: Outcome
     spent: Cost
     marks: Tensor
+    prepared: tuple[Mapping[str, Tensor], Any]
     recipe: Recipe
     ctx: Ctx
 
@@ -114,10 +115,20 @@ class Defense(Method):
     `ACCESS` is what it receives. `REQUIRES` names what the architecture must have (`bn`, `conv`, `linear_head`);
     without it the cell is `not_applicable`. One that judges (INFO kinds `detection`, `inversion`, `cleansing`) says in
     INFO whether it `traverses` the classes, each as a possible target in turn, and what it `presumes` of the trigger.
+
+    Work that needs no model, such as training shadow models, belongs into `prepare`: with `"prepares": True` in INFO it
+    is done once for all models of a data set, architecture and seed.
     """
 
     ACCESS: ClassVar[Access] = Access()
     REQUIRES: ClassVar[frozenset[str]] = frozenset()
+
+    def prepare(self, case: Case) -> tuple[Mapping[str, Tensor], Any]:
+        """What `run` finds as `case.prepared`: tensors and JSON. This case has clean rows, spec, recipe and ctx alone.
+
+        It has the seed of `run`, so what both draw under one name is the same.
+        """
+        raise NotImplementedError  # abstract
 
     @abstractmethod
     def run(self, case: Case) -> Outcome:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sleeperbench.contracts.access import Needs
 from sleeperbench.contracts.attack import Backdoor
-from sleeperbench.contracts.context import Ctx, Recipe
+from sleeperbench.contracts.context import Cost, Ctx, Recipe
 from sleeperbench.contracts.defense import Outcome
 from sleeperbench.contracts.method import Method
 from sleeperbench.contracts.models import Model, ModelSpec
@@ -115,7 +115,9 @@ class EvalCase(Protocol):
     an input detector's second-phase scores, `beside` (N, S) the statistics that it gave with them (None without any),
     `asked` (N,) says which of those images were triggered; all are None where the defense has no second phase or the
     attack no trigger. `stamps` are uint8 images with recovered triggers that are
-    the inverter's own code: `<i>.test` and `<i>.probe`, like `test` and `probe`, for `outcome.inverted[i]`.
+    the inverter's own code: `<i>.test` and `<i>.probe`, like `test` and `probe`, for `outcome.inverted[i]`. `spent` is
+    what the defense's tasks counted: `run`, `prepare`, `wrapped` (`wrapped2`, ... where a wrapper wraps another),
+    `wrapped_prepare` and `score`.
     """
 
     net: nn.Module
@@ -144,6 +146,7 @@ class EvalCase(Protocol):
     beside: Tensor | None
     asked: Tensor | None
     stamps: Mapping[str, Tensor]
+    spent: Mapping[str, Cost]
     recipe: Recipe
     is_defended: bool
     ctx: Ctx

@@ -44,6 +44,7 @@ DEFENSE_PARTS = (
     "inner",
     "spent",
     "marks",
+    "prepared",
     "recipe",
     "ctx",
 )
@@ -74,6 +75,7 @@ EVAL_PARTS = (
     "beside",
     "asked",
     "stamps",
+    "spent",
     "recipe",
     "is_defended",
     "ctx",

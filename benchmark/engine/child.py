@@ -96,7 +96,18 @@ def open_case(folder: Path, about: dict[str, Any]) -> Any:
         parts["inner"] = lambda: artifacts.read_outcome(box / "inner")
     if access["inner"] == "cost":
         parts["spent"] = lambda: Cost(**about["spent"])
+    parts["prepared"] = lambda: _prepared(box)
     return Declared(f"ACCESS of {about['plugin']}", parts, DEFENSE_PARTS)
+
+
+def _prepared(box: Path) -> Any:
+    from sleeperbench.contracts.defense import UndeclaredAccess
+    from sleeperbench.engine import artifacts
+
+    # Asked for when it is opened: the judge of methods stages it in between.
+    if not (box / "prepared").is_dir():
+        raise UndeclaredAccess('prepared is there for methods alone whose INFO says `"prepares": True`')
+    return artifacts.read_outcome(box / "prepared").state
 
 
 def asked(folder: Path, about: dict[str, Any], cost: Any) -> Any:
@@ -180,6 +191,7 @@ def main(folder: Path, share: float) -> None:
         import numpy as np
         import torch
 
+        from sleeperbench.contracts.defense import Outcome
         from sleeperbench.contracts.method import NotApplicable
         from sleeperbench.engine import artifacts
         from sleeperbench.engine.loading import be_deterministic, load_class
@@ -197,6 +209,8 @@ def main(folder: Path, share: float) -> None:
             method = load_class(about["value"]).from_params(about["method"])
             if about["what"] == "run":
                 _write(folder / "out", method.run(case))
+            elif about["what"] == "prepare":
+                _write(folder / "out", Outcome(state=method.prepare(case)))
             elif about["what"] == "stamp":
                 artifacts.write_tensors(folder / "out" / "stamps.safetensors", _stamps(folder, method, about))
             else:

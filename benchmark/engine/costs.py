@@ -15,7 +15,7 @@ from sleeperbench.engine.graph import Plan
 from sleeperbench.engine.store import write_atomic
 from sleeperbench.engine.task import Task
 
-PRIOR = {"attack": 60.0, "defense": 30.0, "answer": 10.0, "evaluate": 5.0}
+PRIOR = {"attack": 60.0, "prepare": 60.0, "defense": 30.0, "answer": 10.0, "evaluate": 5.0}
 """Seconds assumed while nothing of the kind has run: only their order matters."""
 WINDOW = 8
 """A mean forgets: each new task weighs at least one part in so many."""

@@ -213,20 +213,21 @@ class Planner:
             inputs[f"reference{i}"] = self.clean(ds, arch, seed, first + i)
         if Registry.split_wrapper(v.id)[0]:
             inputs["inner"] = self.defense(ds, arch, self.inner(v), seed, attack, group, oracle)
-        return self.add(
-            Task(
-                kind="defense",
-                name=v.id,
-                version=self.version("defense", v.id),
-                params=self.defense_params(ds, arch, v, seed),
-                seed=self.seed("defense", v.id, ds, seed),
-                numerics=self.numerics(),
-                inputs=inputs,
-                role="view",
-                timeout=self.suite.budget["task_seconds"],
-            ),
-            group,
+        task = Task(
+            kind="defense",
+            name=v.id,
+            version=self.version("defense", v.id),
+            params=self.defense_params(ds, arch, v, seed),
+            seed=self.seed("defense", v.id, ds, seed),
+            numerics=self.numerics(),
+            inputs=inputs,
+            role="view",
+            timeout=self.suite.budget["task_seconds"],
         )
+        if self.info("defense", Registry.split_wrapper(v.id)[0] or v.id).get("prepares"):
+            prepared = self.add(task.preparation(), group)
+            task = replace(task, inputs={**inputs, "prepared": prepared})
+        return self.add(task, group)
 
     @once
     def seed(self, kind: str, plugin: str, ds: str, seed: int) -> int:
@@ -278,6 +279,8 @@ class Planner:
             inputs["answer"] = self.answer(ds, arch, seed, at)
         if "inverted" in needs.outcome and self.second_phase(at.variant.id, "stamps"):
             inputs["stamps"] = self.answer(ds, arch, seed, at, phase="stamp")
+        if "cost" in needs.outcome:
+            inputs |= self.parts(at.defense)
         for peer in (*needs.peers, *v.params.get("peers", ())):
             d = self.default("defense", peer)
             inputs[f"peer.{peer}"] = self.defense(ds, arch, d, seed, at.attack, at.group)
@@ -298,6 +301,21 @@ class Planner:
             ),
             "" if own else at.group,
         )
+
+    @once
+    def parts(self, defense: str) -> dict[str, str]:
+        """The tasks that a defense's task builds on: `prepare`, and of a wrapper `wrapped`, `wrapped_prepare`, ..."""
+        found: dict[str, str] = {}
+        prefix, depth = "", 1
+        while inputs := self.plan.tasks[defense].inputs:
+            if "prepared" in inputs:
+                found[f"{prefix}prepare"] = inputs["prepared"]
+            if "inner" not in inputs:
+                break
+            name = f"wrapped{depth if depth > 1 else ''}"
+            found[name] = defense = inputs["inner"]
+            prefix, depth = f"{name}_", depth + 1
+        return found
 
     @once
     def surrogate(self, ds: str, name: str, seed: int, at: _At) -> str:

@@ -47,6 +47,7 @@ def measured(
     """
     result, task = manifest["result"], manifest["task"]
     stage = "attacked" if cell.is_control else "defended"
+    used = result.get("spent", result)  # evaluator `cost` measures the defense, and so do these columns of its rows
     rows = []
     for m in findings["rows"]:
         value = m["value"]
@@ -67,11 +68,11 @@ def measured(
                 "upper": upper,
                 "status": "failed" if bad else "not_applicable" if value is None else "ok",
                 "reason": reason,
-                "seconds": result["seconds"],
-                "cpu_seconds": result["cpu_seconds"],
-                "peak_mb": result["peak_mb"],
-                **{k: result["cost"][k] for k in ("forwards", "backwards", "queries")},
-                "device": result["device"],
+                "seconds": used["seconds"],
+                "cpu_seconds": used["cpu_seconds"],
+                "peak_mb": used["peak_mb"],
+                **{k: used["cost"][k] for k in ("forwards", "backwards", "queries")},
+                "device": used["device"],
                 "threads": task["numerics"]["threads"],
                 "precision": task["numerics"]["precision"],
                 "method_version": task["version"],

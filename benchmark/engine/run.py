@@ -357,7 +357,7 @@ class Run:
             if user not in self.queue.pending:
                 continue
             own = [r for r, k in self.plan.tasks[user].inputs.items() if k == key]
-            if any(r in ("attack", "defense", "inner", "oracle", "answer") for r in own):
+            if any(r in ("attack", "prepared", "defense", "inner", "oracle", "answer") for r in own):
                 self.fail(user, status, reason)
             else:
                 what = f"{self.plan.tasks[key].kind} {self.names[key]}: {reason}"
@@ -378,11 +378,11 @@ class Run:
 
     def values(self, task: Task) -> dict[str, str]:
         """Entry-point values that the worker of a task needs: its plugin's, and that of a live attack."""
-        kind = {"evaluate": "evaluator", "answer": "defense"}.get(task.kind, task.kind)
+        kind = {"evaluate": "evaluator", "answer": "defense", "prepare": "defense"}.get(task.kind, task.kind)
         chain = self.registry.chain(kind, task.name)  # type: ignore[arg-type]
         plugin = chain[0]
         values = {task.name: " ".join(p.value for p in chain) if task.kind == "attack" else plugin.value}
-        if task.kind == "defense":
+        if task.kind in ("prepare", "defense"):
             values["requires"] = " ".join(sorted(plugin.blueprint.requires))
         for role in ("attack", "oracle"):
             live = task.params.get("access", {}).get("oracle") or task.params.get("needs", {}).get("trigger") == "live"

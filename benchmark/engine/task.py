@@ -6,11 +6,12 @@ import hashlib
 import hmac
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from sleeperbench import PROTOCOL
+from sleeperbench.contracts.access import Access
 
 PUBLIC_SECRET = "sleeperbench public suites 1"
 """Published secret of public suites: anyone can repeat them, and anyone can regenerate their triggers."""
@@ -50,7 +51,8 @@ class Task:
     """One cached step.
 
     Args:
-        kind: `attack`, `defense`, `answer` (a defense's second phase) or `evaluate`.
+        kind: `attack`, `prepare` (what a defense does before it sees a model), `defense`, `answer` (a defense's second
+            phase) or `evaluate`.
         name: Plugin id.
         version: The plugin's `version`.
         params: Everything else that determines the result and is not an input: the method's parameters, data, recipe.
@@ -61,7 +63,7 @@ class Task:
         timeout: Seconds of wall time; not part of the key.
     """
 
-    kind: Literal["attack", "defense", "answer", "evaluate"]
+    kind: Literal["attack", "prepare", "defense", "answer", "evaluate"]
     name: str
     version: int
     params: Any
@@ -76,6 +78,11 @@ class Task:
         """sha256 over kind, name, version, params, seed, numerics, inputs and protocol."""
         names = ("kind", "name", "version", "params", "seed", "numerics")
         return digest({n: getattr(self, n) for n in names} | {"inputs": dict(self.inputs), "protocol": PROTOCOL})
+
+    def preparation(self) -> Task:
+        """Of a defense's task: that of its `prepare`, which is the same for every model."""
+        access = asdict(Access(model="none", clean=self.params["access"]["clean"]))
+        return replace(self, kind="prepare", params=self.params | {"access": access}, inputs={})
 
     def to_json(self) -> dict[str, Any]:
         """JSON form; `from_json` reads it back."""

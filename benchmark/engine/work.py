@@ -11,7 +11,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -311,20 +311,33 @@ class Work:
 
     # ---- defense ---------------------------------------------------------------------------------------------------
     def _defense(self, task: Task, values: Mapping[str, str], out: Path, cost: Cost, log: Path) -> dict[str, Any]:
-        p, access = task.params, task.params["access"]
-        spec = ModelSpec.from_json(p["spec"])
-        missing = sorted(set(values.get("requires", "").split()) - traits(spec))
+        spec, access = ModelSpec.from_json(task.params["spec"]), task.params["access"]
+        with self._first(task, values, "run", cost, log) as (folder, usage):
+            artifacts.write_outcome(out, self._checked(artifacts.read_outcome(folder / "out"), spec, access, folder))
+            return usage
+
+    def _prepare(self, task: Task, values: Mapping[str, str], out: Path, cost: Cost, log: Path) -> dict[str, Any]:
+        """What a defense does before it sees a model; an outcome whose state is the answer."""
+        with self._first(task, values, "prepare", cost, log) as (folder, usage):
+            artifacts.write_outcome(out, Outcome(state=artifacts.read_outcome(folder / "out").state))
+            return usage
+
+    @contextlib.contextmanager
+    def _first(
+        self, task: Task, values: Mapping[str, str], what: str, cost: Cost, log: Path
+    ) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """A fresh child of a defense that does `what`: its folder, while it is there, and what it used."""
+        missing = sorted(set(values.get("requires", "").split()) - traits(ModelSpec.from_json(task.params["spec"])))
         if missing:
             raise Failed("not_applicable", f"needs_{missing[0]}")
         # Below the system's temporary folder, not the store's: the path of a case must lead nowhere.
         folder = Path(tempfile.mkdtemp(prefix="case-", dir=self.cases))
         try:
             about = self._stage(task, values, folder)
-            artifacts.write_json(folder / "in" / "case.json", about | {"what": "run"})
-            answer, usage = self._child(folder, log, task.timeout, self.desk(folder, access, task.inputs["attack"]))
-            outcome = self._checked(artifacts.read_outcome(folder / "out"), spec, access, folder)
-            artifacts.write_outcome(out, outcome)
-            return _spent(cost, answer, usage)
+            artifacts.write_json(folder / "in" / "case.json", about | {"what": what})
+            desk = self.desk(folder, task.params["access"], task.inputs.get("attack", ""))
+            answer, usage = self._child(folder, log, task.timeout, desk)
+            yield folder, _spent(cost, answer, usage)
         finally:
             remove(folder)
 
@@ -381,7 +394,7 @@ class Work:
             "value": values[task.name],
             "method": p["method"],
             "access": access,
-            "spec": self.model(task.inputs["attack"]).spec.to_json(),
+            "spec": self.model(task.inputs["attack"]).spec.to_json() if "attack" in task.inputs else p["spec"],
             "recipe": p["recipe"] | {"precision": task.numerics["precision"]},
             "seed": task.seed,
             "device": str(self.device),
@@ -416,6 +429,9 @@ class Work:
             artifacts.write_outcome(
                 _made(box / "inner"), artifacts.read_outcome(self.store.fetch(task.inputs["inner"]))
             )
+        if task.kind == "defense" and "prepared" in task.inputs:
+            prepared = artifacts.read_outcome(self.store.fetch(task.inputs["prepared"]))
+            artifacts.write_outcome(_made(box / "prepared"), prepared)
         if access["inner"] == "cost":
             about["spent"] = self.store.manifest(task.inputs["inner"])["result"]["cost"]
         return about
@@ -551,7 +567,15 @@ class Work:
         # Beside the findings, so that rows need no other artifact, which may be gone by then.
         if "attack" not in task.inputs:  # a zoo has many
             return {"rate_actual": None}
-        return {"rate_actual": self.store.manifest(task.inputs["attack"])["result"]["rate_actual"]}
+        spent = {"spent": _together(self._used(task))} if "cost" in task.params["needs"]["outcome"] else {}
+        return {"rate_actual": self.store.manifest(task.inputs["attack"])["result"]["rate_actual"], **spent}
+
+    def _used(self, task: Task) -> dict[str, dict[str, Any]]:
+        """What the tasks of the defense under `task` took, by phase."""
+        inputs = task.inputs
+        parts = {r: r for r in inputs if r.startswith(("prepare", "wrapped"))}
+        roles = {"run": "defense"} | parts | {"score": "answer"}
+        return {phase: self.store.manifest(inputs[r])["result"] for phase, r in roles.items() if r in inputs}
 
     def eval_case(self, task: Task, values: Mapping[str, str], scratch: Path, cost: Cost) -> Any:
         """What the evaluator declared, opened when asked for."""
@@ -619,6 +643,8 @@ class Work:
             parts["answers"] = lambda: answer()["scores"] if "answer" in inputs else None
             parts["beside"] = lambda: answer().get("beside") if "answer" in inputs else None
             parts["asked"] = lambda: answer()["triggered"] if "answer" in inputs else None
+        if "cost" in needs["outcome"]:
+            parts["spent"] = lambda: {p: Cost(**r["cost"]) for p, r in self._used(task).items()}
         if "inverted" in needs["outcome"]:
             parts["stamps"] = lambda: (
                 artifacts.read_tensors(self.store.fetch(inputs["stamps"]) / "stamps.safetensors")
@@ -673,6 +699,18 @@ def _spent(cost: Cost, answer: Mapping[str, Any], usage: Mapping[str, Any]) -> d
     for name in vars(cost):
         setattr(cost, name, max(0, int(answer["cost"].get(name, 0))))
     return {"child_cpu": usage["cpu_seconds"], "child_mb": usage["peak_mb"]}
+
+
+def _together(used: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What several tasks took as if they were one: sums, and of memory the largest."""
+    each = list(used.values())
+    return {
+        "cost": {name: sum(u["cost"][name] for u in each) for name in vars(Cost())},
+        "seconds": sum(u["seconds"] for u in each),
+        "cpu_seconds": sum(u["cpu_seconds"] for u in each),
+        "peak_mb": max(u["peak_mb"] for u in each),
+        "device": " ".join(sorted({u["device"] for u in each})),
+    }
 
 
 def _made(path: Path) -> Path:

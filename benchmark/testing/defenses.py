@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import weakref
 from typing import Any
 
@@ -148,14 +149,21 @@ def stamp_images(s: Subject) -> None:
 def child(s: Subject) -> str:
     """Run it as a benchmark run does."""
     o, at = s.answer(), stage(BASE)
-    task = s.task(at)
-    folder, about = at.staged(task, s.value)
-    artifacts.write_json(folder / "in" / "case.json", about | {"what": "run"})
-    try:
-        usage = at.child(folder, CHILD_SECONDS, MEMORY_MB << 20)
-    except Refused as e:
-        raise Failed(f"{e.status}: {e.reason}") from e
-    hold(usage["peak_mb"] <= MEMORY_MB, f"its peak is {usage['peak_mb']:.0f} MB")
+    task, used = s.task(at), list[dict[str, Any]]()
+    early = {"prepare": task.preparation()} if s.info.get("prepares") else {}
+    folder = at.place()
+    for what, part in {**early, "run": task}.items():
+        before = folder
+        folder, about = at.staged(part, s.value)
+        if used:
+            shutil.copytree(before / "out", folder / "in" / "prepared")
+        artifacts.write_json(folder / "in" / "case.json", about | {"what": what})
+        try:
+            used.append(at.child(folder, CHILD_SECONDS, MEMORY_MB << 20))
+        except Refused as e:
+            raise Failed(f"{e.status}: {e.reason}") from e
+    peak = max(u["peak_mb"] for u in used)
+    hold(peak <= MEMORY_MB, f"its peak is {peak:.0f} MB")
     unlike = differ(o, artifacts.read_outcome(folder / "out"), "the outcome")
     hold(not unlike, f"in the child {unlike}")
-    return f"{usage['cpu_seconds']:.1f} processor seconds, {usage['peak_mb']:.0f} MB"
+    return f"{sum(u['cpu_seconds'] for u in used):.1f} processor seconds, {peak:.0f} MB"

@@ -182,7 +182,8 @@ def process_untouched(s: Subject) -> None:
 @check(
     "access",
     "defense evaluator",
-    what="Only what ACCESS or NEEDS declares is opened; training set, references, oracle and inner are not idle.",
+    what="Only what ACCESS or NEEDS declares is opened; training set, references, oracle, inner "
+    "and what was prepared are not idle.",
     remedy="Declare what you open; take out of ACCESS what you never open, since it puts the row into another track.",
 )
 def access(s: Subject) -> str | None:
@@ -197,6 +198,8 @@ def access(s: Subject) -> str | None:
         parts = ("train", "references", "oracle", "inner")
         idle = [n for n in parts if declared[n] and not through.get(n, {n}) & set(run.opened)]
         hold(not idle, f"ACCESS declares {', '.join(idle)}, which the run never opens")
+        lazy = s.info.get("prepares") and "prepared" not in run.opened
+        hold(not lazy, "INFO['prepares'] is True, and the run never opens `prepared`")
     return "opens " + (", ".join(sorted(run.opened)) or "nothing")
 
 

@@ -111,6 +111,8 @@ def _cell(subject: Subject, needs: Needs, at: Stage, situation: str) -> dict[str
         inputs[f"evaluator.{other}"] = reads.findings(at, "no_trigger" if quiet else reads.situation)
     if "scores" in needs.outcome and attack == at.attacked:
         inputs["answer"] = at.kept("answer", {"attack": attack}, lambda f: _answer(at, f))
+    if "cost" in needs.outcome:
+        inputs["wrapped"] = _outcome(at, "repaired", attack)
     for name in (*needs.peers, *subject.params.get("peers", ())):
         inputs[f"peer.{name}"] = _outcome(at, "repaired", attack)
     for name in (*needs.surrogates, *subject.params.get("surrogates", ())):

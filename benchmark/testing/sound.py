@@ -156,8 +156,10 @@ def _fits(s: Subject, o: Outcome) -> None:
     if kind in ANSWERS:
         words, has = ANSWERS[kind]
         hold(has(o), f"INFO['kind'] is {kind!r}, but the answer holds no more than {_parts(o)}: it needs {words}")
-    own = {n for n in ("score", "stamp", "predict") if getattr(s.cls, n) is not getattr(Defense, n)}
+    own = {n for n in ("prepare", "score", "stamp", "predict") if getattr(s.cls, n) is not getattr(Defense, n)}
     hold(bool(s.info.get("scores")) == ("score" in own), "INFO['scores'] is True if and only if score() is written")
+    early = bool(s.info.get("prepares"))
+    hold(early == ("prepare" in own), "INFO['prepares'] is True if and only if prepare() is written")
     hold("score" not in own or o.state is not None, "score() is written, but the outcome gives it no state")
     hold(not o.opaque or "predict" in own, "the outcome is opaque, but predict() is not written")
     hold(bool(s.info.get("stamps")) == ("stamp" in own), "INFO['stamps'] is True if and only if stamp() is written")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from sleeperbench.contracts.attack import Attack, Backdoor, PoisonedSet
 from sleeperbench.contracts.context import Ctx
-from sleeperbench.contracts.defense import Defense
+from sleeperbench.contracts.defense import Defense, Outcome
 from sleeperbench.contracts.evaluator import Evaluator
 from sleeperbench.engine import artifacts
 from sleeperbench.engine.blueprint import SNAPSHOTS
@@ -167,15 +168,30 @@ class Subject:
         lacks = sorted(self.cls.REQUIRES - traits(at.variant.spec))  # type: ignore[attr-defined]
         if lacks:
             return Run(declined=f"needs_{lacks[0]}")
-        staged = at.staged(self.task(at), self.value)
+        task = self.task(at)
+        staged = at.staged(task, self.value)
         case = at.case(staged)
+        if not self.info.get("prepares"):
+            return after(observe(lambda: self._asked(at).run(case), turn), case, at.case(staged))
+        early = at.staged(task.preparation(), self.value)
+        first = at.case(early)
 
         def work() -> Any:
-            method = self.method()
-            ask(method, at.variant)
+            method = self._asked(at)
+            prepared = Outcome(state=method.prepare(first))
+            (staged[0] / "in" / "prepared").mkdir()
+            artifacts.write_outcome(staged[0] / "in" / "prepared", prepared)
             return method.run(case)
 
-        return after(observe(work, turn), case, at.case(staged))
+        whole = observe(work, turn)
+        before, run = after(whole, first, at.case(early)), after(whole, case, at.case(staged))
+        return replace(run, touched=before.touched or run.touched, opened=before.opened | run.opened)
+
+    def _asked(self, at: Stage) -> Any:
+        """An instance that did not refuse."""
+        method = self.method()
+        ask(method, at.variant)
+        return method
 
     def task(self, at: Stage) -> Any:
         """A defense's task, with the outcome of what it wraps."""
@@ -198,8 +214,11 @@ class Subject:
 
     def findings(self, at: Stage, situation: str) -> str:
         """Key of an evaluator's findings on a staged cell, for those that read them."""
-        answer = self.run(at.variant, 0, situation).answer
-        if answer is None:
-            raise Skipped(f"{self} has no findings there, which its own checks report")
-        about = {"of": self.value, "in": situation}
-        return at.kept("findings", about, lambda folder: artifacts.write_findings(folder, answer))
+
+        def write(folder: Path) -> None:
+            answer = self.run(at.variant, 0, situation).answer
+            if answer is None:
+                raise Skipped(f"{self} has no findings there, which its own checks report")
+            artifacts.write_findings(folder, answer)
+
+        return at.kept("findings", {"of": self.value, "in": situation}, write)

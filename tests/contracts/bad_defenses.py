@@ -152,6 +152,33 @@ class Idle(Halved):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreparesInVain(Halved):
+    """Prepares what its run never opens."""
+
+    INFO = {
+        "title": "t",
+        "paper": "",
+        "bibtex": "",
+        "version": 1,
+        "api": 1,
+        "kind": "repair",
+        "micro": {"factor": 0.5},
+        "prepares": True,
+    }
+
+    def prepare(self, case):
+        return {"mean": case.clean.images.float().mean(0)}, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparesTooMuch(PreparesInVain):
+    """Looks at the model while it prepares."""
+
+    def prepare(self, case):
+        return dict(case.net.state_dict()), None
+
+
+@dataclass(frozen=True, kw_only=True)
 class NeedsNorm(Halved):
     """Takes BatchNorm for granted."""
 

@@ -48,6 +48,8 @@ BAD = [
     ("process_untouched", bad_defenses.StopsGradients, "the grad mode"),
     ("access", bad_defenses.Greedy, "train is not declared"),
     ("access", bad_defenses.Idle, "declares references"),
+    ("access", bad_defenses.PreparesInVain, "never opens `prepared`"),
+    ("access", bad_defenses.PreparesTooMuch, "net is not declared"),
     ("access", bad_evaluators.Nosy, "attacked is not declared"),
     ("architectures", bad_defenses.NeedsNorm, "on micro_nobn"),
     ("shapes", bad_defenses.Rgb, "no snake_case word"),

@@ -138,7 +138,7 @@ def test_unseen_triggers_stand_out_and_runs_repeat() -> None:
     whole = samples.digits()
     clean = replace(whole["pool"], images=whole["pool"].images[:, :, ::2, ::2].contiguous())
     method = Frequency(rounds=3, epochs=4, lr=2.0)
-    outcome = method.run(case(clean))
+    outcome = samples.judged(method, case(clean))
     x = to_float(whole["test"].images[:120, :, ::2, ::2])
     white = x.clone()
     white[:, :, 6:, 6:] = 1
@@ -148,15 +148,15 @@ def test_unseen_triggers_stand_out_and_runs_repeat() -> None:
     assert torch.allclose(alone, scores[1][:3], atol=1e-4)
     assert len(outcome.chosen["losses"]) == 3 and outcome.chosen["losses"][2] < outcome.chosen["losses"][0]
     short = Frequency(rounds=1, epochs=1)
-    first, again = (short.run(case(clean.rows(torch.arange(30)))).state[0] for _ in range(2))
+    first, again = (short.prepare(case(clean.rows(torch.arange(30))))[0] for _ in range(2))
     assert all(torch.equal(first[k], again[k]) for k in first)
 
 
 def test_what_it_declines_and_refuses() -> None:
     clean = samples.random_images(4, (1, 7, 7))
     with pytest.raises(NotApplicable, match="images_too_small: 7"):
-        Frequency().run(case(clean))
+        Frequency().prepare(case(clean))
     with pytest.raises(NotApplicable, match="too_few_clean_rows"):
-        Frequency().run(case(replace(clean.rows(torch.arange(0)))))
+        Frequency().prepare(case(replace(clean.rows(torch.arange(0)))))
     with pytest.raises(ValueError, match="rounds"):
         Frequency(rounds=0)

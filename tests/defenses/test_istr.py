@@ -2,18 +2,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import samples
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sleeperbench import Outcome, Role
 from sleeperbench.defenses import istr as module
-from sleeperbench.defenses.istr import IsTr, trained
+from sleeperbench.defenses.istr import IsTr, benign, trained
 from sleeperbench.defenses.unlearn import Unlearn
 from sleeperbench.evaluators.ra import measure_asr
 from sleeperbench.kit import slices
@@ -28,21 +28,23 @@ def case(net: nn.Module | None = None, **parts: Any) -> Any:
     clean = samples.digits()["probe"]
     tune, val = clean.rows(torch.arange(200)), clean.rows(torch.arange(200, 250))
     about = {"net": net, "spec": net.spec, "clean": clean, "tune": tune, "val": val, "recipe": samples.RECIPE}
-    return SimpleNamespace(**about | {"ctx": samples.ctx(3)} | parts)
+    found = SimpleNamespace(**about | {"ctx": samples.ctx(3)} | parts)
+    if "prepared" not in parts:
+        found.prepared = reference(), None
+    return found
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_rows() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slices, "_MAPPED", 6)
-        patch.setattr(module, "trained", lambda c, steps: reference())
         yield
 
 
 @functools.cache
-def reference() -> nn.Module:
+def reference() -> Mapping[str, Tensor]:
     """The same for all: trained on the same rows with the same seed."""
-    return trained(case(), 100)
+    return trained(case(prepared=None), 100)
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +156,9 @@ def test_it_repeats_and_touches_nothing(attacked: Outcome) -> None:
 
 def test_the_reference_knows_the_task() -> None:
     test = samples.digits()["test"]
-    right = predict(reference(), test.images).argmax(1) == test.labels
+    right = predict(benign(case()), test.images).argmax(1) == test.labels
     assert float(right.float().mean()) > 0.7
-    assert not torch.equal(reference().state_dict()["body.head.weight"], case().net.state_dict()["body.head.weight"])
+    assert not torch.equal(reference()["body.head.weight"], case().net.state_dict()["body.head.weight"])
 
 
 def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def test_inputs_with_the_true_trigger_stand_out(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(module, "isolate", watched)
     c, method = case(), IsTrStrip(overlays=12, labels=1, reference_steps=60)
-    outcome = method.run(c)
+    outcome = samples.judged(method, c)
     assert outcome.chosen["claimed"] == [0]
     assert outcome.chosen["trigger_label"] == 0
     assert outcome.verdict.score > outcome.verdict.threshold

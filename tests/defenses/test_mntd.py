@@ -195,7 +195,7 @@ def test_the_verdict_tells_poisoned_from_benign_models(tmp_path: Path, monkeypat
             asked.append(len(x))
             return model(x).softmax(1).detach()
 
-        outcome = method.run(case(tmp_path, answer))
+        outcome = samples.judged(method, case(tmp_path, answer))
         assert asked == [10, 10] and outcome.chosen["validation_auroc"] == [1.0, 1.0]
         scores.append((outcome.verdict.score, outcome.verdict.threshold))
     assert scores[0][0] < scores[0][1] == scores[1][1] < scores[1][0]
@@ -232,4 +232,4 @@ def test_shadows_are_trained_on_the_rows_and_on_a_trigger_of_their_own(
 def test_rank_and_refusal(tmp_path: Path) -> None:
     assert auroc(torch.tensor([1.0, 2, 2]), torch.tensor([2.0, 0])) == pytest.approx((1 + 1.5 + 1.5) / 6)
     with pytest.raises(NotApplicable, match="too_few_clean_rows: 1"):
-        MNTD().run(case(tmp_path, clean=samples.random_images(1)))
+        MNTD().prepare(case(tmp_path, clean=samples.random_images(1)))

@@ -229,8 +229,8 @@ PLACES = {
 }
 
 
-def look() -> tuple[dict[str, torch.Tensor], None]:
-    return {n: torch.tensor(sorted(f()), dtype=torch.int64) for n, f in PLACES.items()}, None
+def look(*places: str) -> tuple[dict[str, torch.Tensor], None]:
+    return {n: torch.tensor(sorted(PLACES[n]()), dtype=torch.int64) for n in places}, None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +242,7 @@ class Snoop(Defense):
 
     def run(self, case):
         given = case.net, case.clean, case.tune, case.val
-        found = look()
+        found = look(*PLACES)
         return Outcome(state=found, chosen={"given": len(given)})
 
 
@@ -255,5 +255,5 @@ class Oracle(Defense):
 
     def run(self, case):
         held = case.oracle
-        found = look()
+        found = look("objects", "frames", "working_folder")
         return Outcome(state=found, chosen={"given": len(held.triggers)})

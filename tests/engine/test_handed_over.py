@@ -39,6 +39,25 @@ def test_the_twin_has_the_same_attack_and_another_training(make_plan: Any) -> No
     assert {k for k in own.params if own.params[k] != twin.params[k]} == {"replica"}
 
 
+def test_the_planner_names_every_task_that_a_defense_consists_of(make_plan: Any) -> None:
+    plan = make_plan(evaluators=["cost"], defenses=["none", "strip", "unlearn:neural_cleanse"])
+    seen = {}
+    for cell in plan.cells:
+        (e,) = cell.evaluations
+        inputs = plan.tasks[e.key].inputs
+        seen[cell.identity["attack"], cell.identity["defense"]] = set(inputs) - {"attack", "defense"}
+        if "wrapped" in inputs:
+            assert plan.tasks[inputs["wrapped"]].name == "neural_cleanse"
+    assert seen == {
+        ("none", "none"): set(),
+        ("none", "strip"): set(),
+        ("none", "unlearn:neural_cleanse"): {"wrapped"},
+        ("badnets", "none"): set(),
+        ("badnets", "strip"): {"answer"},
+        ("badnets", "unlearn:neural_cleanse"): {"wrapped"},
+    }
+
+
 def staged(access: Access, inner: Outcome | None = None) -> Any:
     at = stage(BASE)
     return at.case(at.staged(at.task("probe", access, {}, inner), PLANTED))
