@@ -343,7 +343,8 @@ class Planner:
     @once
     def keeps_model(self, defense: str) -> bool:
         """Whether a defense only judges: what wakes a backdoor would find the undefended model again."""
-        return ":" not in defense and self.info("defense", defense)["kind"] in JUDGES
+        wrapper, inner = Registry.split_wrapper(defense)
+        return self.info("defense", wrapper or inner)["kind"] in JUDGES
 
     @once
     def second_phase(self, plugin: str, what: str) -> bool:

@@ -51,6 +51,7 @@ def optimise_masks(
     success: float,
     stop_after: int,
     at_once: int = 0,
+    start: tuple[Tensor, Tensor] | None = None,
 ) -> Masks:
     """Per target, the smallest mask and pattern that send all images there (Wang et al., S&P 2019).
 
@@ -82,6 +83,7 @@ def optimise_masks(
         stop_after: Passes; see above.
         at_once: Targets per pass through the net, at least one; 0 takes as many as the device likes. It changes the
             masks by rounding alone: what takes targets one after another pays for each of them.
+        start: Masks (K, 1, H, W) and patterns (K, C, H, W) between 0 and 1 to start from in place of uniform noise.
 
     Returns:
         Kept masks on the CPU; where none was kept, those of the last pass, with a norm of NaN.
@@ -97,7 +99,8 @@ def optimise_masks(
     x, aims = to_float(images.to(device)), targets.to(device)
     k, (c, h, w) = len(targets), images.shape[1:]
     gen = ctx.generator("masks")
-    u, v = (_raw(torch.rand(k, n, h, w, generator=gen)).to(device).requires_grad_() for n in (1, c))
+    first = start or [torch.rand(k, n, h, w, generator=gen) for n in (1, c)]
+    u, v = (_raw(share).to(device).requires_grad_() for share in first)
     adam = torch.optim.Adam([u, v], lr=lr, betas=(0.5, 0.9))
     kept_u, kept_v = u.detach().clone(), v.detach().clone()
     schedule = _Schedule(k, weight, factor, patience, success, stop_after, device)

@@ -349,9 +349,13 @@ def test_too_many_rows(make_plan: Any) -> None:
         make_plan(tail="[dataset.digits]\ntrain = 5000\n")
 
 
+JUDGING = ("strip", "refine:neural_cleanse")
+
+
 def test_what_only_judges_is_spared_the_reactivation_attacks(make_plan: Any) -> None:
-    plan = make_plan(evaluators=["accuracy", "ra"], defenses=["none", "strip", "unlearn:neural_cleanse"])
-    judged = {e.evaluator: e for e in cell(plan, "badnets@0.1", "strip").evaluations}
-    assert judged["accuracy"].key
-    assert (judged["ra"].key, judged["ra"].reason.partition(":")[0]) == ("", "model_unchanged")
+    plan = make_plan(evaluators=["accuracy", "ra"], defenses=["none", *JUDGING, "unlearn:neural_cleanse"])
+    for defense in JUDGING:
+        judged = {e.evaluator: e for e in cell(plan, "badnets@0.1", defense).evaluations}
+        assert judged["accuracy"].key
+        assert (judged["ra"].key, judged["ra"].reason.partition(":")[0]) == ("", "model_unchanged")
     assert all(e.key for e in cell(plan, "badnets@0.1", "unlearn:neural_cleanse").evaluations)
