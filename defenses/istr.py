@@ -11,7 +11,8 @@ from torch import Tensor
 from sleeperbench import Access, Defense, Outcome
 from sleeperbench.contracts import Case, Model
 from sleeperbench.kit.classifier import Classifier, build, load, pack
-from sleeperbench.kit.slices import Settings, isolate, outcome
+from sleeperbench.kit.isolation import outcome
+from sleeperbench.kit.slices import Settings, isolate
 from sleeperbench.kit.train import fit
 
 

@@ -8,7 +8,8 @@ from typing import Literal
 from sleeperbench import Access, Defense, Outcome
 from sleeperbench.contracts import Case
 from sleeperbench.kit.classifier import load
-from sleeperbench.kit.slices import Settings, isolate, outcome
+from sleeperbench.kit.isolation import outcome
+from sleeperbench.kit.slices import Settings, isolate
 
 
 @dataclass(frozen=True, kw_only=True)

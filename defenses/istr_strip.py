@@ -14,9 +14,10 @@ from sleeperbench import Access, Defense, Outcome
 from sleeperbench.contracts import Case, NotApplicable, QueryNet
 from sleeperbench.defenses.istr import benign, trained
 from sleeperbench.defenses.strip import Strip
+from sleeperbench.kit.isolation import told, verdict
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.predict import evaluating
-from sleeperbench.kit.slices import Settings, isolate, told, verdict
+from sleeperbench.kit.slices import Settings, isolate
 
 
 @dataclass(frozen=True, kw_only=True)

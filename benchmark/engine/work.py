@@ -21,15 +21,15 @@ import torch
 from sleeperbench.contracts.attack import Backdoor, PoisonedSet, Role
 from sleeperbench.contracts.context import Cost, Ctx, Recipe, derive
 from sleeperbench.contracts.defense import Outcome
-from sleeperbench.contracts.evaluator import Findings, Peer
 from sleeperbench.contracts.method import NotApplicable
 from sleeperbench.contracts.models import Model, ModelSpec
 from sleeperbench.data.images import ImageSet
 from sleeperbench.engine import artifacts
 from sleeperbench.engine.casefiles import Unusable, answer_bytes, check_answer, read_plain, remove
-from sleeperbench.engine.cases import EVAL_PARTS, Declared
+from sleeperbench.engine.evaluation import opened, together, used
 from sleeperbench.engine.lease import Leases
 from sleeperbench.engine.loading import load_attack, load_class, make_attack
+from sleeperbench.engine.outcomes import Failed, checked
 from sleeperbench.engine.questions import Desk, queried
 from sleeperbench.engine.store import Store
 from sleeperbench.engine.syntax import of_plugin
@@ -49,14 +49,6 @@ Fork = Callable[[Path, Path, float], dict[str, Any]]
 
 class Leased(Exception):
     """Another living process computes this task."""
-
-
-class Failed(Exception):
-    """A defense's answer is unusable, or its process ended badly; carries the row's status and reason."""
-
-    def __init__(self, status: str, reason: str) -> None:
-        super().__init__(reason)
-        self.status, self.reason = status, reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +305,7 @@ class Work:
     def _defense(self, task: Task, values: Mapping[str, str], out: Path, cost: Cost, log: Path) -> dict[str, Any]:
         spec, access = ModelSpec.from_json(task.params["spec"]), task.params["access"]
         with self._first(task, values, "run", cost, log) as (folder, usage):
-            artifacts.write_outcome(out, self._checked(artifacts.read_outcome(folder / "out"), spec, access, folder))
+            artifacts.write_outcome(out, checked(artifacts.read_outcome(folder / "out"), spec, access, folder))
             return usage
 
     def _prepare(self, task: Task, values: Mapping[str, str], out: Path, cost: Cost, log: Path) -> dict[str, Any]:
@@ -517,41 +509,10 @@ class Work:
         artifacts.write_tensors(out / "stamps.safetensors", parts)
         return usage
 
-    def _checked(self, o: Any, spec: ModelSpec, access: Mapping[str, Any], folder: Path) -> Any:
-        """The outcome, after checks that its tensors have the right shapes and are finite."""
-        for name, model in [("the repaired model", o.model), *((f"candidate {n}", m) for n, m in o.path.items())]:
-            if model is None:
-                continue
-            if (model.spec.classes, model.spec.shape) != (spec.classes, spec.shape):
-                raise Failed("failed", f"wrong_shape: {name} is for {model.spec.classes} classes {model.spec.shape}")
-            # Another's architecture would be imported here, where the store is within reach.
-            if model.spec.arch != spec.arch and (":" in model.spec.arch or "/" in model.spec.arch):
-                raise Failed("failed", f"wrong_shape: {name} is a {model.spec.arch}, neither built in nor {spec.arch}")
-            bad = [k for k, v in model.state.items() if v.is_floating_point() and not bool(v.isfinite().all())]
-            if bad:
-                raise Failed("failed", f"nan: {name}'s {bad[0]} is not finite")
-            try:
-                load(model)
-            except Exception as e:
-                raise Failed("failed", f"wrong_shape: {name} cannot be rebuilt: {e}") from e
-        figures = [o.suspicion, *(getattr(i, n) for i in o.inverted for n in ("mask", "pattern", "delta"))]
-        if o.verdict is not None:
-            figures += [torch.tensor([o.verdict.score, o.verdict.threshold]), o.verdict.label_scores]
-        if any(f is not None and f.is_floating_point() and not bool(f.isfinite().all()) for f in figures):
-            raise Failed("failed", "nan: a figure of the answer is not finite")
-        for name in ("keep", "relabel", "suspicion"):
-            value = getattr(o, name)
-            if value is None:
-                continue
-            n = len(artifacts.read_images(folder / "in" / "train.safetensors")) if access["train"] else 0
-            if value.shape != (n,):
-                raise Failed("failed", f"wrong_shape: {name} is {tuple(value.shape)}, the training set has {n} rows")
-        return o
-
     # ---- evaluate --------------------------------------------------------------------------------------------------
     def _evaluate(self, task: Task, values: Mapping[str, str], out: Path, cost: Cost, log: Path) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="evaluate-", dir=self.cases) as scratch:
-            case = self.eval_case(task, values, Path(scratch), cost)
+            case = opened(self, task, values, Path(scratch), cost)
             method = load_class(values[task.name]).from_params(task.params["method"])
             try:
                 findings = method.measure(case)
@@ -567,104 +528,8 @@ class Work:
         # Beside the findings, so that rows need no other artifact, which may be gone by then.
         if "attack" not in task.inputs:  # a zoo has many
             return {"rate_actual": None}
-        spent = {"spent": _together(self._used(task))} if "cost" in task.params["needs"]["outcome"] else {}
+        spent = {"spent": together(used(self.store, task))} if "cost" in task.params["needs"]["outcome"] else {}
         return {"rate_actual": self.store.manifest(task.inputs["attack"])["result"]["rate_actual"], **spent}
-
-    def _used(self, task: Task) -> dict[str, dict[str, Any]]:
-        """What the tasks of the defense under `task` took, by phase."""
-        inputs = task.inputs
-        parts = {r: r for r in inputs if r.startswith(("prepare", "wrapped"))}
-        roles = {"run": "defense"} | parts | {"score": "answer"}
-        return {phase: self.store.manifest(inputs[r])["result"] for phase, r in roles.items() if r in inputs}
-
-    def eval_case(self, task: Task, values: Mapping[str, str], scratch: Path, cost: Cost) -> Any:
-        """What the evaluator declared, opened when asked for."""
-        p, inputs, needs = task.params, task.inputs, task.params["needs"]
-        rows = self.rows(p["data"])
-        outcome = functools.cache(lambda: artifacts.read_outcome(self.store.fetch(inputs["defense"])))
-        recipe = Recipe(**p["recipe"] | {"precision": task.numerics["precision"]})
-
-        def part(prefix: str) -> dict[str, str]:
-            return {r[len(prefix) :]: k for r, k in sorted(inputs.items()) if r.startswith(prefix)}
-
-        def findings(prefix: str) -> dict[str, Findings]:
-            return {n: artifacts.read_findings(self.store.fetch(k)) for n, k in part(prefix).items()}
-
-        def peers(prefix: str) -> tuple[Peer, ...]:
-            found = []
-            for name, key in part(prefix).items():
-                folder = self.store.fetch(key)
-                # An attacked model, which surrogates may be, has no outcome.
-                said = artifacts.read_outcome(folder) if (folder / "outcome.json").exists() else Outcome()
-                found.append(Peer(name=name, net=self.net(key), outcome=said))
-            return tuple(found)
-
-        parts: dict[str, Callable[[], Any]] = {
-            "spec": lambda: self.model(inputs["attack"]).spec,
-            "test": lambda: rows.test,
-            "probe": lambda: rows.probe,
-            "recipe": lambda: recipe,
-            "is_defended": lambda: p["defended"],
-            "ctx": lambda: Ctx(
-                seed=task.seed, recipe=recipe, scratch=scratch, device=self.device, cost=cost, progress=self.progress
-            ),
-            "controls": lambda: findings("control."),
-            "evaluators": lambda: findings("evaluator."),
-        }
-        if needs["scope"] == "zoo":
-            clean = part("clean").values()
-            keys = [inputs[f"zoo.{i}"] for i in range(len(p["cells"]))]
-            own = ("test", "probe", "recipe", "ctx")
-            parts = {name: parts[name] for name in own} | {"cells": lambda: Zoo(self.store, p["cells"], keys)}
-            if clean:
-                parts["clean_models"] = lambda: tuple(self.net(k) for k in clean)
-            return Declared(f"NEEDS of {task.name}", parts, EVAL_PARTS)
-        attack = self.store.fetch(inputs["attack"])
-        if "model" in needs["outcome"]:
-            if outcome().opaque:
-                raise Failed("not_applicable", "opaque_model")
-            parts["net"] = lambda: self.net(inputs["defense"])
-        if needs["outcome"]:
-            parts["outcome"] = outcome
-        if needs["undefended"]:
-            parts["attacked"] = lambda: self.net(inputs["attack"])
-        if needs["twin"]:
-            parts["twin"] = lambda: self.net(inputs["twin"]) if "twin" in inputs else None
-        if needs["lineage"]:
-            parts["descends"] = lambda: p["descends"]
-        if needs["clean_models"]:
-            parts["clean_models"] = lambda: tuple(self.net(k) for k in part("clean").values())
-        if needs["defended_clean"]:
-            parts["defended_clean"] = lambda: self.net(inputs["defended_clean"])
-        if "scores" in needs["outcome"]:
-            answer = functools.cache(
-                lambda: artifacts.read_tensors(self.store.fetch(inputs["answer"]) / "scores.safetensors")
-            )
-            parts["answers"] = lambda: answer()["scores"] if "answer" in inputs else None
-            parts["beside"] = lambda: answer().get("beside") if "answer" in inputs else None
-            parts["asked"] = lambda: answer()["triggered"] if "answer" in inputs else None
-        if "cost" in needs["outcome"]:
-            parts["spent"] = lambda: {p: Cost(**r["cost"]) for p, r in self._used(task).items()}
-        if "inverted" in needs["outcome"]:
-            parts["stamps"] = lambda: (
-                artifacts.read_tensors(self.store.fetch(inputs["stamps"]) / "stamps.safetensors")
-                if "stamps" in inputs
-                else {}
-            )
-        if part("peer."):
-            parts["peers"] = lambda: peers("peer.")
-        if part("surrogate."):
-            parts["surrogates"] = lambda: peers("surrogate.")
-        if needs["trigger"] != "none":
-            for name, data in (("bd_test", rows.test), ("bd_probe", rows.probe)):
-                parts[name] = functools.partial(artifacts.read_rendered, attack / f"{name}.safetensors", data)
-                decoy = name.replace("bd", "decoy")
-                parts[decoy] = functools.partial(artifacts.read_rendered, attack / f"{decoy}.safetensors", data)
-            for name in ("leak_test", "cover_test"):
-                parts[name] = functools.partial(artifacts.read_rendered, attack / f"{name}.safetensors", rows.test)
-        if needs["trigger"] == "live":
-            parts["oracle"] = lambda: self.backdoor(inputs["attack"], values)
-        return Declared(f"NEEDS of {task.name}", parts, EVAL_PARTS)
 
 
 def clean_rows(asked: float | int, granted: float | int, total: int) -> int:
@@ -681,36 +546,11 @@ def clean_rows(asked: float | int, granted: float | int, total: int) -> int:
     return round(pool * asked / STANDARD_CLEAN)
 
 
-class Zoo(Sequence[dict[str, Any]]):
-    """The cells of a zoo: what is told of each, and its outcome, which is read when asked for and not kept."""
-
-    def __init__(self, store: Store, told: Sequence[dict[str, Any]], keys: Sequence[str]) -> None:
-        self.store, self.told, self.keys = store, told, keys
-
-    def __len__(self) -> int:
-        return len(self.told)
-
-    def __getitem__(self, i: Any) -> Any:
-        return self.told[i] | {"outcome": artifacts.read_outcome(self.store.fetch(self.keys[i]))}
-
-
 def _spent(cost: Cost, answer: Mapping[str, Any], usage: Mapping[str, Any]) -> dict[str, Any]:
     """Take over what a child counted, which never is below 0; returns its processor seconds and memory."""
     for name in vars(cost):
         setattr(cost, name, max(0, int(answer["cost"].get(name, 0))))
     return {"child_cpu": usage["cpu_seconds"], "child_mb": usage["peak_mb"]}
-
-
-def _together(used: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What several tasks took as if they were one: sums, and of memory the largest."""
-    each = list(used.values())
-    return {
-        "cost": {name: sum(u["cost"][name] for u in each) for name in vars(Cost())},
-        "seconds": sum(u["seconds"] for u in each),
-        "cpu_seconds": sum(u["cpu_seconds"] for u in each),
-        "peak_mb": max(u["peak_mb"] for u in each),
-        "device": " ".join(sorted({u["device"] for u in each})),
-    }
 
 
 def _made(path: Path) -> Path:

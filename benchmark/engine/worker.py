@@ -162,8 +162,9 @@ def main() -> None:
 
 def _one(work: Any, task: Any, job: dict[str, Any]) -> dict[str, Any]:
     from sleeperbench.engine.child import describe
+    from sleeperbench.engine.outcomes import Failed
     from sleeperbench.engine.store import Damaged
-    from sleeperbench.engine.work import Failed, Leased
+    from sleeperbench.engine.work import Leased
 
     log = Path(job["log"])
     saved = os.dup(1), os.dup(2)

@@ -12,9 +12,9 @@ from torch import Tensor
 from sleeperbench.contracts import Outcome
 from sleeperbench.contracts.context import Cost
 from sleeperbench.engine import artifacts
+from sleeperbench.engine.outcomes import Failed as Refused
 from sleeperbench.engine.questions import SOCKET, Asked, Desk, queried
 from sleeperbench.engine.work import STATISTICS
-from sleeperbench.engine.work import Failed as Refused
 from sleeperbench.kit.classifier import load
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.predict import predict

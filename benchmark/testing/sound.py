@@ -21,7 +21,7 @@ from sleeperbench.contracts import (
     Role,
     Verdict,
 )
-from sleeperbench.engine.work import Failed as Refused
+from sleeperbench.engine.outcomes import Failed as Refused
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.testing.base import Failed, hold
 from sleeperbench.testing.hooked import hooked

@@ -21,6 +21,8 @@ from sleeperbench.data.cut import cut
 from sleeperbench.data.images import ImageSet
 from sleeperbench.engine import artifacts
 from sleeperbench.engine.child import open_case
+from sleeperbench.engine.evaluation import opened
+from sleeperbench.engine.outcomes import checked
 from sleeperbench.engine.store import Store
 from sleeperbench.engine.task import Task, digest
 from sleeperbench.engine.work import Rows, Work
@@ -201,12 +203,12 @@ class Stage(Work):
         Raises:
             engine.work.Failed: with the reason that a row would show.
         """
-        self._checked(outcome, self.variant.spec, task.params["access"], folder)
+        checked(outcome, self.variant.spec, task.params["access"], folder)
 
     # ---- evaluator -------------------------------------------------------------------------------------------------
     def evaluation(self, task: Task) -> Any:
         """What an evaluator is handed."""
-        return self.eval_case(task, {"planted": PLANTED}, self.place(), Cost())
+        return opened(self, task, {"planted": PLANTED}, self.place(), Cost())
 
 
 @functools.cache

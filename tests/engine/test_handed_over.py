@@ -11,8 +11,9 @@ import torch
 from sleeperbench.contracts import NotApplicable, Outcome
 from sleeperbench.contracts.access import Access
 from sleeperbench.engine import artifacts
+from sleeperbench.engine.outcomes import Failed
 from sleeperbench.engine.task import Task
-from sleeperbench.engine.work import Failed, Work
+from sleeperbench.engine.work import Work
 from sleeperbench.kit.planted import Planted
 from sleeperbench.testing.stage import BASE, COST, PLANTED, stage
 

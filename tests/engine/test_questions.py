@@ -18,8 +18,8 @@ from sleeperbench.contracts.context import Cost
 from sleeperbench.contracts.defense import Inverted, Outcome, UndeclaredAccess
 from sleeperbench.contracts.models import ModelSpec
 from sleeperbench.engine import artifacts, sandbox
+from sleeperbench.engine.outcomes import Failed
 from sleeperbench.engine.questions import BATCH, SOCKET, Asked, Desk
-from sleeperbench.engine.work import Failed
 from sleeperbench.engine.worker import ForkServer
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.testing.stage import BASE, PLANTED, Stage, stage

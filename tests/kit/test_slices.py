@@ -14,20 +14,19 @@ from torch.nn import functional as F
 
 from sleeperbench.evaluators.evidence import curve, sheet
 from sleeperbench.kit import slices
+from sleeperbench.kit.isolation import curves, outcome
 from sleeperbench.kit.slices import (
     Isolation,
     Settings,
     Slice,
     Trial,
     climb,
-    curves,
     gap_maps,
     isolate,
     label_scores,
     leaning,
     middle,
     mutation,
-    outcome,
     separation,
     suspected,
     thresholds,
