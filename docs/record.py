@@ -36,7 +36,8 @@ def provenance(run: Path, rows: list[dict]) -> dict:
     about = json.loads((run / "run.json").read_text())
     env = json.loads(next(r["env"] for r in rows if r["env"]))
     env.pop("source", None)  # of one method alone
-    cpu = {r["task_key"]: r["cpu_seconds"] for r in rows if r["cpu_seconds"] is not None}
+    spent = (r for r in rows if r["evaluator"] != "cost")  # its rows carry the defense's own time
+    cpu = {r["task_key"]: r["cpu_seconds"] for r in spent if r["cpu_seconds"] is not None}
     return {
         "suite": about["suite"]["name"],
         "protocol": about["protocol"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,20 @@ def absent(cells: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(f"{a} on {d} ({reason.partition(': ')[2]})" for d, a, reason in sorted(told))
 
 
+def took(rows: Sequence[Mapping[str, Any]], done: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[float]]:
+    """(data set, detector) -> core-seconds per model, as evaluator `cost` has them, or else of its own tasks `done`."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for r in rows:
+        if r["metric"] == "cost_forwards" and not r["qualifier"] and r["value"] is not None:
+            found.setdefault((r["dataset"], r["defense"]), []).append(r["cpu_seconds"])
+    own: dict[tuple[str, str], list[float]] = {}
+    for line in done:
+        if line["kind"] == "defense" and line["status"] == "ok":
+            dataset = line["name"].partition("/")[0]
+            own.setdefault((dataset, line["plugin"]), []).append(line["result"]["cpu_seconds"])
+    return own | found
+
+
 def main() -> int:
     """Write both files."""
     name, command, *folders = sys.argv[1:]
@@ -63,11 +77,8 @@ def main() -> int:
     flags: dict[tuple[str, str], set[str]] = {}
     for c in (c for c in cells if c["status"] == "ok"):
         flags.setdefault((c["dataset"], c["defense"]), set()).update(filter(None, c["flag"].split(";")))
-    seconds: dict[tuple[str, str], list[float]] = {}
-    for line in (json.loads(text) for run in runs for text in (run / "tasks.jsonl").read_text().splitlines()):
-        if line["kind"] == "defense" and line["status"] == "ok":
-            dataset = line["name"].partition("/")[0]
-            seconds.setdefault((dataset, line["plugin"]), []).append(line["result"]["cpu_seconds"])
+    done = (json.loads(text) for run in runs for text in (run / "tasks.jsonl").read_text().splitlines())
+    seconds = took(rows, done)
     out = [{k: r[k] for k in FIELDS} for figures in found.values() for r in figures.values()]
     (DOCS / "measured" / f"{name}.json").write_text(
         json.dumps({"command": command} | about | {"clean_kinds": clean, "rows": out}, indent=1) + "\n"
@@ -84,14 +95,14 @@ def main() -> int:
         if low and high and low["value"] is not None:
             auroc += f" ({100 * low['value']:.0f} to {100 * high['value']:.0f})"
         models = f"{f['det_tpr', '']['total']} + {f['det_fpr', '']['total']}"
-        took = seconds.get((dataset, detector), [])
-        cost = f"{statistics.median(took):.1f}" if took else ""
+        each = seconds.get((dataset, detector), [])
+        cost = f"{statistics.median(each):.1f}" if each else ""
         apart = [share(f.get(("det_fpr", f"clean={label}"))) for label in names]
         figures = [auroc, *(share(f.get((m, ""))) for m in ("det_bacc", "det_tpr", "det_fpr")), *apart, cost]
         figures.append("; ".join(sorted(flags.get((dataset, detector), set()))))
         text.append("| " + " | ".join([dataset, detector, models, *figures]) + " |")
-        each = [share(f.get(("det_auroc", f"attack={a}"))) for a in attacks]
-        by_attack.append("| " + " | ".join([dataset, detector, *each]) + " |")
+        per_attack = [share(f.get(("det_auroc", f"attack={a}"))) for a in attacks]
+        by_attack.append("| " + " | ".join([dataset, detector, *per_attack]) + " |")
     page = [
         *(
             "# Detectors over a zoo of models",
