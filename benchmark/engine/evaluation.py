@@ -96,7 +96,7 @@ def opened(work: Work, task: Task, values: Mapping[str, str], scratch: Path, cos
         )
     if part("peer."):
         parts["peers"] = lambda: peers("peer.")
-    if part("surrogate."):
+    if needs["surrogates"] or p["method"].get("surrogates"):
         parts["surrogates"] = lambda: peers("surrogate.")
     if needs["trigger"] != "none":
         for name, data in (("bd_test", rows.test), ("bd_probe", rows.probe)):

@@ -284,7 +284,8 @@ class Planner:
         for peer in (*needs.peers, *v.params.get("peers", ())):
             d = self.default("defense", peer)
             inputs[f"peer.{peer}"] = self.defense(ds, arch, d, seed, at.attack, at.group)
-        for surrogate in (*needs.surrogates, *v.params.get("surrogates", ())):
+        # Without a trigger there is nothing to transfer, and surrogates cost a training each.
+        for surrogate in (*needs.surrogates, *v.params.get("surrogates", ())) if at.group else ():
             inputs[f"surrogate.{surrogate}"] = self.surrogate(ds, surrogate, seed, at)
         # A calibration serves the defenses' cells alone, and trains: it waits for the gate as they do.
         own = not needs.calibration and (needs.scope == "attack" or at.variant.id == "none")

@@ -268,6 +268,8 @@ def test_surrogates_are_attacked_or_defended_models_of_other_architectures(make_
     other = plan.tasks[refreshed.inputs["attack"]]
     assert (other.kind, other.params["spec"]["arch"]) == ("attack", "timm:resnet18")
     assert other.key != attacked.key != at.attack_key
+    clean = plan.tasks[cell(plan, "none@0", "ft").evaluations[0].key]
+    assert not [r for r in clean.inputs if r.startswith("surrogate.")], "there is no trigger to transfer"
 
 
 def test_a_surrogate_of_an_unknown_defense_names_the_nearest(make_plan: Any) -> None:
