@@ -173,8 +173,15 @@ def reproduce(cell: Mapping[str, Any], suite: str) -> list[str]:
 
 
 def _settings(kind: str, plugin: str, params: Mapping[str, Any]) -> list[str]:
-    """KIND.ID.KEY=VALUE of every parameter; a wrapped plugin's stand beside its wrapper's."""
-    own = {k: v for k, v in params.items() if not (k == "inner" and ":" in plugin)}
-    inner = params["inner"] if ":" in plugin else {}
-    found = [f"{kind}.{plugin}.{k}={json.dumps(v)}" for k, v in sorted(own.items()) if v is not None]
-    return found + (_settings(kind, plugin, inner) if inner else [])
+    """KIND.ID.KEY=VALUE of every parameter; a wrapped plugin's stand beside its wrapper's.
+
+    A name that both have means the wrapper's, so the wrapped plugin's has its default and is left out.
+    """
+    flat: dict[str, Any] = {}
+    level: Any = params
+    while isinstance(level, Mapping):
+        inner = level.get("inner") if ":" in plugin else None
+        own = {k: v for k, v in level.items() if k != "inner" or not isinstance(inner, Mapping)}
+        flat = own | flat
+        level = inner
+    return [f"{kind}.{plugin}.{k}={json.dumps(v)}" for k, v in sorted(flat.items()) if v is not None]

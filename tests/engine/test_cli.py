@@ -125,17 +125,23 @@ def test_show(cli: Any, smoke: Any) -> None:
     assert f"did you mean `{cell}`" in unknown.err
 
 
-def test_a_changed_cell_is_asked_for_with_its_settings(cli: Any, smoke: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("ft", ["lr=0.5"]),
+        ("unlearn:neural_cleanse", ["steps=7", "epochs=3"]),  # of the wrapper, and of what it wraps
+        ("unlearn:neural_cleanse", ["lr=0.5"]),  # both have one
+    ],
+)
+def test_a_changed_cell_is_asked_for_with_its_settings(name: str, changed: list[str]) -> None:
     from sleeperbench.engine.registry import Registry
     from sleeperbench.engine.suite import Changes, build
     from sleeperbench.engine.task import canonical
     from sleeperbench.schema import reproduce
 
     registry = Registry.discover("none")
-    changes = Changes(
-        attacks=["badnets"], defenses=["ft"], settings=["attack.badnets.pattern=white", "defense.ft.lr=0.5"]
-    )
-    suite, _ = build("smoke", registry, changes)
+    settings = ["attack.badnets.pattern=white", *(f"defense.{name}.{s}" for s in changed)]
+    suite, _ = build("smoke", registry, Changes(attacks=["badnets"], defenses=[name], settings=settings))
     attack, defense = suite.attacks[-1], suite.defenses[-1]
     line = {
         "dataset": "digits",
@@ -150,7 +156,7 @@ def test_a_changed_cell_is_asked_for_with_its_settings(cli: Any, smoke: Any, tmp
     )
     sets = [argv[i + 1] for i, word in enumerate(argv) if word == "--set"]
     assert 'attack.badnets.pattern="white"' in sets
-    again, _ = build("smoke", registry, Changes(attacks=["badnets"], defenses=["ft"], settings=sets))
+    again, _ = build("smoke", registry, Changes(attacks=["badnets"], defenses=[name], settings=sets))
     assert [v.label for v in (again.attacks[-1], again.defenses[-1])] == [attack.label, defense.label]
 
 
