@@ -7,6 +7,7 @@ import math
 import shlex
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,18 @@ def _cost(task: Mapping[str, Any]) -> tuple[str, ...]:
     return task["evaluator"] or "not recorded", *numbers, (task["task_key"] or "unknown")[:16]
 
 
+@lru_cache(maxsize=1000)
+def _libraries(env: str) -> str:
+    """Names and versions of a task's `env`, without the digest of the evaluator's own source."""
+    try:
+        found = json.loads(env or "{}")
+    except (ValueError, RecursionError):
+        return env
+    if not isinstance(found, dict):
+        return env
+    return ", ".join(f"{k} {v}" for k, v in sorted(found.items()) if k != "source")
+
+
 def _took(views: Views, cell: Mapping[str, Any]) -> str:
     """What the cell's defense took, in words; empty where nobody measured it."""
     n, t = views.medians([cell])
@@ -97,7 +110,9 @@ def _took(views: Views, cell: Mapping[str, Any]) -> str:
 
 def _machine(views: Views, tasks: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, str, str], ...]:
     """What the tasks ran on: each answer once, which is one answer in nearly all cells."""
-    ran_on = {(t["device"], t["threads"], t["precision"], t["env"], t["dist"], t["dist_version"]) for t in tasks}
+    ran_on = {
+        (t["device"], t["threads"], t["precision"], _libraries(t["env"]), t["dist"], t["dist_version"]) for t in tasks
+    }
     answers = [sorted({str(a or "unknown") for a in column}) for column in zip(*ran_on, strict=True)]
     names = ("Device", "Threads", "Precision", "Libraries", "Distribution", "Version of the distribution")
     return views.same(tuple((name, "; ".join(found), "") for name, found in zip(names, answers, strict=bool(ran_on))))

@@ -170,7 +170,7 @@ class Views:
         images = {"forward": half["forwards"], "backward": half["backwards"], "asked about": half["queries"]}
         title = f"median of {n} cells; {words.number(half['seconds'], False)} s of wall time; images: "
         title += ", ".join(f"{v:,.0f} {k}" for k, v in images.items())
-        note = f"{words.number(sum(images.values()), False)} images"
+        note = f"{sum(images.values()):,.0f} images"
         return Shown("cpu_seconds", words.number(half["cpu_seconds"], False), repr(half["cpu_seconds"]), title, note)
 
     def share(self, metric: str) -> bool:

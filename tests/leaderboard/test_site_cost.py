@@ -11,6 +11,7 @@ from synthetic import cell_row, measurement, write_run
 
 from sleeperbench.leaderboard import names
 from sleeperbench.leaderboard.build import build
+from sleeperbench.leaderboard.entries import _libraries
 
 TOOK = {0: (12.0, 10.0, 100), 1: (64.0, 60.0, 900), 2: (22.0, 20.0, 300)}
 """Seed -> wall seconds, processor seconds and images forward of ft."""
@@ -76,3 +77,14 @@ def test_no_column_and_no_table_where_nobody_measured_it(tmp_path: Path) -> None
     plain = built(tmp_path, False)
     assert "cpu_seconds" not in figures(line(plain, "ft"))
     assert "What it takes" not in plain[f"defenses/{names.file_name('ft')}.html"].text
+
+
+def test_libraries_are_named_once_and_not_as_json(pages: dict[str, Page]) -> None:
+    page = pages[f"cells/{names.digest12('digits/small_resnet/badnets@0.1/ft/s1')}.html"]
+    assert "torch 2" in page.text
+    assert '{"torch"' not in page.text
+
+
+@pytest.mark.parametrize("env", ["", "no json", "[1]", '{"a": '])
+def test_an_odd_environment_is_shown_as_it_is(env: str) -> None:
+    assert _libraries(env) == env
