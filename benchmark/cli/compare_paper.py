@@ -54,8 +54,9 @@ def add_parser(sub: Any) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print the comparison."""
     from sleeperbench.engine.rows import read_table
-    from sleeperbench.published.judge import FAILS, HOLDS, NOT_RUN, Results, figures, judge
+    from sleeperbench.published.judge import FAILS, HOLDS, NOT_RUN, figures, judge
     from sleeperbench.published.paper import of_suite
+    from sleeperbench.published.results import Results
 
     paper = of_suite(args.suite)
     about = _about(args.results)

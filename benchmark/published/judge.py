@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sleeperbench.errors import BadInput
 from sleeperbench.leaderboard.stats import mean_over_attacks
 from sleeperbench.published.paper import TO, Choice, Claim, Comparison, Figure, Paper, Ref, Table
+from sleeperbench.published.results import RATELESS, Results, Series, Unit
 
 HOLDS, FAILS, NOT_RUN, OUTSIDE = "holds", "does not hold", "not run", "outside"
 """Verdicts. `outside` is a unit on which a claim's condition is not met: the claim does not speak of it."""
@@ -18,41 +17,12 @@ SAME = 1e-9
 """Figures nearer than this are equal: sums of other order differ in the last digits."""
 FEWEST = 3
 """A rank correlation is over so many points at least: that of two is always 1 or -1."""
-_RATELESS = ("none", "zoo")
 _CONTROLS = ("none", "clean_model")
-_COLUMNS = (
-    *("dataset", "arch", "attack", "attack_params", "rate", "defense", "defense_params", "seed", "metric"),
-    *("qualifier", "value", "status", "reason"),
-)
 _POOL: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": lambda v: math.fsum(v) / len(v),
     "min": min,
     "max": max,
 }
-
-
-@dataclass(frozen=True, order=True)
-class Unit:
-    """What is measured over seeds: one attack and one defense on one data set and architecture."""
-
-    dataset: str
-    arch: str
-    attack: str
-    rate: float
-    defense: str
-
-    def __str__(self) -> str:
-        rate = "" if self.attack in _RATELESS else f"@{self.rate:g}"
-        return f"{self.dataset}/{self.arch}/{self.attack}{rate}/{self.defense}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Series:
-    """Figures by seed, or why there are none."""
-
-    what: str
-    values: Mapping[int, float]
-    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,67 +50,6 @@ class Judged:
     def count(self, verdict: str) -> int:
         """Lines of one verdict."""
         return sum(line.verdict == verdict for line in self.lines)
-
-
-class Results:
-    """The figures of a run by unit, metric, qualifier and seed."""
-
-    def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        self._rows: dict[tuple[Unit, str, str], dict[int, list[Mapping[str, Any]]]] = {}
-        self.methods: dict[tuple[str, str], dict[str, Any]] = {}
-        self.units: set[Unit] = set()
-        for r in rows:
-            missing = [c for c in _COLUMNS if c not in r]
-            if missing:
-                raise BadInput(f"the table of measurements has no column `{missing[0]}`; run the suite again")
-            if not isinstance(r["seed"], int) or not isinstance(r["value"], (int, float, type(None))):
-                raise BadInput(f"the table of measurements has seed {r['seed']!r} and value {r['value']!r} in one row")
-            unit = Unit(r["dataset"], r["arch"], r["attack"], float(r["rate"] or 0.0), r["defense"])
-            self.units.add(unit)
-            self._rows.setdefault((unit, r["metric"], r["qualifier"] or ""), {}).setdefault(r["seed"], []).append(r)
-            for kind in ("attack", "defense"):
-                self.methods.setdefault((kind, r[kind]), _flat(r[f"{kind}_params"]))
-
-    def grounds(self) -> list[tuple[str, str]]:
-        """Every data set with every architecture that it was run on."""
-        return sorted({(u.dataset, u.arch) for u in self.units})
-
-    def rates(self, dataset: str, arch: str) -> list[float]:
-        """The poison rates there."""
-        here = (u for u in self.units if (u.dataset, u.arch) == (dataset, arch) and u.attack not in _RATELESS)
-        return sorted({u.rate for u in here})
-
-    def labels(self, kind: str, wanted: Ref, units: Iterable[Unit]) -> list[str]:
-        """Labels of the methods in `units` that a reference means."""
-        there = {getattr(u, kind) for u in units}
-        return sorted(label for label in there if wanted.fits(label, self.methods[kind, label]))
-
-    def series(self, unit: Unit, metric: str, qualifier: str) -> Series:
-        """What was measured on a unit, by seed; `{defense}` in a qualifier is the unit's own."""
-        qualifier = qualifier.replace("{defense}", unit.defense.partition("~")[0])
-        what = f"{unit}: {metric}" + (f"[{qualifier}]" if qualifier else "")
-        by_seed = self._rows.get((unit, metric, qualifier))
-        if by_seed is None:
-            known = unit in self.units
-            return Series(what=what, values={}, reason="not measured" if known else "no such cell in the run")
-        values: dict[int, float] = {}
-        reasons = []
-        for seed, rows in sorted(by_seed.items()):
-            found = {r["value"] for r in rows if r["status"] == "ok" and r["value"] is not None}
-            if any(isinstance(v, float) and not math.isfinite(v) for v in found):
-                reasons.append("the figure is not finite")
-            elif len(found) > 1:
-                reasons.append(f"seed {seed} has several figures")
-            elif found:
-                values[seed] = float(found.pop())
-            else:
-                reasons.append(f"{rows[0]['status']}: {rows[0]['reason']}".rstrip(": "))
-        return Series(what=what, values=values, reason="" if values else "; ".join(dict.fromkeys(reasons)))
-
-    def not_applicable(self, unit: Unit, metric: str, qualifier: str) -> bool:
-        """Nothing is measured there by its nature: no row, or only such rows."""
-        rows = self._rows.get((unit, metric, qualifier), {}).values()
-        return all(r["status"] == "not_applicable" for group in rows for r in group)
 
 
 def judge(paper: Paper, results: Results, about: Mapping[str, Any]) -> list[Judged]:
@@ -172,7 +81,7 @@ def figures(paper: Paper, results: Results, about: Mapping[str, Any]) -> list[di
 def _beside(
     f: Figure, table: Table, dataset: str, arch: str, results: Results, about: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    for rate in results.rates(dataset, arch) if f.attack and f.attack.id not in _RATELESS else [0.0]:
+    for rate in results.rates(dataset, arch) if f.attack and f.attack.id not in RATELESS else [0.0]:
         here = [u for u in results.units if (u.dataset, u.arch, u.rate) == (dataset, arch, rate)]
         attack = f.attack or Ref(id="none")
         for a in results.labels("attack", attack, here):
@@ -363,10 +272,10 @@ def _units(choice: Choice, dataset: str, arch: str, results: Results) -> list[tu
     here = [u for u in results.units if (u.dataset, u.arch) == (dataset, arch)]
     open_rates = choice.rates is None
     found: list[tuple[Unit | str, str]] = []
-    attacks = choice.attacks or tuple(Ref(id=a, label=a) for a in sorted({u.attack for u in here} - set(_RATELESS)))
+    attacks = choice.attacks or tuple(Ref(id=a, label=a) for a in sorted({u.attack for u in here} - set(RATELESS)))
     for attack in attacks:
         rates: Sequence[float] = choice.rates or ()
-        if attack.id in _RATELESS:
+        if attack.id in RATELESS:
             rates = (0.0,)
         elif open_rates:
             rates = results.rates(dataset, arch)
@@ -413,7 +322,7 @@ def _own(choice: Choice, unit: Unit, metric: str, qualifier: str, to: str) -> Ch
     """A choice with what it leaves open taken from a unit."""
     named = None if choice.defenses is None else tuple(Ref(id=to) if d.id == TO else d for d in choice.defenses)
     rates = choice.rates
-    if rates is None and (choice.attacks is None or unit.attack not in _RATELESS):
+    if rates is None and (choice.attacks is None or unit.attack not in RATELESS):
         rates = (unit.rate,)  # a unit without a rate, such as a clean model, leaves that of a named attack open
     return Choice(
         metric=choice.metric or metric,
@@ -593,21 +502,9 @@ def differences(setting: Mapping[str, Any], unit: Unit, results: Results, about:
                 for name, printed in params.items() if plugin in have else ():
                     if have[plugin].get(name) != printed:
                         yield f"{plugin}: {name} {have[plugin].get(name)} instead of {printed}"
-        elif key == "rate" and unit.attack in _RATELESS:
+        elif key == "rate" and unit.attack in RATELESS:
             continue
         else:
             value = ours[key] if key in ours else recipe.get(key)
             if value != wanted:
                 yield f"{key} {'of the data set' if value is None else value} instead of {wanted}"
-
-
-def _flat(text: str) -> dict[str, Any]:
-    """Parameters of a method; a wrapped one's beside its wrapper's."""
-    try:
-        params = json.loads(text or "{}")
-    except ValueError as e:
-        raise BadInput(f"the table of measurements holds parameters that are no JSON: {text!r}") from e
-    if not isinstance(params, dict):
-        raise BadInput(f"the table of measurements holds parameters that are no object: {text!r}")
-    inner = params.pop("inner", None)
-    return ({**_flat(json.dumps(inner)), **params}) if isinstance(inner, dict) else params

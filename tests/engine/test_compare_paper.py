@@ -21,14 +21,13 @@ from sleeperbench.published.judge import (
     HOLDS,
     NOT_RUN,
     OUTSIDE,
-    Results,
-    Unit,
     differences,
     figures,
     judge,
     spearman,
 )
 from sleeperbench.published.paper import TO, Faulty, Paper, of_suite, papers, read, ref
+from sleeperbench.published.results import Results, Unit
 from sleeperbench.schema import MEASUREMENTS
 
 ROOT = Path(__file__).parents[2]
