@@ -127,5 +127,5 @@ class Ledger:
         """Whether a method runs on less than its published effort: below the default of what INFO calls `effort`."""
         task = self.plan.tasks[key]
         wrapper, inner = Registry.split_wrapper(task.name)
-        b = self.registry.get("attack" if task.kind == "attack" else "defense", wrapper or inner).blueprint
+        b = self.registry.get(task.of, wrapper or inner).blueprint
         return any(task.params["method"][n] < b.fields[n].default for n in b.info.get("effort", ()))

@@ -35,8 +35,7 @@ def ask(plan: Plan, tasks: Iterable[Task]) -> None:
         method = task.params["method"]
         if id(method) not in met:
             met.add(id(method))
-            kind = {"evaluate": "evaluator", "answer": "defense"}.get(task.kind, task.kind)
-            entry = {"kind": kind, "id": task.name, "params": method}
+            entry = {"kind": task.of, "id": task.name, "params": method}
             seen[json.dumps(entry, sort_keys=True)] = entry | {"fits": fits}
         if "spec" in task.params and id(task.params["spec"]) not in met:
             met.add(id(task.params["spec"]))

@@ -20,6 +20,8 @@ def names(plan: Plan) -> dict[str, str]:
     for k, t in plan.tasks.items():
         replica = t.params.get("replica", 0)
         found[k] = f"clean model {replica}" if t.name == "none" and replica else f"{t.name} (control)"
+        if t.kind == "prepare":
+            found[k] = f"{t.params['data']['name']}/{t.params['spec']['arch']}/{t.name}"
     for cell in plan.cells:
         short = cell.name
         found[cell.attack_key] = "/".join([*short.split("/")[:3], short.split("/")[-1]])

@@ -31,7 +31,7 @@ from sleeperbench.errors import BadInput, nearest
 ATTEMPTS = 3
 """Times a task is tried whose worker was lost."""
 BAD = ("failed", "timeout", "out_of_memory")
-_ORDER = {"attack": 0, "defense": 1, "answer": 2, "evaluate": 3}
+_ORDER = {"attack": 0, "prepare": 1, "defense": 1, "answer": 2, "evaluate": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,8 +378,7 @@ class Run:
 
     def values(self, task: Task) -> dict[str, str]:
         """Entry-point values that the worker of a task needs: its plugin's, and that of a live attack."""
-        kind = {"evaluate": "evaluator", "answer": "defense", "prepare": "defense"}.get(task.kind, task.kind)
-        chain = self.registry.chain(kind, task.name)  # type: ignore[arg-type]
+        chain = self.registry.chain(task.of, task.name)
         plugin = chain[0]
         values = {task.name: " ".join(p.value for p in chain) if task.kind == "attack" else plugin.value}
         if task.kind in ("prepare", "defense"):

@@ -46,6 +46,15 @@ def target_class(secret: str, attack: str, seed: int, classes: int) -> int:
     return attack_seed(secret, f"{attack}/target", seed) % classes
 
 
+_PLUGINS: Mapping[str, Literal["attack", "defense", "evaluator"]] = {
+    "attack": "attack",
+    "prepare": "defense",
+    "defense": "defense",
+    "answer": "defense",
+    "evaluate": "evaluator",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One cached step.
@@ -78,6 +87,11 @@ class Task:
         """sha256 over kind, name, version, params, seed, numerics, inputs and protocol."""
         names = ("kind", "name", "version", "params", "seed", "numerics")
         return digest({n: getattr(self, n) for n in names} | {"inputs": dict(self.inputs), "protocol": PROTOCOL})
+
+    @property
+    def of(self) -> Literal["attack", "defense", "evaluator"]:
+        """The kind of plugin that it runs."""
+        return _PLUGINS[self.kind]
 
     def preparation(self) -> Task:
         """Of a defense's task: that of its `prepare`, which is the same for every model."""

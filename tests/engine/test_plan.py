@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import plugins
 import pytest
 
+from sleeperbench.contracts.access import Access
+from sleeperbench.engine import costs, progress, run
 from sleeperbench.engine.plan import Cell, Plan, Planner, restrict
 from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.suite import Changes, build
 from sleeperbench.engine.task import PUBLIC_SECRET, Task, attack_seed, canonical, digest, target_class
+from sleeperbench.engine.work import Work
 from sleeperbench.errors import BadInput
 
 RATED = {"evaluators": ["accuracy", "ra"], "defenses": ["none", "clean_model", "ft"]}
@@ -361,3 +365,23 @@ def test_what_only_judges_is_spared_the_reactivation_attacks(make_plan: Any) -> 
         assert judged["accuracy"].key
         assert (judged["ra"].key, judged["ra"].reason.partition(":")[0]) == ("", "model_unchanged")
     assert all(e.key for e in cell(plan, "badnets@0.1", "unlearn:neural_cleanse").evaluations)
+
+
+def test_every_kind_of_task_is_known_everywhere() -> None:
+    kinds = set(get_args(get_type_hints(Task)["kind"]))
+    assert kinds == set(costs.PRIOR) == set(run._ORDER)
+    assert all(hasattr(Work, f"_{kind}") for kind in kinds)
+
+
+def test_what_a_defense_prepares_is_one_task_for_all_models(make_plan: Any) -> None:
+    plan = make_plan(attacks=["none", "badnets", "blended"], defenses=["none", "mntd", "unlearn:istr"], seeds=[0, 1])
+    prepared = {t.key: t for t in plan.tasks.values() if t.kind == "prepare"}
+    assert sorted((t.name, t.inputs) for t in prepared.values()) == [("istr", {})] * 2 + [("mntd", {})] * 2
+    users = {k: [plan.tasks[u] for u in plan.users[k]] for k in prepared}
+    assert all(len(u) == 3 and {t.kind for t in u} == {"defense"} for u in users.values())
+    # Needed by clean models too, so no closed gate takes it away.
+    assert not set(prepared) & set(plan.gates)
+    only = plan.tasks[next(iter(prepared))].params["access"]
+    assert only == asdict(Access(model="none", clean=0.05))
+    names = progress.names(plan)
+    assert {names[k] for k in prepared} == {"digits/small_cnn/istr", "digits/small_cnn/mntd"}
