@@ -23,7 +23,7 @@ SHOWN = {
     "asr": ("ASR", 100.0, 1),
     "psnr": ("PSNR, dB", 1.0, 1),
     "ssim": ("SSIM", 1.0, 3),
-    "linf": ("L_inf, of 255", 1.0, 0),
+    "linf": ("L_inf, of 255", 255.0, 0),
     "silhouette": ("silhouette", 1.0, 2),
 }
 FIELDS = ("cell", "attack", "seed", "metric", "qualifier", "value", "count", "total", "status", "reason", "flag")

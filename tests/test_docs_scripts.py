@@ -86,6 +86,7 @@ def test_attacks_stand_with_what_they_declare_and_a_figure_per_seed() -> None:
         row("asr", 0.25, defense="none", seed=0),
         row("asr", 1.0, defense="ft"),
         row("asr", 0.0, "trigger=1", defense="none"),
+        row("linf", 0.2, defense="none"),
     ]
     cells = [
         {"attack": "badnets", "flag": "weak", "status": "ok", "reason": ""},
@@ -95,6 +96,7 @@ def test_attacks_stand_with_what_they_declare_and_a_figure_per_seed() -> None:
     found = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text[2:]}
     assert found["badnets"][1] == "90"
     assert found["badnets"][4] == "25.0, 50.0"
+    assert found["badnets"][7] == "51"  # of 255
     assert found["badnets"][-1] == "weak |"
     assert found["sig"][-1] == "failed: raised: E |"
     assert attacks.published({"published_asr": {"value": 0.999, "setting": "s", "source": "t"}}) == "99.9 (s; t)"
