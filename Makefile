@@ -27,7 +27,7 @@ quick: $(VENV)/.installed ## train backdoors on digits, defend, measure, open th
 	@$(BIN)/sleeperbench run quick --out runs/quick $(ARGS)
 
 test: $(VENV)/.dev ## the tests, without real data sets
-	@$(BIN)/python -m pytest -n 3 --dist loadfile -m "not real and not gpu" --durations=30 $(ARGS)
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not real and not gpu" --durations=30 $(ARGS)
 
 test-real: $(VENV)/.dev ## the tests on the data sets under SLEEPERBENCH_DATA
 	@test -n "$$SLEEPERBENCH_DATA" || { echo "set SLEEPERBENCH_DATA to a folder of data sets, see docs/data.md" >&2; exit 2; }

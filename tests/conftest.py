@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,31 @@ import pytest
 # Before torch is imported by anything: many small tests are slower on two threads than on one.
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
+
+from warm import Answer, Nursery
+
+LONGEST = [
+    "contracts/test_registry_checks.py",
+    "engine/test_hostile.py",
+    "engine/test_kills.py",
+    "engine/test_bad_input.py",
+    "engine/test_smoke_run.py",
+    "browser/test_browser_pages.py",
+    "engine/test_sandbox.py",
+    "engine/test_leaks.py",
+    "contracts/test_toys.py",
+    "contracts/test_bad_plugins.py",
+    "contracts/test_add_a_defense.py",
+    "engine/test_damage.py",
+    "engine/test_leases.py",
+    "leaderboard/test_site_build.py",
+]
+"""Files that a process is given first, so that none is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +65,53 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def _allowed(report: pytest.TestReport) -> bool:
     reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
     return reason.removeprefix("Skipped: ").startswith("allowed: ")
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def clean_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment of the tests' own: decoded data in a temporary folder, no settings of the user."""
+    mine = {
+        "SLEEPERBENCH_CACHE": str(tmp_path_factory.mktemp("cache")),
+        "SLEEPERBENCH_DATA": str(tmp_path_factory.mktemp("data")),
+        "OMP_NUM_THREADS": "1",
+    }
+    return {k: v for k, v in os.environ.items() if not k.startswith("SLEEPERBENCH_")} | mine
+
+
+def with_path(env: dict[str, str], path: tuple[Path, ...]) -> dict[str, str]:
+    """An environment in which folders of foreign distributions are on the path."""
+    own = [env["PYTHONPATH"]] if "PYTHONPATH" in env else []
+    return env | {"PYTHONPATH": os.pathsep.join([*map(str, path), *own])}
+
+
+@pytest.fixture(scope="session")
+def cold(clean_env: dict[str, str]) -> Callable[..., Answer]:
+    """The command line in a new interpreter, as a user starts it; `path` are folders of foreign distributions."""
+
+    def call(*argv: object, path: tuple[Path, ...] = (), before: tuple[str, ...] = ()) -> Answer:
+        command = [*before, sys.executable, "-m", "sleeperbench", *map(str, argv)]
+        env = with_path(clean_env, path)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
+        return Answer(done.returncode, done.stdout, done.stderr)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def nursery(clean_env: dict[str, str]) -> Iterator[Nursery]:
+    """Starts processes that find torch imported."""
+    made = Nursery(clean_env)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def sleeper(clean_env: dict[str, str], nursery: Nursery) -> Callable[..., Answer]:
+    """The command line in a process that finds torch imported; `path` and `more` add to its environment."""
+
+    def call(*argv: object, path: tuple[Path, ...] = (), **more: str) -> Answer:
+        command = [sys.executable, "-m", "sleeperbench", *map(str, argv)]
+        return nursery.run(command, with_path(clean_env, path) | more)
+
+    return call

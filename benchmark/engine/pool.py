@@ -187,8 +187,10 @@ class Pool:
         return code
 
     def _kill(self, slot: Slot) -> str:
-        with contextlib.suppress(ProcessLookupError):
+        try:
             os.killpg(slot.process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # gone, or so new that it leads no group yet
+            slot.process.kill()
         code = slot.process.wait()
         for pipe in (slot.process.stdin, slot.process.stdout):
             if pipe:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import plugins
 import pytest
-
-from sleeperbench.cli import main
+from warm import Answer
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "add-a-defense.md"
 
@@ -18,14 +18,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.M | re.S)
 
 
-def test_the_page_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeper: Callable[..., Answer]) -> None:
     (toml,), (code,) = blocks("toml"), blocks("python")
     project = tomllib.loads(toml)
     (module,) = project["tool"]["setuptools"]["py-modules"]
     about = project["project"]
     folder = plugins.install(tmp_path, about["name"], about["version"], {f"{module}.py": code}, about["entry-points"])
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-    monkeypatch.syspath_prepend(str(folder))
     monkeypatch.chdir(tmp_path)
 
     ran = 0
@@ -35,8 +33,10 @@ def test_the_page_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
             program, *argv = line.split()
             if program == "pip":
                 continue
-            assert main(argv) == 0, line
-            printed = capsys.readouterr().out
+            assert program == "sleeperbench"
+            answer = sleeper(*argv, path=(folder,))
+            assert answer.code == 0, (line, answer.err)
+            printed = answer.out
             for wanted in expected:
                 assert re.search(r"\s+".join(map(re.escape, wanted.split())), squeezed(printed)), (
                     line,

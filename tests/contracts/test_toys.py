@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import plugins
 import pytest
 import torch
+from warm import Answer
 
-from sleeperbench.cli import main
 from sleeperbench.engine.rows import read_table
 
 SUITE = """
@@ -21,8 +22,11 @@ datasets = ["digits"]
 archs = ["small_cnn"]
 attacks = ["none", "badnets", "toys/lira", "toys/plus:badnets"]
 rates = [0.1]
-defenses = ["none", "toys/npd", "toys/strip", "toys/spectral", "toys/retrain:toys/spectral", "toys/istr", "toys/greedy"]
-evaluators = ["accuracy", "toys/detect", "toys/toy_ra", "toys/qra", "toys/tba"]
+defenses = [
+    "none", "toys/npd", "toys/strip", "toys/spectral", "toys/retrain:toys/spectral", "toys/istr", "toys/mntd",
+    "toys/greedy",
+]
+evaluators = ["accuracy", "cost", "toys/detect", "toys/toy_ra", "toys/qra", "toys/tba"]
 seeds = [0]
 [train]
 epochs = 1
@@ -45,6 +49,7 @@ CLASSES = {
         "spectral": "Spectral",
         "retrain": "Retrain",
         "istr": "Istr",
+        "mntd": "Mntd",
         "greedy": "Greedy",
     },
     "evaluators": {"detect": "Detect", "toy_ra": "ToyRa", "qra": "Qra", "tba": "Tba"},
@@ -52,17 +57,15 @@ CLASSES = {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, sleeper: Callable[..., Answer]) -> Path:
     tmp = tmp_path_factory.mktemp("toys")
     source = (Path(__file__).parent / "toys.py").read_text()
     points = {f"sleeperbench.{g}": {n: f"toys:{c}" for n, c in names.items()} for g, names in CLASSES.items()}
     folder = plugins.install(tmp, "toys", "1.0", {"toys.py": source}, points)
     (tmp / "suite.toml").write_text(SUITE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(folder))
-        patch.syspath_prepend(str(folder))
-        code = main(["-q", "run", str(tmp / "suite.toml"), "--out", str(tmp / "run"), "--no-site"])
-    assert code == 1, "only the greedy defense fails"
+    where = ("--out", tmp / "run", "--no-site", "--jobs", 1, "--device", "cpu")
+    answer = sleeper("-q", "run", tmp / "suite.toml", *where, path=(folder,))
+    assert answer.code == 1, f"only the greedy defense fails: {answer.err}"
     return tmp / "run"
 
 
@@ -173,6 +176,7 @@ def test_an_imported_record_that_has_only_pictures_is_measured(run: Path, tmp_pa
     from sleeperbench.contracts.context import Cost
     from sleeperbench.contracts.evaluator import Rendered
     from sleeperbench.engine import artifacts
+    from sleeperbench.engine.evaluation import opened
     from sleeperbench.engine.store import Store
     from sleeperbench.engine.task import Task
     from sleeperbench.engine.work import Work
@@ -210,9 +214,36 @@ def test_an_imported_record_that_has_only_pictures_is_measured(run: Path, tmp_pa
     task = Task.from_json(
         own | {"inputs": {"attack": "ab" * 32, "defense": "cd" * 32}, "params": own["params"] | {"needs": needs}}
     )
-    case = work.eval_case(task, {}, tmp_path, Cost())
+    case = opened(work, task, {}, tmp_path, Cost())
     figures = {r.metric: r.value for r in Accuracy().measure(case).rows}
     assert figures["asr"] == pytest.approx(row["value"])
     assert case.bd_probe is None
     with pytest.raises(NotApplicable, match="no_trigger: an imported record has pictures only"):
         case.oracle  # noqa: B018
+
+
+def test_what_needs_no_model_is_done_once_for_all_of_them(run: Path) -> None:
+    done = [json.loads(line) for line in (run / "tasks.jsonl").read_text().splitlines()]
+    prepared = [t for t in done if t["kind"] == "prepare"]
+    assert [t["plugin"] for t in prepared] == ["toys/mntd"]
+    cells = [r for a in ("none", "badnets", "toys/lira") for r in rows(run, a, "toys/mntd", "cost_forwards")]
+    assert len({r["defense_key"] for r in cells}) == 3
+    seen = [json.loads((artifact(run, r["defense_key"]) / "outcome.json").read_text())["chosen"] for r in cells]
+    assert all(c == seen[0] and c["rows"] > 0 for c in seen)
+    for attack in ("none", "badnets", "toys/lira"):
+        counted = {
+            (r["metric"], r["qualifier"]): r["value"]
+            for metric in ("cost_forwards", "cost_queries")
+            for r in rows(run, attack, "toys/mntd", metric)
+        }
+        assert counted["cost_forwards", ""] == counted["cost_forwards", "phase=prepare"] == 123
+        assert counted["cost_queries", ""] == counted["cost_queries", "phase=run"] == 4
+
+
+def test_a_wrapper_costs_what_it_wraps_too(run: Path) -> None:
+    whole = rows(run, "badnets", "toys/retrain:toys/spectral", "cost_forwards")
+    counted = {r["qualifier"]: r for r in whole}
+    (inner,) = [r for r in rows(run, "badnets", "toys/spectral", "cost_forwards") if not r["qualifier"]]
+    assert counted["phase=wrapped"]["value"] == inner["value"]
+    assert counted[""]["value"] == counted["phase=run"]["value"] + inner["value"]
+    assert counted[""]["cpu_seconds"] > inner["cpu_seconds"] > 0

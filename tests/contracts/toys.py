@@ -328,6 +328,35 @@ class Istr(Defense):
         return Outcome(verdict=Verdict(score=float(scores.max()), threshold=3.0, label_scores=scores))
 
 
+# ---- MNTD: what needs no model is done once for all ------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Mntd(Defense):
+    """Ask every model the same random questions, drawn beforehand."""
+
+    INFO = {
+        "title": "toy MNTD",
+        "version": 1,
+        "api": 1,
+        "kind": "toy",
+        "paper": "",
+        "bibtex": "",
+        "micro": {},
+        "prepares": True,
+    }
+    ACCESS = Access(model="scores", clean=0.05)
+
+    def prepare(self, case):
+        case.ctx.cost.forwards += 123
+        queries = torch.rand(4, *case.spec.shape, generator=case.ctx.generator("queries"))
+        return {"queries": queries}, {"rows": len(case.clean)}
+
+    def run(self, case):
+        tensors, about = case.prepared
+        score = float(case.net(tensors["queries"]).max())
+        chosen = {"first": float(tensors["queries"].flatten()[0]), **about}
+        return Outcome(verdict=Verdict(score=score, threshold=0.5), chosen=chosen)
+
+
 # ---- a defense that reaches for what it did not declare --------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
 class Greedy(Defense):

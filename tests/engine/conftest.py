@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import plugins
 import pytest
+from warm import Answer
 
 from sleeperbench.engine.plan import Dataset, Plan, Planner
 from sleeperbench.engine.registry import Registry
@@ -109,24 +110,6 @@ def make_plan(registry: Registry, make_suite: Callable[..., Suite]) -> Callable[
     return make
 
 
-@dataclass(frozen=True)
-class Answer:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture(scope="session")
-def clean_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment of the tests' own: decoded data in a temporary folder, no settings of the user."""
-    mine = {
-        "SLEEPERBENCH_CACHE": str(tmp_path_factory.mktemp("cache")),
-        "SLEEPERBENCH_DATA": str(tmp_path_factory.mktemp("data")),
-        "OMP_NUM_THREADS": "1",
-    }
-    return {k: v for k, v in os.environ.items() if not k.startswith("SLEEPERBENCH_")} | mine
-
-
 @pytest.fixture
 def cli(
     clean_env: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -151,20 +134,6 @@ def cli(
     return call
 
 
-@pytest.fixture(scope="session")
-def sleeper(clean_env: dict[str, str]) -> Callable[..., Answer]:
-    """The command line in a process of its own; `path` are folders of foreign distributions."""
-
-    def call(*argv: object, path: tuple[Path, ...] = (), before: tuple[str, ...] = ()) -> Answer:
-        own = [clean_env["PYTHONPATH"]] if "PYTHONPATH" in clean_env else []
-        env = clean_env | {"PYTHONPATH": os.pathsep.join([*map(str, path), *own])}
-        command = [*before, sys.executable, "-m", "sleeperbench", *map(str, argv)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
-        return Answer(done.returncode, done.stdout, done.stderr)
-
-    return call
-
-
 @dataclass(frozen=True)
 class Smoke:
     out: Path
@@ -174,12 +143,20 @@ class Smoke:
 
 
 @pytest.fixture(scope="session")
-def smoke(tmp_path_factory: pytest.TempPathFactory, sleeper: Callable[..., Answer]) -> Smoke:
-    """The suite `smoke`, run once; tests copy what they change."""
-    folder = tmp_path_factory.mktemp("smoke")
+def smoke(tmp_path_factory: pytest.TempPathFactory, cold: Callable[..., Answer]) -> Smoke:
+    """The suite `smoke`, run once by whichever test process comes first; tests copy what they change."""
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    base = tmp_path_factory.getbasetemp() if alone else tmp_path_factory.getbasetemp().parent
+    folder = base / "smoke-run"
     args = ("run", "smoke", "--set", "defense.ft.steps=20", "--jobs", "1", "--device", "cpu")
-    answer = sleeper(*args, "--out", folder / "out", "--store", folder / "store")
-    return Smoke(folder / "out", folder / "store", answer, args)
+    with (base / "smoke-run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "answer.json").exists():
+            folder.mkdir(exist_ok=True)
+            answer = cold(*args, "--out", folder / "out", "--store", folder / "store")
+            (folder / "answer.json").write_text(json.dumps(asdict(answer)))
+    said = json.loads((folder / "answer.json").read_text())
+    return Smoke(folder / "out", folder / "store", Answer(**said), args)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import plugins
+from warm import Process
 
 from sleeperbench.engine.rows import read_table
 from sleeperbench.schema import VOLATILE
@@ -193,13 +193,7 @@ def select_pause() -> None:
     signal.sigtimedwait([], 0.02)
 
 
-def start(argv: list[str], env: Mapping[str, str], **more: Any) -> subprocess.Popen[bytes]:
-    """A run in a process group of its own."""
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | more
-    return subprocess.Popen(argv, env=dict(env), start_new_session=True, **pipes)
-
-
-def kill_group(process: subprocess.Popen[bytes]) -> None:
+def kill_group(process: Process) -> None:
     """SIGKILL to the whole process group, as a batch system does."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()

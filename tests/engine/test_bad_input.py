@@ -205,23 +205,23 @@ def in_tmpfs(folder: Path, options: str) -> tuple[str, ...]:
     return before
 
 
-def test_read_only_folders(sleeper: Any, smoke: Any, tmp_path: Path) -> None:
+def test_read_only_folders(cold: Any, smoke: Any, tmp_path: Path) -> None:
     before = in_tmpfs(tmp_path / "ro", "ro")
-    answer = sleeper(*smoke.args, "--out", tmp_path / "ro" / "out", "--store", smoke.store, before=before)
+    answer = cold(*smoke.args, "--out", tmp_path / "ro" / "out", "--store", smoke.store, before=before)
     refused(answer, "cannot write the run folder", "Read-only file system", "--out")
 
 
-def test_a_full_disk(sleeper: Any, smoke: Any, tmp_path: Path) -> None:
+def test_a_full_disk(cold: Any, smoke: Any, tmp_path: Path) -> None:
     before = in_tmpfs(tmp_path / "small", "size=24k")
-    answer = sleeper(*smoke.args, "--out", tmp_path / "small" / "out", "--store", smoke.store, before=before)
+    answer = cold(*smoke.args, "--out", tmp_path / "small" / "out", "--store", smoke.store, before=before)
     refused(answer, "cannot write the run folder", "No space left on device")
 
 
-def test_a_full_store(sleeper: Any, smoke: Any, tmp_path: Path) -> None:
+def test_a_full_store(cold: Any, smoke: Any, tmp_path: Path) -> None:
     """The worker that cannot write a model says so, and the run ends instead of calling its cells failed."""
     before = in_tmpfs(tmp_path / "small", "size=96k")
     args = (*smoke.args, "--set", "train.epochs=1", "--only", "*/none@0/none/*")
-    answer = sleeper(*args, "--out", tmp_path / "out", "--store", tmp_path / "small" / "store", before=before)
+    answer = cold(*args, "--out", tmp_path / "out", "--store", tmp_path / "small" / "store", before=before)
     assert answer.code == 2, answer.err
     assert "cannot write the store" in answer.err.splitlines()[-1]
     assert "Traceback" not in answer.err
@@ -273,7 +273,7 @@ def test_an_attack_that_fits_one_data_set_of_two_declines_on_the_other(sleeper: 
     )
     answer = sleeper(
         *("run", file, "--out", tmp_path / "out", "--store", tmp_path / "store", "--no-site"),
-        before=("env", f"SLEEPERBENCH_DATA={tmp_path / 'data'}"),
+        SLEEPERBENCH_DATA=str(tmp_path / "data"),
     )
     assert answer.code == 0, answer.err
     cells = {c["cell"]: c for c in read_table(tmp_path / "out" / "cells.parquet")}
@@ -299,7 +299,7 @@ def test_a_plugin_that_fails_to_import(sleeper: Any, smoke: Any, tmp_path: Path,
     source = plugins.GENTLE + BROKEN[how]
     entries = {"sleeperbench.defenses": {"gentle": "gentle:Gentle"}}
     path = (plugins.install(tmp_path, "gentle", "1.0", {"gentle.py": source}, entries),)
-    args = (*smoke.args, "--store", smoke.store)
+    args = (*smoke.args, "--store", shutil.copytree(smoke.store, tmp_path / "store"))
     answer = sleeper(*args, "--out", tmp_path / "out", "--defense", "gentle/gentle", path=path)
     refused(answer, "gentle/gentle", code=3)
     assert not (tmp_path / "out" / "tasks.jsonl").exists()

@@ -124,7 +124,7 @@ class Ran:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory, sleeper: Callable) -> Ran:
+def ran(tmp_path_factory: pytest.TempPathFactory, cold: Callable, sleeper: Callable) -> Ran:
     """One run with every bad defense beside a good one, and one of the good one alone, on stores of their own."""
     folder = tmp_path_factory.mktemp("hostile")
     ids = {n: f"hostile:Bad{n.title()}" for n in CASES}
@@ -138,7 +138,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, sleeper: Callable) -> Ran:
     for name in CASES:
         args += ["--defense", f"bad/{name}"]
     (folder / "tmp").mkdir()
-    bad = sleeper(
+    bad = cold(
         *args,
         "--out",
         folder / "bad",

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import shorts
+from warm import Nursery
 
 KILLS = int(os.environ.get("KILLS", "8"))
 
@@ -24,15 +25,16 @@ def env(clean_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def quiet(env: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, float]:
+def quiet(
+    env: Mapping[str, str], nursery: Nursery, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, float]:
     """The suite, a run folder that nothing disturbed, and how long it took in seconds."""
     folder = tmp_path_factory.mktemp("quiet")
     file = shorts.suite(folder / "short.toml")
+    assert nursery.run(["python", "-m", "sleeperbench", "--version"], env).code == 0  # the libraries are imported
     begin = time.monotonic()
-    done = subprocess.run(
-        shorts.command(file, folder / "out", "--store", folder / "store"), env=env, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr.decode()
+    done = nursery.run(shorts.command(file, folder / "out", "--store", folder / "store"), env)
+    assert done.code == 0, done.err
     return file, folder / "out", time.monotonic() - begin
 
 
@@ -40,14 +42,16 @@ def computed(store: Path) -> int:
     return len(list(store.glob("[0-9a-f][0-9a-f]/*/manifest.json")))
 
 
-def test_kills_of_the_whole_group(env: Mapping[str, str], quiet: tuple[Path, Path, float], tmp_path: Path) -> None:
+def test_kills_of_the_whole_group(
+    env: Mapping[str, str], nursery: Nursery, quiet: tuple[Path, Path, float], tmp_path: Path
+) -> None:
     file, undisturbed, seconds = quiet
     rng = random.Random(1)
     whole = computed(undisturbed.parent / "store")
     out, store = tmp_path / "out", tmp_path / "store"
     killed = partial = 0
     while killed < KILLS:
-        process = shorts.start(shorts.command(file, out, "--store", store), env)
+        process = nursery.start(shorts.command(file, out, "--store", store), env)
         deadline = time.monotonic() + rng.uniform(0.05, 0.9) * seconds
         seen: dict[int, str] = {}
         while process.poll() is None and time.monotonic() < deadline:
@@ -66,8 +70,8 @@ def test_kills_of_the_whole_group(env: Mapping[str, str], quiet: tuple[Path, Pat
             seconds *= 0.7  # the machine got faster since the undisturbed run
         else:
             assert process.returncode == -signal.SIGKILL
-    done = subprocess.run(shorts.command(file, out, "--store", store), env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = nursery.run(shorts.command(file, out, "--store", store), env)
+    assert done.code == 0, done.err
     assert shorts.tables(out) == shorts.tables(undisturbed)
     assert partial, "no kill fell between the first and the last task"
     assert list((store / "leases").glob("[0-9a-f]*")) == []
@@ -86,13 +90,12 @@ def children(pid: int, what: str) -> list[int]:
     return sorted(found)  # a fork server's children bear its command line; it came before them
 
 
-def test_kills_of_workers_and_fork_servers(env: Mapping[str, str], tmp_path: Path) -> None:
+def test_kills_of_workers_and_fork_servers(env: Mapping[str, str], nursery: Nursery, tmp_path: Path) -> None:
     hold, out = tmp_path / "hold", tmp_path / "out"
     hold.touch()  # defenses wait for it to vanish, so that the run cannot end before the kills
     file = shorts.suite(tmp_path / "short.toml", f'[defense."short/idle"]\nwait = "{hold}"\n')
-    process = shorts.start(
-        shorts.command(file, out, "--store", tmp_path / "store"), env, stderr=subprocess.PIPE, text=False
-    )
+    command = shorts.command(file, out, "--store", tmp_path / "store")
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     for what in ("sleeperbench.engine.worker", "sleeperbench.engine.forkserver"):
         victims = shorts.until(lambda name=what: children(process.pid, name))
         assert victims, what
@@ -101,34 +104,32 @@ def test_kills_of_workers_and_fork_servers(env: Mapping[str, str], tmp_path: Pat
     _, err = process.communicate()
     assert process.returncode == 0, err.decode()
     quiet = tmp_path / "quiet"
-    again = subprocess.run(shorts.command(file, quiet, "--store", tmp_path / "other"), env=env, capture_output=True)
-    assert again.returncode == 0, again.stderr.decode()
+    again = nursery.run(shorts.command(file, quiet, "--store", tmp_path / "other"), env)
+    assert again.code == 0, again.err
     assert shorts.tables(out) == shorts.tables(quiet)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt(
-    number: signal.Signals, env: Mapping[str, str], quiet: tuple[Path, Path, float], tmp_path: Path
-) -> None:
+def test_interrupt(number: signal.Signals, env: Mapping[str, str], nursery: Nursery, tmp_path: Path) -> None:
     hold, out, store = tmp_path / "hold", tmp_path / "out", tmp_path / "store"
     hold.touch()
     file = shorts.suite(tmp_path / "short.toml", f'[defense."short/idle"]\nwait = "{hold}"\n', seeds=[0])
-    process = shorts.start(shorts.command(file, out, "--store", store), env, stderr=subprocess.PIPE)
+    process = nursery.start(shorts.command(file, out, "--store", store), env)
     assert shorts.until(lambda: _journal(out).count('"short/gate"') == 2)  # the next task is held
     seen = shorts.family(process.pid)
     process.send_signal(number)
     _, err = process.communicate()
     assert process.returncode == 130
-    assert "run the same command again" in err.decode()
+    assert "run the same command again" in err
     assert shorts.until(lambda: not shorts.alive({k: v for k, v in seen.items() if k != process.pid}), 20)
     cells = {c["cell"]: c["status"] for c in shorts.tables(out)[1]}
     assert cells["digits/small_cnn/badnets@0.1/none/s0"] == "ok"
     assert json.loads((out / "run.json").read_bytes())["exit"] == 130
     hold.unlink()
     before = computed(store)
-    again = subprocess.run(shorts.command(file, out, "--store", store), env=env, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert f"computed {computed(store) - before} tasks" in again.stderr
+    again = nursery.run(shorts.command(file, out, "--store", store), env)
+    assert again.code == 0, again.err
+    assert f"computed {computed(store) - before} tasks" in again.err
     assert computed(store) > before
 
 
@@ -139,7 +140,9 @@ def _journal(out: Path) -> str:
         return ""
 
 
-def test_lost_workers_are_tried_three_times_and_raising_ones_once(env: Mapping[str, str], tmp_path: Path) -> None:
+def test_lost_workers_are_tried_three_times_and_raising_ones_once(
+    env: Mapping[str, str], nursery: Nursery, tmp_path: Path
+) -> None:
     notes = {n: tmp_path / n for n in ("twice", "thrice", "raised")}
     for name, times in (("twice", 2), ("thrice", 3)):
         tail = f'[evaluator."short/dies"]\nnote = "{notes[name]}"\ntimes = {times}\n'
@@ -153,10 +156,8 @@ def test_lost_workers_are_tried_three_times_and_raising_ones_once(env: Mapping[s
             seeds=[0],
         )
         out = tmp_path / f"out-{name}"
-        done = subprocess.run(
-            shorts.command(file, out, "--store", tmp_path / "store"), env=env, capture_output=True, text=True
-        )
-        assert done.returncode == 1, done.stderr
+        done = nursery.run(shorts.command(file, out, "--store", tmp_path / "store"), env)
+        assert done.code == 1, done.err
         rows: Any = {(r["defense"], r["metric"]): r for r in shorts.tables(out)[0]}
         row = rows["none", "lives"]
         assert notes[name].read_text() == "xxx"

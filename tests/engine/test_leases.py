@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import Nursery
 
 from sleeperbench.engine import lease, rows
 from sleeperbench.engine.lease import LeaseFolder, Leases, identity, stale
@@ -141,17 +142,11 @@ def test_a_stale_lease_is_taken_once(place: LeaseFolder) -> None:
     assert [p.name for p in place.folder.iterdir()] == [KEY]
 
 
-def test_two_runs_on_one_store_share_the_work(smoke: Any, clean_env: dict[str, str], tmp_path: Path) -> None:
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-m", "sleeperbench", *smoke.args, "--out", tmp_path / n, "--store", tmp_path / "store"],
-            env=clean_env,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for n in ("a", "b")
-    ]
+def test_two_runs_on_one_store_share_the_work(
+    smoke: Any, nursery: Nursery, clean_env: dict[str, str], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "sleeperbench", *smoke.args, "--store", str(tmp_path / "store")]
+    runs = [nursery.start([*command, "--out", str(tmp_path / n)], clean_env) for n in ("a", "b")]
     said = [r.communicate(timeout=300)[1] for r in runs]
     assert [r.returncode for r in runs] == [0, 0], said
     computed = [int(re.findall(r"computed (\d+) tasks", s)[0]) for s in said]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,40 @@ class Curious(Defense):
     def score(self, state, net, x):
         return net(x)[:, 1]
 '''
+
+
+PAINTER = '''from dataclasses import dataclass
+from sleeperbench import Access, Defense, Inverted, Outcome
+
+@dataclass(frozen=True, kw_only=True)
+class Painter(Defense):
+    """Recovers two triggers that are code, and one that is not."""
+    INFO = {"title": "Painter", "version": 1, "api": 1, "kind": "inversion", "paper": "", "stamps": True, "micro": {}}
+    ACCESS = Access(clean=0)
+
+    def run(self, case):
+        raise AssertionError("only its second phase is asked")
+
+    def stamp(self, state, inv, x):
+        return (1 - x) if inv.target == 2 else x.flip(-1)
+'''
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ForkServer]]:
+    """By level, a fork server whose children can import both defenses."""
+    modules = {"curious_defense.py": CURIOUS, "painter_defense.py": PAINTER}
+    points = {"sleeperbench.defenses": {"curious": "curious_defense:Curious", "painter": "painter_defense:Painter"}}
+    code = plugins.install(tmp_path_factory.mktemp("code"), "asking", "1.0", modules, points)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(code))
+        patch.setenv("PYTHONPATH", str(code))
+        made = {n: ForkServer(n, memory=0, cuda=False, share=1.0, hidden=[]) for n in sandbox.LEVELS}
+        yield made
+    for server in made.values():
+        if server.process is not None:
+            server.process.kill()
+            server.process.wait()
 
 
 class Sums(torch.nn.Module):
@@ -120,19 +155,14 @@ def test_a_closed_desk_is_an_error_and_leaves_no_thread(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("level", ["process", "bwrap"])
-def test_a_child_asks_and_cannot_hide_how_often(level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_asks_and_cannot_hide_how_often(level: str, servers: dict[str, ForkServer], tmp_path: Path) -> None:
     if level == "bwrap" and (why := sandbox.problem()):
         pytest.skip(f"allowed: {why}")
-    points = {"sleeperbench.defenses": {"curious": "curious_defense:Curious"}}
-    code = plugins.install(tmp_path, "curious", "1.0", {"curious_defense.py": CURIOUS}, points)
-    monkeypatch.syspath_prepend(str(code))
-    monkeypatch.setenv("PYTHONPATH", str(code))
     at, access = stage(BASE), Access(model="scores", clean=0.05)
     task = at.task("curious", access, {}, None)
-    server = ForkServer(level, memory=0, cuda=False, share=1.0, hidden=[])
     before = at.fork
     try:
-        at.fork = server
+        at.fork = servers[level]
         folder = at.place()
         about = at._stage(task, {"curious": "curious_defense:Curious", "planted": PLANTED}, folder)
         artifacts.write_json(folder / "in" / "case.json", about | {"what": "run"})
@@ -147,9 +177,6 @@ def test_a_child_asks_and_cannot_hide_how_often(level: str, tmp_path: Path, monk
         second, _ = at._child(again, tmp_path / "log", 60, at.desk(again, about["access"], at.attacked))
     finally:
         at.fork = before
-        if server.process is not None:
-            server.process.kill()
-            server.process.wait()
     outcome = artifacts.read_outcome(folder / "out")
     assert outcome.state is not None
     x = torch.linspace(0, 1, 5 * 3 * 16 * 16).view(5, 3, 16, 16)
@@ -162,28 +189,7 @@ def test_a_child_asks_and_cannot_hide_how_often(level: str, tmp_path: Path, monk
     assert outcome.state[1]["files"] == [*(SOCKET, "case.json", "clean.json", "clean.safetensors", "split.safetensors")]
 
 
-PAINTER = '''from dataclasses import dataclass
-from sleeperbench import Access, Defense, Inverted, Outcome
-
-@dataclass(frozen=True, kw_only=True)
-class Painter(Defense):
-    """Recovers two triggers that are code, and one that is not."""
-    INFO = {"title": "Painter", "version": 1, "api": 1, "kind": "inversion", "paper": "", "stamps": True, "micro": {}}
-    ACCESS = Access(clean=0)
-
-    def run(self, case):
-        raise AssertionError("only its second phase is asked")
-
-    def stamp(self, state, inv, x):
-        return (1 - x) if inv.target == 2 else x.flip(-1)
-'''
-
-
-def test_an_inverter_stamps_test_and_probe_images_in_a_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    points = {"sleeperbench.defenses": {"painter": "painter_defense:Painter"}}
-    code = plugins.install(tmp_path, "painter", "1.0", {"painter_defense.py": PAINTER}, points)
-    monkeypatch.syspath_prepend(str(code))
-    monkeypatch.setenv("PYTHONPATH", str(code))
+def test_an_inverter_stamps_test_and_probe_images_in_a_child(servers: dict[str, ForkServer], tmp_path: Path) -> None:
     at = Stage(BASE)
     mask, coded = torch.zeros(1, 16, 16), {"uses_apply": True}
     claims = (Inverted(target=0, **coded), Inverted(target=1, mask=mask, pattern=mask), Inverted(target=2, **coded))
@@ -193,13 +199,8 @@ def test_an_inverter_stamps_test_and_probe_images_in_a_child(tmp_path: Path, mon
     task = replace(
         first, kind="answer", params=first.params | {"phase": "stamp"}, inputs=first.inputs | {"defense": own}
     )
-    at.fork = at.server
-    try:
-        at.run(task, {"painter": "painter_defense:Painter", "planted": PLANTED}, tmp_path / "log")
-    finally:
-        assert at.server.process is not None
-        at.server.process.kill()
-        at.server.process.wait()
+    at.fork = servers["process"]
+    at.run(task, {"painter": "painter_defense:Painter", "planted": PLANTED}, tmp_path / "log")
     stamps = artifacts.read_tensors(at.store.fetch(task.key) / "stamps.safetensors")
     assert sorted(stamps) == ["0.probe", "0.test", "2.probe", "2.test"]
     for part, data in (("test", at.micro.test), ("probe", at.micro.probe)):

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import struct
-import subprocess
 import termios
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import shorts
+from warm import Nursery
 
 from sleeperbench.cli import run as cli_run
 from sleeperbench.engine.costs import Costs
@@ -205,7 +205,7 @@ class Screen:
                 self.lines += [""] * (self.row + 1 - len(self.lines))
 
 
-def test_live_lines_on_a_terminal(env: Mapping[str, str], tmp_path: Path) -> None:
+def test_live_lines_on_a_terminal(env: Mapping[str, str], nursery: Nursery, tmp_path: Path) -> None:
     hold = tmp_path / "hold"
     hold.touch()
     tail = f'[defense."short/idle"]\nwait = "{hold}"\n'
@@ -213,7 +213,7 @@ def test_live_lines_on_a_terminal(env: Mapping[str, str], tmp_path: Path) -> Non
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
     argv = shorts.command(file, tmp_path / "out", "--store", tmp_path / "store")
-    process = shorts.start([*argv], env | {"COLUMNS": "60"}, stderr=theirs, stdout=subprocess.PIPE)
+    process = nursery.start(argv, {**env, "COLUMNS": "60"}, stderr=theirs)
     os.close(theirs)
     text = b""
     while True:
@@ -228,7 +228,7 @@ def test_live_lines_on_a_terminal(env: Mapping[str, str], tmp_path: Path) -> Non
             hold.unlink(missing_ok=True)
     stdout = process.communicate()[0]
     assert process.returncode == 0, text.decode()
-    assert stdout == b""
+    assert stdout == ""
     screen = Screen()
     screen.feed(text.decode())
     assert [x for x in screen.lines if x] == ["computed 5 tasks", "2 ok, 0 failed, 0 not applicable, 0 not run"]
@@ -237,43 +237,43 @@ def test_live_lines_on_a_terminal(env: Mapping[str, str], tmp_path: Path) -> Non
     assert "  defense digits/small_cnn/none@0/short/idle~" in shown or "  defense digits" in shown
 
 
-def test_plain_lines_elsewhere_and_a_log_per_task(env: Mapping[str, str], tmp_path: Path) -> None:
+def test_plain_lines_elsewhere_and_a_log_per_task(env: Mapping[str, str], nursery: Nursery, tmp_path: Path) -> None:
     file = shorts.suite(tmp_path / "short.toml", attacks=["none"], evaluators=["short/n0"], seeds=[0])
     argv = shorts.command(file, tmp_path / "out", "--store", tmp_path / "store")
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "")
-    assert "\x1b" not in done.stderr
-    assert done.stderr.splitlines()[-2:] == ["computed 5 tasks", "2 ok, 0 failed, 0 not applicable, 0 not run"]
+    done = nursery.run(argv, env)
+    assert (done.code, done.out) == (0, "")
+    assert "\x1b" not in done.err
+    assert done.err.splitlines()[-2:] == ["computed 5 tasks", "2 ok, 0 failed, 0 not applicable, 0 not run"]
     keys = {json.loads(x)["key"] for x in (tmp_path / "out" / "tasks.jsonl").read_text().splitlines()}
     assert {p.stem for p in (tmp_path / "out" / "logs").iterdir()} == keys
 
     dry = [*argv, "--dry-run", "--json", "--seeds", "0,1"]
-    plan = json.loads(subprocess.run(dry, env=env, capture_output=True, text=True, check=True).stdout)
+    plan = json.loads(nursery.run(dry, env).out)
     assert (plan["tasks"], plan["cached"], plan["unknown"]) == (10, 5, [])
     assert plan["core_seconds"] > 0
     assert plan["peak_mb"] > 0
     dry = [*argv, "--dry-run", "--json", "--evaluator", "short/n1"]
-    plan = json.loads(subprocess.run(dry, env=env, capture_output=True, text=True, check=True).stdout)
+    plan = json.loads(nursery.run(dry, env).out)
     assert plan["unknown"] == ["evaluate short/n1 digits small_cnn v1"]
     assert plan["core_seconds"] is None
 
 
-def test_two_runs_on_one_folder(env: Mapping[str, str], tmp_path: Path) -> None:
+def test_two_runs_on_one_folder(env: Mapping[str, str], nursery: Nursery, tmp_path: Path) -> None:
     hold, out = tmp_path / "hold", tmp_path / "out"
     hold.touch()
     tail = f'[defense."short/idle"]\nwait = "{hold}"\n'
     file = shorts.suite(tmp_path / "short.toml", tail, attacks=["none"], evaluators=["short/n0"], seeds=[0])
     argv = shorts.command(file, out, "--store", tmp_path / "store")
-    first = shorts.start(argv, env)
+    first = nursery.start(argv, env)
     assert shorts.until(lambda: (out / "tasks.jsonl").exists())
-    second = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
-    assert second.returncode == 2
-    assert re.search(rf"locked by pid {first.pid} on \S+ since ", second.stderr)
+    second = nursery.run(argv, env)
+    assert second.code == 2
+    assert re.search(rf"locked by pid {first.pid} on \S+ since ", second.err)
     hold.unlink()
     assert first.wait() == 0
 
 
-def test_zoo(env: Mapping[str, str], tmp_path: Path) -> None:
+def test_zoo(env: Mapping[str, str], nursery: Nursery, tmp_path: Path) -> None:
     """One figure per defense over all its cells; a defense that fails on some leaves the others."""
     note = tmp_path / "note"
     file = shorts.suite(
@@ -283,8 +283,8 @@ def test_zoo(env: Mapping[str, str], tmp_path: Path) -> None:
         evaluators=["short/gate", "short/n0", "short/menagerie"],
     )
     argv = shorts.command(file, tmp_path / "out", "--store", tmp_path / "store")
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
+    done = nursery.run(argv, env)
+    assert done.code == 1, done.err
     measurements, cells = shorts.tables(tmp_path / "out")
     assert all("/zoo/" not in c["cell"] for c in cells)
     zoo = {(r["defense"], r["metric"]): r for r in measurements if r["scope"] == "zoo"}
@@ -306,9 +306,9 @@ def test_zoo(env: Mapping[str, str], tmp_path: Path) -> None:
     assert tried == "tried " * 4
 
     shutil.rmtree(tmp_path / "out" / "media")
-    again = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
-    assert again.returncode == 1
-    assert "computed 0 tasks" in again.stderr
+    again = nursery.run(argv, env)
+    assert again.code == 1
+    assert "computed 0 tasks" in again.err
     assert note.read_text() == tried
     cells_shown = {json.loads(f.read_bytes())["cell"] for f in (tmp_path / "out" / "media").glob("*/index.json")}
     assert cells_shown == set(shown), "a lost folder of media is written again from the store"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import shorts
+from warm import Nursery
 
 from sleeperbench.engine.graph import Plan
 from sleeperbench.engine.shard import parse, shard
@@ -69,23 +69,20 @@ def test_shards_are_numbers(text: str) -> None:
         parse(text)
 
 
-def test_merged_shards_are_the_whole_run(
-    clean_env: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> None:
+def test_merged_shards_are_the_whole_run(clean_env: Mapping[str, str], nursery: Nursery, tmp_path: Path) -> None:
     """The suite smoke, with a second attack, so that both shards have cells; each shard has a store of its own."""
     small = ["--attack", "badnets", "--attack", "blended", "--set", "train.epochs=2", "--set", "defense.ft.steps=2"]
     small += ["--set", "gate.implant_asr=0.0", "--set", "gate.clean_drop_points=100"]
 
     def run(name: str, *more: str) -> Path:
         out = tmp_path / name / "out"
-        argv = shorts.command(Path("smoke"), out, *small, *more)
-        done = subprocess.run(argv, env=clean_env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        done = nursery.run(shorts.command(Path("smoke"), out, *small, *more), clean_env)
+        assert done.code == 0, done.err
         return out
 
     whole = run("whole")
     shards = [run(f"shard{i}", "--shard", f"{i}/2") for i in (1, 2)]
     assert all(len(shorts.tables(s)[1]) < len(shorts.tables(whole)[1]) for s in shards)
     argv = [*shorts.command(Path("x"), tmp_path)[:3], "merge", *map(str, shards), "--out", str(tmp_path / "all")]
-    subprocess.run(argv, env=clean_env, check=True, capture_output=True)
+    assert nursery.run(argv, clean_env).code == 0
     assert shorts.tables(tmp_path / "all") == shorts.tables(whole)

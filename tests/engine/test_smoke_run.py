@@ -8,12 +8,12 @@ import re
 import select
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import Nursery
 
 from sleeperbench.engine import rows
 from sleeperbench.schema import VOLATILE
@@ -206,21 +206,21 @@ def test_a_defense_that_hangs_times_out(smoke: Any, sleeper: Any, again: tuple[P
 
 
 def test_an_interrupted_run_goes_on(
-    smoke: Any, sleeper: Any, again: tuple[Path, Path], trouble: Path, tmp_path: Path, clean_env: dict[str, str]
+    smoke: Any, sleeper: Any, nursery: Nursery, again: tuple[Path, Path], trouble: Path, clean_env: dict[str, str]
 ) -> None:
     """Interrupted while a defense works: code 130, everything done is kept, the same command finishes the rest."""
     out, store = again
-    fifo = tmp_path / "fifo"
+    fifo = out.parent / "fifo"
     os.mkfifo(fifo)
     args = [*smoke.args, "--defense", "trouble/trouble", "--only", "*badnets*trouble*", "--out", out, "--store", store]
     args += ["--set", f'defense.trouble/trouble.path="{fifo}"', "--set", 'defense.trouble/trouble.mode="hang"']
     command = [sys.executable, "-m", "sleeperbench", *map(str, args)]
     env = clean_env | {"PYTHONPATH": os.pathsep.join([str(trouble), clean_env.get("PYTHONPATH", "")])}
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        with fifo.open() as f:
-            child = os.pidfd_open(int(f.read()))
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=120)
+    process = nursery.start(command, env)
+    with fifo.open() as f:
+        child = os.pidfd_open(int(f.read()))
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
     ended, _, _ = select.select([child], [], [], 10)
     os.close(child)
     assert ended  # a defense must not go on when its run is over

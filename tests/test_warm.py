@@ -1,0 +1,50 @@
+"""Processes that find torch imported are otherwise as new interpreters are."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from warm import Nursery
+
+SHOW = """
+import json, os, resource, sys
+print(json.dumps({
+    "environ": dict(os.environ), "argv": sys.argv, "cwd": os.getcwd(), "path": sys.path, "name": __name__,
+    "ours": sorted(m for m in sys.modules if m.partition(".")[0] == "sleeperbench"), "read": sys.stdin.read(),
+    "data": resource.getrlimit(resource.RLIMIT_DATA), "leads": os.getsid(0) == os.getpid(),
+    "open": sorted(os.listdir("/proc/self/fd"))[:3],
+}))
+print("to standard error", file=sys.stderr)
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def env(clean_env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    (tmp_path / "show.py").write_text(SHOW)
+    (tmp_path / "odd.py").write_text("import os, sys\nsys.argv[1:] and os.kill(os.getpid(), 9)\nraise KeyError('x')\n")
+    monkeypatch.chdir(tmp_path)
+    return clean_env | {"PYTHONPATH": str(tmp_path / "more"), "PYTHONHASHSEED": "0"}
+
+
+def test_everything_that_a_process_is_given_is_there(nursery: Nursery, env: dict[str, str]) -> None:
+    argv = [sys.executable, "-m", "show", "3", "a b"]
+    cold = subprocess.run(
+        argv, env=env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, start_new_session=True
+    )
+    warm = nursery.run(argv, env)
+    assert (warm.code, warm.err) == (cold.returncode, cold.stderr) == (3, "to standard error\n")
+    assert json.loads(warm.out) == json.loads(cold.stdout)
+    assert json.loads(warm.out)["ours"] == []
+
+
+def test_ends_are_told_apart(nursery: Nursery, env: dict[str, str]) -> None:
+    raised = nursery.run([sys.executable, "-m", "odd"], env)
+    assert raised.code == 1
+    assert raised.err.splitlines()[0].startswith("Traceback") and raised.err.splitlines()[-1] == "KeyError: 'x'"
+    assert nursery.run([sys.executable, "-m", "odd", "now"], env).code == -signal.SIGKILL
