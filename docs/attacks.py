@@ -65,6 +65,13 @@ def lines(rows: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]],
     return text
 
 
+def weak(cells: Sequence[Mapping[str, Any]]) -> str:
+    """The attacks that did not implant, and how many did."""
+    flags = {c["attack"]: "weak" in c["flag"].split(";") for c in cells if c["rate"]}
+    names = ", ".join(sorted(a for a, is_weak in flags.items() if is_weak))
+    return f"{names or 'none'} ({sum(flags.values())} of {len(flags)})"
+
+
 def main() -> int:
     """Write both files."""
     run, name, command = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -84,6 +91,7 @@ def main() -> int:
         "credit. *Published* figures are of other data, networks and lengths of training: they say what the attack is "
         "known for, not what this run should reach. *Silhouette* is near 1 where triggered images lie apart from the "
         "target class's own in the last layer's features, near 0 where they overlap.",
+        *("", f"Below their declared level, and so `weak`: {weak(cells)}."),
         *("", *lines(rows, cells, Registry.discover("none")), "", f"All rows: [{name}.json](measured/{name}.json)."),
     ]
     (DOCS / "attacks.md").write_text("\n".join(text) + "\n")

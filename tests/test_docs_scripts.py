@@ -101,6 +101,7 @@ def test_attacks_stand_with_what_they_declare_and_a_figure_per_seed() -> None:
     assert found["sig"][-1] == "failed: raised: E |"
     assert attacks.published({"published_asr": {"value": 0.999, "setting": "s", "source": "t"}}) == "99.9 (s; t)"
     assert attacks.published({}) == ""
+    assert attacks.weak([c | {"rate": 0.1} for c in cells]) == "badnets (1 of 2)"
 
 
 # ---- zoo.py ----------------------------------------------------------------------------------------------------------
