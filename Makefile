@@ -23,7 +23,7 @@ $(VENV)/.dev: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' >&2
 	@touch $@
 
-quick: $(VENV)/.installed ## train backdoors on digits, defend, measure, open the page it names (about 7 minutes)
+quick: $(VENV)/.installed ## train backdoors on digits, defend, measure, open the page it names (about 6 minutes)
 	@$(BIN)/sleeperbench run quick --out runs/quick $(ARGS)
 
 test: $(VENV)/.dev ## the tests, without real data sets
