@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,8 +60,7 @@ def measured() -> list[dict[str, Any]]:
         "wrapped": kept("b" * 64, {"forwards": 1, "backwards": 0, "queries": 5}, 30.0, 700.0),
         "answer": kept("c" * 64, {"forwards": 200, "backwards": 0, "queries": 0}, 300.0, 50.0),
     }
-    needs = {"scope": "cell", "outcome": ["cost", "scores"], "white_box": False, "clean_models": 0, "trigger": "none"}
-    needs |= dict.fromkeys(("undefended", "twin", "lineage", "defended_clean"), False)
+    needs = asdict(SpentOnDefense.NEEDS)
     recipe = at.task("x", Access(), {}, None).params["recipe"]
     task = Task(
         kind="evaluate",
