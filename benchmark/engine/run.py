@@ -243,6 +243,7 @@ class Run:
                 self._there.pop(key, None)
                 if self.has(key):
                     self._found(key)
+                    self._gates(progress)  # it may be what a gate waited for
             self._fill(pool)
             if not self.running and not self.queue.later:
                 self._stuck()

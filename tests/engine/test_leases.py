@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shorts
 from warm import Nursery
 
 from sleeperbench.engine import lease, rows
@@ -165,3 +167,28 @@ def test_two_runs_on_one_store_share_the_work(
     assert unlike(tmp_path / "a", tmp_path / "b") == []
     assert unlike(tmp_path / "a", smoke.out) == []
     assert list((tmp_path / "store" / "leases").iterdir()) == list((tmp_path / "store" / "tmp").iterdir()) == []
+
+
+def test_a_gate_opens_when_another_run_decides_it(
+    smoke: Any, nursery: Nursery, clean_env: dict[str, str], tmp_path: Path
+) -> None:
+    """The last figure that a gate needs is another run's, and nothing else is left to do meanwhile."""
+    store, out, aside = shutil.copytree(smoke.store, tmp_path / "store"), tmp_path / "out", tmp_path / "aside"
+    table = rows.read_table(smoke.out / "measurements.parquet")
+    (last,) = {r["task_key"] for r in table if "/badnets@0.1/none/" in r["cell"] and r["metric"] == "asr"}
+    behind = {k for r in table if "/badnets@0.1/ft" in r["cell"] for k in (r["task_key"], r["defense_key"])}
+    assert len(behind) == 2
+    for key in behind:
+        shutil.rmtree(store / key[:2] / key)
+    os.rename(store / last[:2] / last, aside)
+    with Leases(LeaseFolder(store / "leases")).hold(last) as mine:
+        assert mine
+        command = [sys.executable, "-m", "sleeperbench", *smoke.args, "--store", str(store), "--out", str(out)]
+        run = nursery.start(command, clean_env)
+        journal = out / "tasks.jsonl"
+        assert shorts.until(lambda: journal.exists() and '"leased"' in journal.read_text(), 60)
+        os.rename(aside, store / last[:2] / last)
+    _, said = run.communicate(timeout=300)
+    assert run.returncode == 0, said
+    assert "computed 2 tasks" in said
+    assert unlike(out, smoke.out) == []
