@@ -113,7 +113,7 @@ def _check(store: Store, args: argparse.Namespace) -> int:
 
 
 def _gc(store: Store, args: argparse.Namespace) -> int:
-    from sleeperbench.engine.lease import stale
+    from sleeperbench.engine.lease import clear, stale
 
     doomed: list[str] = []
     if args.keep:
@@ -127,12 +127,7 @@ def _gc(store: Store, args: argparse.Namespace) -> int:
         doomed = sorted(set(store.keys()) - needed)
         if doomed and not args.yes:
             _ask(f"remove {len(doomed)} artifacts that {len(args.keep)} runs don't need?")
-    leases = 0
-    for key in store.leases.lease_keys():
-        seen = store.leases.read_lease(key)
-        if seen is not None and stale(store.leases, key, seen):
-            store.leases.drop_lease(key, seen)
-            leases += 1
+    leases = clear(store.leases)
     tmp = [p for p in (store.root / "tmp").glob("*") if time.time() - _newest(p) > DAY]
     for path in tmp:
         shutil.rmtree(path, ignore_errors=True)

@@ -18,6 +18,7 @@ from sleeperbench.engine import finish, preflight
 from sleeperbench.engine.costs import Costs
 from sleeperbench.engine.gate import Gate
 from sleeperbench.engine.graph import Cell, Plan, Zoo
+from sleeperbench.engine.lease import clear
 from sleeperbench.engine.ledger import Ledger
 from sleeperbench.engine.lock import locked
 from sleeperbench.engine.pool import Pool
@@ -201,6 +202,7 @@ class Run:
     # ---- doing it --------------------------------------------------------------------------------------------------
     def work(self) -> None:
         """Run everything that is pending."""
+        clear(self.store.leases)
         stage = self.options.only_stage
         if stage:
             for k in [k for k in self.queue.pending if _ORDER[self.plan.tasks[k].kind] > _ORDER[stage]]:

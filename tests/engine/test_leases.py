@@ -70,6 +70,13 @@ def test_one_holder_at_a_time(place: LeaseFolder) -> None:
         assert again
 
 
+def test_the_leases_of_the_dead_are_cleared_and_no_others(place: LeaseFolder) -> None:
+    place.create_lease(KEY, content(pid=2**22 + 1))  # above the largest process number
+    place.create_lease("cd" * 32, content())
+    assert lease.clear(place) == 1
+    assert place.lease_keys() == ["cd" * 32]
+
+
 def test_a_lease_goes_when_its_task_raises(place: LeaseFolder) -> None:
     with pytest.raises(RuntimeError), Leases(place).hold(KEY):
         raise RuntimeError
