@@ -99,7 +99,7 @@ READING = {
     "silhouette": "From -1 to 1: near 1 triggered and clean images lie apart inside the model, near 0 they overlap.",
     "det_score": "Scores of two detectors have no common scale.",
     "det_flag": "The detector's threshold is fixed before it sees the model.",
-    "cost_forwards": "What the defense took, on any machine alike: an epoch over 1,000 rows is 1,000 images.",
+    "cost_forwards": "What the defense took, however fast the machine: an epoch over 1,000 rows is 1,000 images.",
     "cost_backwards": "A method that takes no gradients has none.",
     "cost_queries": "Images that a method without access to the weights had answered.",
     "det_auroc": "Primary figure of model detection. 50 % is guessing. The bounds are a 95 % score interval over "

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import script
 
 from sleeperbench.engine.registry import Registry
-
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-
-
-def script(name: str) -> ModuleType:
-    sys.path.insert(0, str(DOCS))
-    try:
-        spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(DOCS))
-    return module
 
 
 def row(metric: str, value: float | None, qualifier: str = "", **more: Any) -> dict[str, Any]:

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+from scripts import script
 
 
 @pytest.fixture(scope="module")
 def findings() -> Any:
-    sys.path.insert(0, str(DOCS))
-    try:
-        spec = importlib.util.spec_from_file_location("findings", DOCS / "findings.py")
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(DOCS))
-    return module
+    return script("findings")
 
 
 def cell(asr: float | None, p_asr: float | None, control: float = 0.05, *flags: str) -> dict[str, Any]:
