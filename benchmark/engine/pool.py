@@ -160,6 +160,11 @@ class Pool:
                 if "progress" in message:
                     slot.progress = tuple(message["progress"])
                 elif "done" in message and slot.task is not None:
+                    if message["status"] == "out_of_memory":
+                        # What it holds in pieces it would not get back, so the next try would start from less.
+                        self._replace(slot)
+                        yield from self._lost(slot, message)
+                        break
                     task = slot.task
                     self._next(slot)
                     yield task, message

@@ -191,6 +191,41 @@ def test_no_process_and_no_folder_is_left(ran: Ran) -> None:
     assert tries == ["out_of_memory"] * 2, "once, and once more alone"
 
 
+HOARDER = '''import torch
+from dataclasses import dataclass
+from sleeperbench import Evaluator, Findings, Measurement, Metric, Needs
+
+HELD = []
+
+@dataclass(frozen=True, kw_only=True)
+class Hoarder(Evaluator):
+    """Never gives back what it takes, as a heap in pieces does."""
+    INFO = {"title": "Hoarder", "version": 1, "api": 1, "kind": "accuracy", "paper": "", "micro": {}}
+    NEEDS = Needs()
+    METRICS = (Metric(name="held", unit="", low=0.0, high=99.0, better="none", doc="Tensors held"),)
+
+    def measure(self, case):
+        HELD.append(torch.empty(1 << 30, dtype=torch.uint8))
+        return Findings(rows=(Measurement(metric="held", value=float(len(HELD))),))
+'''
+
+
+def test_what_ran_out_of_memory_is_tried_again_in_a_new_worker(tmp_path: Path, sleeper: Callable) -> None:
+    ids = {"hoarder": "hoarder:Hoarder"}
+    dist = plugins.install(tmp_path, "hoard", "1.0", {"hoarder.py": HOARDER}, {"sleeperbench.evaluators": ids})
+    args = ["run", "smoke", "--attack", "none", "--evaluator", "hoard/hoarder", "--defense", "ft", "--jobs", 1]
+    args += ["--device", "cpu", "--no-site", "--out", tmp_path / "run", "--store", tmp_path / "store"]
+    for change in ("train.epochs=1", "defense.ft.steps=2", "budget.memory_gb=2"):
+        args += ["--set", change]
+    answer = sleeper(*args, path=(dist,))
+    assert answer.code == 0, answer.err
+    lines = [json.loads(x) for x in (tmp_path / "run" / "tasks.jsonl").read_text().splitlines()]
+    tries = [x["status"] for x in lines if x["plugin"] == "hoard/hoarder"]
+    assert tries == ["ok", "out_of_memory", "ok"], "of two cells the second finds no room, and then a new process"
+    table = pd.read_parquet(tmp_path / "run" / "measurements.parquet")
+    assert set(table[table.metric == "held"].value) == {1.0}
+
+
 def test_answers_are_looked_at_before_they_are_read(tmp_path: Path) -> None:
     assert read_plain(tmp_path / "missing") is None
     (tmp_path / "plain").write_bytes(b"12345")
