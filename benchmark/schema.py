@@ -173,15 +173,15 @@ def reproduce(cell: Mapping[str, Any], suite: str) -> list[str]:
 
 
 def _settings(kind: str, plugin: str, params: Mapping[str, Any]) -> list[str]:
-    """KIND.ID.KEY=VALUE of every parameter; a wrapped plugin's stand beside its wrapper's.
-
-    A name that both have means the wrapper's, so the wrapped plugin's has its default and is left out.
-    """
+    """KIND.ID.KEY=VALUE of every parameter; a wrapped plugin's by `inner.KEY` where its wrapper has the name too."""
     flat: dict[str, Any] = {}
     level: Any = params
+    prefix = ""
     while isinstance(level, Mapping):
         inner = level.get("inner") if ":" in plugin else None
         own = {k: v for k, v in level.items() if k != "inner" or not isinstance(inner, Mapping)}
-        flat = own | flat
-        level = inner
+        for k, v in own.items():
+            # Always the prefix if a level between has the name, since that level would take it.
+            flat[prefix + k if k in flat else k] = v
+        level, prefix = inner, prefix + "inner."
     return [f"{kind}.{plugin}.{k}={json.dumps(v)}" for k, v in sorted(flat.items()) if v is not None]

@@ -47,7 +47,13 @@ def add_parser(sub: Any) -> None:
         )
     p.add_argument("--rate", action="append", default=[], type=float, metavar="R", help="poison rate, repeatable")
     p.add_argument("--seeds", default="", metavar="0,1,2", help="seeds in place of the suite's")
-    p.add_argument("--set", action="append", default=[], metavar="KIND.ID.KEY=VALUE", help="change a parameter")
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KIND.ID.KEY=VALUE",
+        help="change a parameter, as in defense.ft.lr=0.02; a wrapped plugin's by its name or by inner.KEY",
+    )
     p.add_argument("--only", default="", metavar="GLOB", help="only cells whose name matches")
     p.add_argument("--shard", default="", metavar="i/n", help="part i of n; `merge` puts the runs together")
     p.add_argument("--only-stage", default="", choices=["attack", "defense", "evaluate"], help="stop after a stage")

@@ -124,8 +124,15 @@ class Ledger:
         return any(a is not None and a.train for a in chain)
 
     def _reduced(self, key: str) -> bool:
-        """Whether a method runs on less than its published effort: below the default of what INFO calls `effort`."""
+        """Whether a method, or what it wraps, runs below the default of what its INFO calls `effort`."""
         task = self.plan.tasks[key]
-        wrapper, inner = Registry.split_wrapper(task.name)
-        b = self.registry.get(task.of, wrapper or inner).blueprint
-        return any(task.params["method"][n] < b.fields[n].default for n in b.info.get("effort", ()))
+        params = task.params["method"]
+        for plugin in self.registry.chain(task.of, task.name):
+            b = plugin.blueprint
+            if any(params[n] < b.fields[n].default for n in b.info.get("effort", ())):
+                return True
+            # A wrapped attack's parameters lie in the wrapper's task, a wrapped defense has a task of its own.
+            if "inner" not in params:
+                break
+            params = params["inner"]
+        return "inner" in task.inputs and self._reduced(task.inputs["inner"])

@@ -20,13 +20,16 @@ def names(plan: Plan) -> dict[str, str]:
     for k, t in plan.tasks.items():
         replica = t.params.get("replica", 0)
         found[k] = f"clean model {replica}" if t.name == "none" and replica else f"{t.name} (control)"
-        if t.kind == "prepare":
-            found[k] = f"{t.params['data']['name']}/{t.params['spec']['arch']}/{t.name}"
     for cell in plan.cells:
         short = cell.name
         found[cell.attack_key] = "/".join([*short.split("/")[:3], short.split("/")[-1]])
         if cell.defense_key:
             found[cell.defense_key] = short
+        below = plan.tasks[cell.defense_key].inputs if cell.defense_key else {}
+        while below:
+            if key := below.get("prepared"):
+                found[key] = "/".join([*short.split("/")[:2], plan.tasks[key].name, short.split("/")[-1]])
+            below = plan.tasks[below["inner"]].inputs if "inner" in below else {}
         for e in cell.evaluations:
             if e.key:
                 found[e.key] = f"{e.evaluator} {short}"

@@ -71,6 +71,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _PLUGIN_TABLES = ("attack", "defense", "evaluator", "dataset", "model")
 _DATASET_KEYS = {"train": (int,), "test": (int,)}
+_INNER = "inner."
+"""Before the name of a wrapped plugin's parameter, where the wrapper has one of that name too."""
 _CHOICES = {
     ("train", "schedule"): ("cosine", "constant"),
     ("train", "precision"): ("fp32", "bf16"),
@@ -193,14 +195,27 @@ def read(name: str) -> tuple[dict[str, Any], str]:
 
 
 def resolve(registry: Registry, kind: Kind, plugin: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Full parameters of a plugin; a wrapper's hold the wrapped plugin's under `inner`."""
+    """Full parameters of a plugin; a wrapper's hold the wrapped plugin's under `inner`.
+
+    Args:
+        registry: The plugins.
+        kind: Theirs.
+        plugin: Its id.
+        params: What is given. A name that wrapper and wrapped plugin share is the wrapper's; `inner.NAME` is the
+            wrapped one's in any case.
+    """
     registry.chain(kind, plugin)
     wrapper, inner = Registry.split_wrapper(plugin)
     if wrapper is None:
         return dict(registry.get(kind, inner).blueprint.resolve(params))
     outer = registry.get(kind, wrapper)
     own = {k: v for k, v in params.items() if k in outer.blueprint.fields}
-    rest = {k: v for k, v in params.items() if k not in own}
+    rest: dict[str, Any] = {}
+    for k, v in params.items():
+        if k not in own:
+            if (name := k.removeprefix(_INNER)) in rest:
+                raise BadInput(f"[{kind}.{plugin}] {name} and {_INNER}{name} are one here; give one of them")
+            rest[name] = v
     return {**outer.blueprint.resolve(own), "inner": resolve(registry, kind, inner, rest)}
 
 
@@ -248,7 +263,10 @@ def _set(raw: dict[str, Any], setting: str) -> None:
     if not eq or len(parts) < 2 or (parts[0] in _PLUGIN_TABLES and len(parts) < 3):
         raise BadInput(f"--set {setting}: write KIND.ID.KEY=VALUE, such as --set defense.ft.lr=0.02")
     if parts[0] in _PLUGIN_TABLES:
-        parts = [parts[0], ".".join(parts[1:-1]), parts[-1]]
+        key = parts.pop()
+        while len(parts) > 2 and f"{parts[-1]}." == _INNER:
+            key = f"{parts.pop()}.{key}"
+        parts = [parts[0], ".".join(parts[1:]), key]
     table = raw
     for p in parts[:-1]:
         table = table.setdefault(p, {})
@@ -264,11 +282,25 @@ def _pick(kind: str, have: list[Any], want: Sequence[Any], keep: Iterable[Any] =
     return [v for v in have if v in want or v in keep] + [v for v in want if v not in have]
 
 
+def _flat(raw: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
+    """Keys and values; those of a table `inner` as `inner.KEY`."""
+    for key, value in raw.items():
+        if f"{key}." == _INNER and isinstance(value, Mapping):
+            yield from _flat(value, before + _INNER)
+        else:
+            yield before + key, value
+
+
 def _sweep(registry: Registry, kind: Kind, plugin: str, raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Parameter sets of a plugin: a list where the parameter is not one is swept."""
-    fields = {k: f for p in registry.chain(kind, plugin) for k, f in p.blueprint.fields.items()}
+    fields = {
+        _INNER * n + k: f
+        for depth, p in reversed(list(enumerate(registry.chain(kind, plugin))))
+        for k, f in p.blueprint.fields.items()
+        for n in range(depth + 1)
+    }
     axes: list[list[tuple[str, Any]]] = []
-    for key, value in raw.items():
+    for key, value in _flat(raw):
         kinds = fields[key].annotation if key in fields else ""
         many = isinstance(value, list) and not any(t in kinds for t in ("tuple", "list", "Sequence"))
         if many and not value:

@@ -131,6 +131,8 @@ def test_show(cli: Any, smoke: Any) -> None:
         ("ft", ["lr=0.5"]),
         ("unlearn:neural_cleanse", ["steps=7", "epochs=3"]),  # of the wrapper, and of what it wraps
         ("unlearn:neural_cleanse", ["lr=0.5"]),  # both have one
+        ("unlearn:neural_cleanse", ["inner.lr=0.5"]),
+        ("unlearn:neural_cleanse", ["lr=0.25", "inner.lr=0.5", "inner.epochs=3"]),
     ],
 )
 def test_a_changed_cell_is_asked_for_with_its_settings(name: str, changed: list[str]) -> None:

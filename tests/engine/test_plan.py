@@ -384,4 +384,4 @@ def test_what_a_defense_prepares_is_one_task_for_all_models(make_plan: Any) -> N
     only = plan.tasks[next(iter(prepared))].params["access"]
     assert only == asdict(Access(model="none", clean=0.05))
     names = progress.names(plan)
-    assert {names[k] for k in prepared} == {"digits/small_cnn/istr", "digits/small_cnn/mntd"}
+    assert {names[k] for k in prepared} == {f"digits/small_cnn/{n}/s{s}" for n in ("istr", "mntd") for s in (0, 1)}

@@ -108,6 +108,27 @@ def test_set_of_a_list_sweeps(make_suite: Any) -> None:
     assert s.attacks[1].label == "badnets"
 
 
+def test_a_name_of_wrapper_and_wrapped_is_told_apart_by_inner(make_suite: Any) -> None:
+    def params(tail: str = "", *settings: str) -> tuple[float, float, int]:
+        suite = make_suite(Changes(settings=settings), defenses=["unlearn:neural_cleanse"], tail=tail)
+        p = suite.defenses[-1].params
+        return p["lr"], p["inner"]["lr"], p["inner"]["epochs"]
+
+    own, wrapped, epochs = params()
+    head = '[defense."unlearn:neural_cleanse"]\n'
+    assert params(head + "lr = 0.5\nepochs = 3") == (0.5, wrapped, 3)
+    assert params(head + "inner.lr = 0.5\ninner.epochs = 3") == (own, 0.5, 3)
+    assert params(head + '"inner.lr" = 0.5\nlr = 0.25') == (0.25, 0.5, epochs)
+    assert params("", "defense.unlearn:neural_cleanse.inner.lr=0.5") == (own, 0.5, epochs)
+    assert params(head + "inner.lr = 0.25", "defense.unlearn:neural_cleanse.inner.lr=0.5") == (own, 0.5, epochs)
+    with pytest.raises(BadInput, match=r"epochs and inner\.epochs are one here"):
+        params(head + "epochs = 3\ninner.epochs = 4")
+    with pytest.raises(BadInput, match="nosuch"):
+        params(head + "inner.nosuch = 3")
+    swept = make_suite(defenses=["unlearn:neural_cleanse"], tail=head + "inner.lr = [0.5, 0.25]").defenses
+    assert [v.params["inner"]["lr"] for v in swept if v.id != "none"] == [0.5, 0.25]
+
+
 def test_lists_restrict_the_matrix_but_keep_the_controls(make_suite: Any) -> None:
     s = make_suite(
         Changes(attacks=["blended"], defenses=["ft"], evaluators=["accuracy"], seeds=[3, 4], rates=[0.2]),

@@ -1,0 +1,34 @@
+"""The flag `reduced`: a method, or what it wraps, on less than its published effort."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeperbench.engine.ledger import Ledger
+from sleeperbench.engine.store import Store
+
+
+@pytest.mark.parametrize(
+    ("attack", "defense", "tail", "reduced"),
+    [
+        ("badnets", "unlearn:neural_cleanse", "", False),
+        ("badnets", "unlearn:neural_cleanse", '[defense."unlearn:neural_cleanse"]\nepochs = 3', True),
+        ("badnets", "unlearn:neural_cleanse", '[defense."unlearn:neural_cleanse"]\nsteps = 3', True),
+        ("badnets", "unlearn:neural_cleanse", "[defense.neural_cleanse]\nepochs = 3", False),  # another cell's
+        ("badnets", "refine:retrain:ct", '[defense."refine:retrain:ct"]\npretrain_epochs = 1', True),
+        ("badnets", "ft", "[defense.ft]\nsteps = 3", True),
+        ("lc", "none", "", False),
+        ("belt:lc", "none", "", False),
+        ("belt:lc", "none", '[attack."belt:lc"]\nsteps = 1', True),
+    ],
+)
+def test_less_than_published(
+    make_plan: Any, registry: Any, tmp_path: Path, attack: str, defense: str, tail: str, reduced: bool
+) -> None:
+    plan = make_plan(attacks=[attack], defenses=["none", defense] if defense != "none" else ["none"], tail=tail)
+    ledger = Ledger(plan, registry, Store(tmp_path / "store"), tmp_path, lambda rows: None)
+    cell = next(c for c in plan.cells if c.name.split("/")[2].startswith(attack) and f"/{defense}" in c.name)
+    assert ("reduced" in ledger._facts(cell, cell.evaluations[0])["flag"]) is reduced
