@@ -16,6 +16,7 @@ from typing import Any
 
 from record import machine, provenance
 
+from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.rows import read_table
 
 DOCS = Path(__file__).resolve().parent
@@ -32,6 +33,8 @@ PLAIN = (
 )
 ATTACKED = ("c_acc_attacked", "asr_attacked")
 HEAD = "## Measured"
+SUPPLIERS = {"model": "ft", "verdict": "neural_cleanse", "inverted": "neural_cleanse", "scores": "strip"}
+"""Part of an outcome -> a defense that has it, for an evaluator that measures it."""
 
 
 def command(kind: str, name: str, seeds: str) -> list[str]:
@@ -43,6 +46,9 @@ def command(kind: str, name: str, seeds: str) -> list[str]:
     evaluators = ["accuracy", "stealth"] if kind == "attack" else []
     if kind == "evaluator":
         evaluators = sorted({"accuracy", name})
+        needs = Registry.discover("none").get("evaluator", name).blueprint.needs
+        parts = needs.outcome if needs.scope == "cell" else ()
+        defenses += sorted({SUPPLIERS[part] for part in parts if part in SUPPLIERS})
     argv = ["run", "cpu", "--dataset", "cifar10", "--seeds", seeds, "--keep-unimplanted"]
     for flag, values in (("--attack", attacks), ("--defense", defenses), ("--evaluator", evaluators)):
         argv += [part for v in values for part in (flag, v)]

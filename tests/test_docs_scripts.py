@@ -53,6 +53,13 @@ def test_measure_asks_the_suite_for_the_method_and_its_controls() -> None:
     assert values(attack, "--attack")[-1] == "wanet"
     assert (values(attack, "--defense"), values(attack, "--evaluator")) == (["none"], ["accuracy", "stealth"])
     assert values(measure.command("evaluator", "ra", "0"), "--evaluator") == ["accuracy", "ra"]
+    for name, supplied in (
+        ("ra", ["ft"]),
+        ("detection", ["neural_cleanse", "strip"]),
+        ("inversion", ["neural_cleanse"]),
+        ("stealth", []),
+    ):
+        assert values(measure.command("evaluator", name, "0"), "--defense") == ["none", *supplied]
 
 
 def test_measure_lists_every_candidate() -> None:
