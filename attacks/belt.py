@@ -30,7 +30,8 @@ class Belt(Attack):
     The published rates are 1 % dirty for BadNets and Blended, 2 % for IAD, 10 % for ISSBA, with as many covers.
 
     A wrapped attack that controls training keeps its hooks; covers take the place of clean rows in its batches, made
-    with the trigger as it is at that step, and no gradient flows through them. What it has of covers stays, too.
+    with the trigger as it is at that step, and no gradient flows through them. What it has of covers stays, too. Where
+    it adds a triggered copy of every row (lira, blind) covers are `cover_ratio` times `rate` of the rows themselves.
 
     Differs: n counts the positions where the 8-bit image changes, the authors count those of the mask; at least one is
     taken back, else a cover would be a dirty row. The code has `mask` alone: `noise` (on the pattern, cut off at its
@@ -59,9 +60,10 @@ class Belt(Attack):
         "wrapper": True,
         "implant_asr": 0.9,  # the protocol's gate; the paper prints 97.04 % and more
         "published_asr": {
-            "value": 0.9998,
-            "setting": "CIFAR-10, ResNet-18, BadNets at 1 %",
-            "source": "the paper, table II",
+            "badnets": {"value": 0.9998, "setting": "CIFAR-10, ResNet-18, 1 %", "source": "the paper, table II"},
+            "blended": {"value": 0.9847, "setting": "CIFAR-10, ResNet-18, 1 %", "source": "the paper, table II"},
+            "ssba": {"value": 0.9757, "setting": "CIFAR-10, ResNet-18, 10 %", "source": "the paper, table II"},
+            "iad": {"value": 0.9704, "setting": "CIFAR-10, ResNet-18, 2 %", "source": "the paper, table II"},
         },
         "micro": {},
     }

@@ -59,9 +59,9 @@ class Twice(TrainHooks):
 
 
 def apart(logits: Tensor, y: Tensor, mark: Tensor) -> list[Tensor]:
-    """Cross-entropy of the clean rows and, where there are any, of their copies, all of one pass."""
+    """Cross-entropy of the clean rows and of their copies, where there are any, all of one pass."""
     n = len(y) - int((mark == Mark.DIRTY).sum())
-    parts = [slice(0, n), slice(n, None)] if n < len(y) else [slice(0, n)]
+    parts = [p for p in (slice(0, n), slice(n, None)) if len(y[p])]
     return [nn.functional.cross_entropy(logits[p], y[p]) for p in parts]
 
 
@@ -89,19 +89,19 @@ class BlindHooks(Twice):
         return self.parts[0]
 
     def step(self, net: nn.Module, opt: torch.optim.Optimizer, x: Tensor, y: Tensor, mark: Tensor) -> Tensor:
-        """Steps 3 and 4; returns the loss of the main task."""
+        """Steps 3 and 4; returns the loss of the main task. What surrounds these hooks adds to that task."""
         weights = [p for group in opt.param_groups for p in group["params"]]
-        self.loss(net, x, y, mark)
+        tasks = [self.loss(net, x, y, mark), *self.parts[1:]]
         grads = [
-            torch.autograd.grad(part, weights, retain_graph=True, materialize_grads=True, allow_unused=True)
-            for part in self.parts
+            torch.autograd.grad(task, weights, retain_graph=True, materialize_grads=True, allow_unused=True)
+            for task in tasks
         ]
-        losses = [part.detach() for part in self.parts]
+        losses = [task.detach() for task in tasks]
         scales = self.scales(losses, grads) if len(grads) > 1 else [1.0]
         for p, *found in zip(weights, *grads, strict=True):
             p.grad = torch.stack([s * g for s, g in zip(scales, found, strict=True)]).sum(0)
         opt.step()
-        self.past.append(float(losses[0]))
+        self.past.append(float(self.parts[0].detach()))
         return losses[0]
 
     def scales(self, losses: list[Tensor], grads: list[tuple[Tensor, ...]]) -> list[Any]:
@@ -157,7 +157,7 @@ class Blind(Attack):
         "bibtex": "@inproceedings{bagdasaryan2021blind, title={Blind Backdoors in Deep Learning Models}, "
         "author={Bagdasaryan, Eugene and Shmatikov, Vitaly}, booktitle={USENIX Security Symposium}, year={2021}}",
         "kind": "training_control",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "family": "training_control",
         "clean_label": False,

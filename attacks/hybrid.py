@@ -30,8 +30,8 @@ class Hybrid(Attack):
        touched, so that no row carries two triggers.
     3. Each trigger is measured by itself.
 
-    The default stands for IsTr's four: a coloured square (`cassock`), an interleaved square (`badnets`), a sine wave
-    (`sin_wave`) and a smile (`hcb`, with drawn rain).
+    The default stands for IsTr's four: a coloured square (`cassock`, whose own is bright in all channels alike), an
+    interleaved square (`badnets`), a sine wave (`sin_wave`) and a smile (`hcb`, with drawn rain).
 
     Differs: IsTr's data are faces, ours have no smiles. It prints neither rates nor which labels belong to which
     trigger (five labels for four triggers); step 1 is ours. Members that control training, wrap another attack or need

@@ -122,7 +122,7 @@ class Iad(Attack):
         "bibtex": "@inproceedings{nguyen2020input, title={Input-Aware Dynamic Backdoor Attack}, author={Nguyen, Tuan "
         "Anh and Tran, Anh}, booktitle={Advances in Neural Information Processing Systems}, year={2020}}",
         "kind": "training_control",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "family": "sample_specific",
         "clean_label": False,

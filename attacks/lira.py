@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from sleeperbench import Attack, Backdoor, ImageSet, PoisonedSet, Role, TargetMap, TrainHooks
+from sleeperbench import Attack, Backdoor, ImageSet, Mark, PoisonedSet, Role, TargetMap, TrainHooks
 from sleeperbench.attacks.blind import Twice, apart
 from sleeperbench.contracts import Ctx
 from sleeperbench.kit.generators import seeded, straight_through
@@ -115,7 +115,7 @@ class LiraHooks(Twice):
             shown = straight_through(self.noise.add(self.next, self.images))
             with evaluating(net):
                 # For these weights alone: nothing of it may reach the classifier's.
-                found = torch.autograd.grad(self.loss(net, shown, y[n:], torch.zeros_like(y[n:])), weights)
+                found = torch.autograd.grad(self.loss(net, shown, y[n:], torch.full_like(y[n:], Mark.DIRTY)), weights)
             for p, g in zip(weights, found, strict=True):
                 p.grad = g
             self.own.step()
@@ -174,7 +174,7 @@ class Lira(Attack):
         "author={Doan, Khoa and Lao, Yingjie and Zhao, Weijie and Li, Ping}, booktitle={IEEE/CVF International "
         "Conference on Computer Vision}, year={2021}}",
         "kind": "training_control",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "family": "sample_specific",
         "clean_label": False,

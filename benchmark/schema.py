@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,7 +39,12 @@ _IDENTITY = (
     Column("attack", "str", "Attack, with `~` and a digest when its parameters are not the suite's first"),
     Column("attack_params", "str", "Parameters of the attack, canonical JSON"),
     Column("rate", "f64", "Poison rate asked for: share of the rows trained on", "fraction"),
-    Column("rate_actual", "f64", "Poison rate that was possible", "fraction"),
+    Column(
+        "rate_actual",
+        "f64",
+        "Poison rate that was possible; where training itself poisons, triggered rows per row drawn",
+        "fraction",
+    ),
     Column("defense", "str", "Defense, with `~` and a digest when its parameters are not the suite's first"),
     Column("defense_params", "str", "Parameters of the defense, canonical JSON"),
     Column("clean_source", "str", "Where the defender's clean rows come from: heldout or training"),
@@ -136,6 +141,8 @@ CELLS = (
 
 HEADLINE_METRICS = tuple(n for n in _HEADLINES if n != "p_asr_set")
 KEY = ("task_key", "evaluator", "metric", "qualifier")
+LOW_RATE = 0.01
+"""Up to this poison rate the lower bar counts."""
 VOLATILE = frozenset(c.name for c in (*MEASUREMENTS, *CELLS) if c.volatile)
 
 
@@ -170,6 +177,28 @@ def reproduce(cell: Mapping[str, Any], suite: str) -> list[str]:
     if cell["rate"]:
         argv += ["--rate", f"{cell['rate']:g}"]
     return [*argv, "--seeds", str(cell["seed"])]
+
+
+def implant_bar(
+    infos: Iterable[Mapping[str, Any]], params: Mapping[str, Any], rate: float, gate: Mapping[str, Any]
+) -> float:
+    """The mean ASR from which an attack counts as implanted: the protocol's bar, or the attack's own if that is lower.
+
+    Args:
+        infos: INFO of the attack, with those of its wrappers. `clean_label` says that labels stay true, `implant_asr`
+            is the attack's own bar.
+        params: Its parameters; `labels = "clean"` says that labels stay true as well.
+        rate: Poison rate.
+        gate: The suite's bars: `implant_asr`, and `implant_asr_low` for clean labels and rates of up to 1 %.
+    """
+    told = list(infos)
+    level: Any = params
+    low = rate <= LOW_RATE or any(info.get("clean_label") for info in told)
+    while isinstance(level, Mapping):
+        low = low or level.get("labels") == "clean"
+        level = level.get("inner")
+    own = [info["implant_asr"] for info in told if isinstance(info.get("implant_asr"), float | int)]
+    return float(min([gate["implant_asr_low" if low else "implant_asr"], *own]))
 
 
 def _settings(kind: str, plugin: str, params: Mapping[str, Any]) -> list[str]:

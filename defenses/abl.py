@@ -53,6 +53,7 @@ class AntiBackdoorLearning(Defense):
         "api": 1,
         "micro": {"isolation_epochs": 2, "tuning_epochs": 2, "unlearning_epochs": 2},
         "effort": ["isolation_epochs", "tuning_epochs", "unlearning_epochs"],
+        "presets": {"reduced": {"isolation_epochs": 11, "tuning_epochs": 34, "unlearning_epochs": 11}},
     }
     ACCESS = Access(model="none", clean=0, train=True, control=True)
 
@@ -120,7 +121,7 @@ class Unlearn(TrainHooks):
 
     def __init__(self, rows: ImageSet, classes: int, ctx: Ctx) -> None:
         super().__init__()
-        self.rows, self.classes, self.ctx = rows, classes, ctx
+        self.suspects, self.classes, self.ctx = rows, classes, ctx
 
     def loss(self, net: nn.Module, x: Tensor, y: Tensor, mark: Tensor) -> Tensor:
         """-CE."""
@@ -132,7 +133,7 @@ class Unlearn(TrainHooks):
 
     def accuracy(self, net: nn.Module) -> float:
         """Share of the rows answered as labelled, in eval mode."""
-        count, total = hits(predict(net, self.rows.images, ctx=self.ctx), self.rows.labels)
+        count, total = hits(predict(net, self.suspects.images, ctx=self.ctx), self.suspects.labels)
         return count / total
 
 

@@ -78,6 +78,8 @@ class ABS(Defense):
         area: Bound on the mask, as a share of the image.
         weight: Penalty per unit of the mask.
         threshold: REASR above which a label is flagged, 0..1.
+        batched: All candidates in one batch; False inverts one at a time in every update, at the same result but for
+            rounding: for timings. Channels are stimulated one after another either way.
     """
 
     INFO = {
@@ -107,6 +109,7 @@ class ABS(Defense):
     area: float = 0.0625
     weight: float = 500.0
     threshold: float = 0.88
+    batched: bool = True
 
     def __post_init__(self) -> None:
         if min(self.per_class, self.top, self.steps) < 1 or self.samples < 2:
@@ -186,7 +189,7 @@ class ABS(Defense):
         p = torch.randn(n, c, h, w, generator=ctx.generator("patterns")).clamp(0, 1)
         u, p = (v.to(ctx.device).requires_grad_() for v in (u, p))
         adam = torch.optim.Adam([u, p], lr=self.lr)
-        parts = torch.arange(n).split(max(1, _AT_ONCE.get(ctx.device.type, 256) // len(x)))
+        parts = torch.arange(n).split(max(1, _AT_ONCE.get(ctx.device.type, 256) // len(x)) if self.batched else 1)
         for step in range(self.steps):
             adam.zero_grad()
             for part in parts:

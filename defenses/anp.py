@@ -60,6 +60,7 @@ class AdversarialNeuronPruning(Defense):
         "api": 1,
         "micro": {"steps": 20, "batch": 32},
         "effort": ["steps"],
+        "presets": {"reduced": {"steps": 1600}},
     }
     ACCESS = Access(clean=0.05)
     REQUIRES = frozenset({"bn"})

@@ -15,7 +15,6 @@ from sleeperbench.kit.pixels import to_float
 
 _AT_ONCE = 4096
 """Stamped images held in memory."""
-"""Stands for an infinite score, which tables cannot hold."""
 _LEAST_SCORE = 1e-12
 """Smallest probability a loss is computed from: 27.6 nats."""
 

@@ -67,7 +67,7 @@ class Beatrix(Defense):
         "{Gram} Matrices}, author={Ma, Wanlun and Wang, Derui and Sun, Ruoxi and Xue, Minhui and Wen, Sheng and Xiang, "
         "Yang}, booktitle={Network and Distributed System Security Symposium}, year={2023}}",
         "kind": "detection",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"orders": 3},
         "effort": ["orders"],
@@ -130,7 +130,9 @@ class Beatrix(Defense):
             "rows": len(keep),
             "discrepancy": {str(c): v for c, v in enumerate(j.tolist()) if v == v},
         }
-        return Outcome(keep=keep, suspicion=suspicion, verdict=verdict, state=(state, {"site": site}), chosen=chosen)
+        return Outcome(
+            keep=keep, suspicion=suspicion, verdict=verdict, state=(state, {"site": site}), alarm=1.0, chosen=chosen
+        )
 
     def score(self, state: tuple[Mapping[str, Tensor], Any], net: Classifier, x: Tensor) -> Tensor:
         """Deviation over the threshold of the class that the input gets, (N,) from 0; above 1 is an alarm."""

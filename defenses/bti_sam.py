@@ -51,6 +51,7 @@ class BTISAM(Defense):
         "api": 1,
         "micro": {"rounds": 1, "steps": 4, "pretrain_steps": 3, "mask_steps": 3, "generator_steps": 3, "width": 4},
         "effort": ["rounds", "steps", "pretrain_steps", "mask_steps", "generator_steps"],
+        "presets": {"reduced": {"pretrain_steps": 77, "mask_steps": 30, "generator_steps": 46, "steps": 46}},
     }
     ACCESS = Access(clean=0.05)
 

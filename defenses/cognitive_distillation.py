@@ -40,7 +40,7 @@ class CognitiveDistillation(Defense):
         beta: Weight of the total variation.
         lr: Learning rate of Adam.
         steps: Steps per image.
-        gamma: Standard deviations below the mean of clean rows; no figure here uses it but `clean_flagged`.
+        gamma: Standard deviations below the mean of clean rows at which the threshold lies.
         rows: Clean rows that mean and deviation are taken from, at most.
     """
 
@@ -51,7 +51,7 @@ class CognitiveDistillation(Defense):
         "author={Huang, Hanxun and Ma, Xingjun and Erfani, Sarah Monazam and Bailey, James}, "
         "booktitle={International Conference on Learning Representations}, year={2023}}",
         "kind": "detection",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"steps": 10, "rows": 30},
         "effort": ["steps"],
@@ -75,7 +75,7 @@ class CognitiveDistillation(Defense):
             raise ValueError(f"steps is {self.steps}, rows {self.rows}: give at least 1, and at least 2")
 
     def run(self, case: Case) -> Outcome:
-        """The colours, as the second phase needs them, and the clean rows' norms.
+        """The colours, as the second phase needs them, and the threshold from the clean rows' norms.
 
         Raises:
             NotApplicable: fewer than two clean rows.
@@ -100,7 +100,7 @@ class CognitiveDistillation(Defense):
             "threshold": threshold,
             "clean_flagged": float((norms < threshold).double().mean()),
         }
-        return Outcome(state=({"colours": colours}, {"threshold": threshold}), chosen=chosen)
+        return Outcome(state=({"colours": colours}, None), alarm=-threshold, chosen=chosen)
 
     def score(self, state: tuple[Mapping[str, Tensor], Any], net: nn.Module, x: Tensor) -> Tensor:
         """-sum |m|, (N,) from minus the number of pixels to 0; above minus the threshold is an alarm."""

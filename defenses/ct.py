@@ -85,6 +85,7 @@ class ConfusionTraining(Defense):
         "api": 1,
         "micro": {"pretrain_epochs": 1, "later_epochs": 1, "steps": 6, "last_steps": 6},
         "effort": ["pretrain_epochs", "later_epochs", "steps", "last_steps"],
+        "presets": {"reduced": {"pretrain_epochs": 12, "later_epochs": 5, "steps": 750, "last_steps": 250}},
         "traverses": True,
         "presumes": "a trigger that is still learnt where wrong labels keep a model from learning anything else",
     }

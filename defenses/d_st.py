@@ -63,6 +63,7 @@ class DST(Defense):
         "api": 1,
         "micro": {"epochs": 1, "spread_epochs": 1, "contrast_epochs": 1, "head_epochs": 1, "batch": 64},
         "effort": ["epochs", "spread_epochs", "contrast_epochs", "head_epochs"],
+        "presets": {"reduced": {"epochs": 1, "spread_epochs": 1, "contrast_epochs": 22, "head_epochs": 1}},
     }
     ACCESS = Access(model="none", clean=0, train=True, control=True)
     REQUIRES = frozenset({"linear_head"})

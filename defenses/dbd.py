@@ -70,6 +70,7 @@ class DBD(Defense):
         "api": 1,
         "micro": {"contrast_epochs": 1, "head_epochs": 1, "semi_epochs": 2, "iterations": 3, "batch": 16},
         "effort": ["contrast_epochs", "head_epochs", "semi_epochs", "iterations"],
+        "presets": {"reduced": {"contrast_epochs": 6, "head_epochs": 1, "semi_epochs": 1}},
     }
     ACCESS = Access(model="none", clean=0, train=True, control=True)
     REQUIRES = frozenset({"linear_head"})

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sleeperbench import Access, Defense, Outcome, TrainHooks
-from sleeperbench.contracts import Case
-from sleeperbench.kit.classifier import build, pack
-from sleeperbench.kit.predict import evaluating
+from sleeperbench import Access, Defense, Outcome
+from sleeperbench.contracts import Case, Ctx
+from sleeperbench.kit.classifier import Classifier, build, pack
+from sleeperbench.kit.distil import OUTPUT, Taught
 from sleeperbench.kit.train import fit
 
 
@@ -58,22 +57,20 @@ class DistilFresh(Defense):
     def run(self, case: Case) -> Outcome:
         """The student; all clean rows are trained on, since nothing is chosen."""
         net = build(case.spec, seed=case.ctx.derive("init"))
-        hooks = Distillation(case.net, self.temperature, case)
+        hooks = Distillation(case.net, self.temperature, case.ctx)
         fit(net, case.clean, replace(case.recipe, batch=self.batch), case.ctx, hooks=hooks, steps=self.steps)
         return Outcome(model=pack(net))
 
 
-class Distillation(TrainHooks):
+class Distillation(Taught):
     """The student's loss against a teacher that only answers."""
 
-    def __init__(self, teacher: nn.Module, temperature: float, case: Case) -> None:
-        super().__init__()
-        self.teacher, self.temperature, self.cost = teacher, temperature, case.ctx.cost
+    def __init__(self, teacher: Classifier, temperature: float, ctx: Ctx) -> None:
+        super().__init__(teacher, [OUTPUT], ctx)
+        self.temperature = temperature
 
     def loss(self, net: nn.Module, x: Tensor, y: Tensor, mark: Tensor) -> Tensor:
         """T^2 KL(teacher || student), mean over the batch."""
-        with evaluating(self.teacher), torch.no_grad():
-            wanted = (self.teacher(x) / self.temperature).softmax(1)
-        self.cost.forwards += len(x)
+        wanted = (self.answers(x)[OUTPUT] / self.temperature).softmax(1)
         given = (net(x) / self.temperature).log_softmax(1)
         return self.temperature**2 * F.kl_div(given, wanted, reduction="batchmean")

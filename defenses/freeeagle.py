@@ -34,12 +34,15 @@ class FreeEagle(Defense):
     4. Metric (max v - Q3) / (Q3 - Q1), with Q1 and Q3 the values at positions int(n / 4) and int(3 n / 4) of the n
        values of v that are not 0, in ascending order.
     5. Backdoored iff the metric exceeds `threshold`; the suspected target is the class of max v.
+    6. Pairs: the large entries of Q are the (source, target) of a backdoor, class-specific ones among them. Named are
+       those whose metric, that of step 4 over all entries of Q, exceeds `threshold`.
 
-    All classes are optimised in one batch; of e nothing is run but one blank image. The largest entries of Q, which for
-    a class-specific backdoor are its (source, target) pairs, and v stand in `chosen`.
+    All classes are optimised in one batch; of e nothing is run but one blank image. The largest entries of Q and v
+    stand in `chosen`.
 
     Differs: the authors take a threshold from 30 % of the models they judge; the fixed 2 is a rule of thumb, set
-    beforehand. Whether e ends in a ReLU is seen from its answers to 16 random images, none of them negative, and not
+    beforehand. They look at Q for pairs and have no rule which entries are large; the one of step 6 is this project's.
+    Whether e ends in a ReLU is seen from its answers to 16 random images, none of them negative, and not
     from the architecture's name. One representation per class, as in the released settings.
 
     Args:
@@ -47,7 +50,7 @@ class FreeEagle(Defense):
         lr: Its learning rate.
         weight_decay: Its L2 factor on r.
         later: Stages that belong to h, besides the head; 0 leaves pooling and the head.
-        threshold: Metric above which the model is backdoored.
+        threshold: Metric above which the model is backdoored, and a pair is named.
     """
 
     INFO = {
@@ -57,7 +60,7 @@ class FreeEagle(Defense):
         "Cases}, author={Fu, Chong and Zhang, Xuhong and Ji, Shouling and Wang, Ting and Lin, Peng and Feng, Yanghe "
         "and Yin, Jianwei}, booktitle={USENIX Security Symposium}, year={2023}}",
         "kind": "detection",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"steps": 20},
         "effort": ["steps"],
@@ -77,7 +80,7 @@ class FreeEagle(Defense):
             raise ValueError("steps must be positive and later not negative")
 
     def run(self, case: Case) -> Outcome:
-        """The verdict, with a metric per class.
+        """The verdict, with a metric per class, and pairs.
 
         Raises:
             NotApplicable: too few classes, or too few stages to cut at.
@@ -94,7 +97,12 @@ class FreeEagle(Defense):
         scores = metric(leaks)
         largest = q.flatten().topk(_PAIRS).indices.tolist()
         return Outcome(
-            verdict=Verdict(score=float(scores.max()), threshold=self.threshold, label_scores=scores),
+            verdict=Verdict(
+                score=float(scores.max()),
+                threshold=self.threshold,
+                label_scores=scores,
+                pairs=(metric(q.flatten()).view_as(q) > self.threshold).nonzero(),
+            ),
             chosen={
                 "target": int(leaks.argmax()),
                 "leaks": [round(v, 6) for v in leaks.tolist()],
@@ -135,7 +143,7 @@ def posteriors(net: Classifier, site: str, r: Tensor) -> Tensor:
 
 
 def metric(leaks: Tensor) -> Tensor:
-    """(v - Q3) / (Q3 - Q1) per class, float64 (K,); quartiles of the values that are not 0; 0 where there are none."""
+    """(v - Q3) / (Q3 - Q1) of each value, float64 (N,); quartiles of those that are not 0; 0 where there are none."""
     known = leaks[leaks != 0].sort().values
     if not len(known):
         return torch.zeros_like(leaks)

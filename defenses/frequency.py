@@ -58,7 +58,7 @@ class Frequency(Defense):
         "Perspective}, author={Zeng, Yi and Park, Won and Mao, Z. Morley and Jia, Ruoxi}, booktitle={IEEE/CVF "
         "International Conference on Computer Vision}, pages={16473--16481}, year={2021}}",
         "kind": "detection",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"rounds": 1, "epochs": 1},
         "effort": ["rounds", "epochs"],
@@ -106,7 +106,7 @@ class Frequency(Defense):
     def run(self, case: Case) -> Outcome:
         """The detector, as the second phase needs it."""
         state, about = case.prepared
-        return Outcome(state=(state, {"shape": about["shape"]}), chosen={"losses": about["losses"]})
+        return Outcome(state=(state, {"shape": about["shape"]}), alarm=0.0, chosen={"losses": about["losses"]})
 
     def score(self, state: tuple[Mapping[str, Tensor], Any], net: Any, x: Tensor) -> Tensor:
         """Logit of triggered minus that of clean, (N,); above 0 is an alarm."""

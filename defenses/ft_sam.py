@@ -66,6 +66,7 @@ class FTSAM(Defense):
         "api": 1,
         "micro": {"steps": 10, "batch": 64},
         "effort": ["steps"],
+        "presets": {"reduced": {"steps": 800}},
     }
     ACCESS = Access(clean=0.05)
 

@@ -41,7 +41,7 @@ class IBDPSC(Defense):
         factor: What weights and biases are multiplied by, above 1; the paper's omega.
         models: Amplified models that PSC is the mean over; the paper's n.
         error: Share of clean rows that the first of them must get wrong, 0 to below 1; the paper's xi.
-        threshold: PSC above which an input is called triggered; no figure here uses it but `clean_flagged`.
+        threshold: PSC above which an input is called triggered.
     """
 
     INFO = {
@@ -52,7 +52,7 @@ class IBDPSC(Defense):
         "and Li, Yiming}, booktitle={International Conference on Machine Learning}, pages={18992--19022}, "
         "year={2024}}",
         "kind": "detection",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {},
         "effort": ["models"],
@@ -97,6 +97,7 @@ class IBDPSC(Defense):
         ctx.cost.forwards += rows * (1 + len(self.amplified(first, len(names))))
         return Outcome(
             state=({}, {"first": first}),
+            alarm=self.threshold,
             chosen={
                 "layers": len(names),
                 "first": first,

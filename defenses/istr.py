@@ -50,6 +50,8 @@ class IsTr(Defense):
         labels: Labels that are sliced, those that most rows turn into.
         reference_steps: Updates that train f_s, in batches of 128: 30 epochs of 2,000 rows.
         natural: Also hand over triggers of natural backdoors: success of at least 0.7 on at most 40 % of the pixels.
+        batched: Many rows in one pass through the net; False sends one at a time (of a map, the windows of one row), at
+            the same result but for rounding: for timings.
     """
 
     INFO = {
@@ -79,6 +81,7 @@ class IsTr(Defense):
     labels: int = 10
     reference_steps: int = 470
     natural: bool = False
+    batched: bool = True
 
     def __post_init__(self) -> None:
         Settings.of(self)

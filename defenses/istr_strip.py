@@ -52,7 +52,7 @@ class IsTrStrip(Defense):
         "Jianjin and Li, Qi and Zhu, Hongliang and Shen, Zongliang and Fu, Anmin}, "
         "journal={arXiv preprint arXiv:2508.04094}, year={2025}}",
         "kind": "detection",
-        "version": 2,
+        "version": 3,
         "api": 1,
         "micro": {"overlays": 8, "steps": 6, "labels": 1, "reference_steps": 6},
         "effort": ["overlays", "steps", "labels", "reference_steps"],
@@ -110,7 +110,8 @@ class IsTrStrip(Defense):
             "clean_mean": float(clean.mean()),
             "triggered_mean": float(triggered.mean()) if len(triggered) else None,
         }
-        return Outcome(verdict=verdict(found), state=({"overlays": overlays}, {"threshold": threshold}), chosen=chosen)
+        kept = ({"overlays": overlays}, {"threshold": threshold})
+        return Outcome(verdict=verdict(found), state=kept, alarm=0.0, chosen=chosen)
 
     def score(self, state: tuple[Mapping[str, Tensor], Any], net: nn.Module, x: Tensor) -> Tensor:
         """Threshold minus H in nats, (N,); above 0 is an alarm."""

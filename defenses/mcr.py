@@ -68,6 +68,7 @@ class MCR(Defense):
         "api": 1,
         "micro": {"steps": 8, "batch": 32, "curve_steps": 8, "curve_batch": 32},
         "effort": ["steps", "curve_steps"],
+        "presets": {"reduced": {"steps": 800, "curve_steps": 1600}},
     }
     ACCESS = Access(clean=0.05)
 

@@ -63,6 +63,8 @@ class MESA(Defense):
         noise: Dimensions of z, a multiple of 4.
         hidden: Units per layer.
         threshold: ASR above which a label is infected.
+        batched: Patches of all generators in one pass through the net; False sends those of one at a time, at the same
+            result but for rounding: for timings. The generators' own layers stay batched.
     """
 
     INFO = {
@@ -90,6 +92,7 @@ class MESA(Defense):
     noise: int = 64
     hidden: int = 512
     threshold: float = 0.5
+    batched: bool = True
 
     def __post_init__(self) -> None:
         if self.noise < 4 or self.noise % 4:
@@ -153,7 +156,8 @@ class MESA(Defense):
             made = generators(z)
             jitter = torch.randn(made.shape, generator=draw).to(device)
             patches = (made + _JITTER * jitter).unflatten(2, (channels, self.size, self.size))
-            slope = _slope(net, images[rows], patches.detach(), place, labels, steps)
+            at_once = max(1, _AT_ONCE.get(device.type, 256) // len(rows)) if self.batched else 1
+            slope = _slope(net, images[rows], patches.detach(), place, labels, steps, at_once)
             adams[0].zero_grad()
             information = bound(critics(z, made), critics(other, made))
             (slope * patches).sum().sub(self.alpha * information.sum()).backward()  # type: ignore[no-untyped-call]
@@ -254,10 +258,11 @@ def sites(height: int, width: int, size: int) -> list[Place]:
     return [(0, 0), (0, right), (low, 0), (low, right), (low // 2, right // 2)]
 
 
-def _slope(net: nn.Module, x: Tensor, patches: Tensor, place: Place, labels: Tensor, steps: Tensor) -> Tensor:
-    """Gradient of - sum of the members' staircases by their patches; passes are as large as the machine likes."""
+def _slope(
+    net: nn.Module, x: Tensor, patches: Tensor, place: Place, labels: Tensor, steps: Tensor, at_once: int
+) -> Tensor:
+    """Gradient of - sum of the members' staircases by their patches; `at_once` members per pass through the net."""
     patches.requires_grad_()
-    at_once = max(1, _AT_ONCE.get(x.device.type, 256) // len(x))
     for part in torch.arange(len(patches), device=x.device).split(at_once):
         worn = stamp(x.expand(len(part), *x.shape), patches[part], place)
         logits = net(worn.flatten(0, 1)).float().unflatten(0, (len(part), len(x)))

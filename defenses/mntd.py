@@ -34,16 +34,16 @@ class MNTD(Defense):
     2. Meta-classifier: `queries` images, the answers to which go through `hidden` ReLUs to one logit. Images and
        weights are trained together by Adam, one shadow per update, with binary cross-entropy, whose slope reaches the
        images through the shadow. The epoch with the best AUROC on the validation shadows is kept.
-    3. `repeats` meta-classifiers; a model's score is the mean of their logits.
+    3. `repeats` meta-classifiers, and the mean of their logits. A model's score is how far it lies above the median of
+       the validation shadows, half of which are poisoned, in units of their mean distance from it. Threshold 0.
 
-    The threshold is the median score of the validation shadows, half of which are poisoned.
-
-    Differs: answers are logarithms of probabilities, not logits, since no more is told of the model asked; they are cut
-    off at 1e-8. Queries are put back into [0, 1] after each update, where images must lie; the authors' may leave it.
-    Networks answer in eval mode; in the authors' code their dropout is active. The authors' threshold is the median of
-    the models evaluated, which a defender of one model does not have. Squares have sides in proportion to the image's.
-    Shadows have the authors' network for CIFAR-10 whatever the model asked, and `steps` updates whatever the number of
-    rows (theirs: 100 passes over 1,000).
+    Differs: scores are logits in units of the fleet, since every seed has a fleet of its own and models of several
+    seeds are ranked together; `chosen` has the logit itself. Answers are logarithms of probabilities, not logits, since
+    no more is told of the model asked; they are cut off at 1e-8. Queries are put back into [0, 1] after each update,
+    where images must lie; the authors' may leave it. Networks answer in eval mode; in the authors' code dropout is
+    active. The authors' threshold is the median of the models evaluated, which a defender of one model does not have.
+    Squares have sides in proportion to the image's. Shadows have the authors' network for CIFAR-10 whatever the model
+    asked, and `steps` updates whatever the number of rows (theirs: 100 passes over 1,000).
 
     Args:
         shadows: Benign shadows for training, and as many poisoned ones.
@@ -64,7 +64,7 @@ class MNTD(Defense):
         "author={Xu, Xiaojun and Wang, Qi and Li, Huichen and Borisov, Nikita and Gunter, Carl A. and Li, Bo}, "
         "booktitle={IEEE Symposium on Security and Privacy}, pages={103--120}, year={2021}}",
         "kind": "detection",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"shadows": 2, "validation": 1, "steps": 2, "batch": 32, "epochs": 2, "repeats": 1},
         "effort": ["shadows", "validation", "steps", "epochs", "repeats"],
@@ -117,11 +117,13 @@ class MNTD(Defense):
             metas.append(meta)
             aurocs.append(best)
         with torch.no_grad():
-            own = torch.stack([torch.stack([m(ask(i)) for m in metas]).mean() for i in held])
+            own = torch.stack([torch.stack([m(ask(i)) for m in metas]).mean() for i in held]).double()
         ctx.cost.forwards += len(held) * self.queries * self.repeats
         weights = {f"{r}.{k}": v.cpu().contiguous() for r, m in enumerate(metas) for k, v in m.state_dict().items()}
+        centre = own.quantile(0.5)
         return weights, {
-            "threshold": float(own.double().quantile(0.5)),
+            "centre": float(centre),
+            "spread": max(float((own - centre).abs().mean()), 1e-6),
             "validation_auroc": [round(a, 4) for a in aurocs],
             "shadows": 2 * self.shadows,
         }
@@ -137,8 +139,11 @@ class MNTD(Defense):
                     meta = Meta(own["queries"], case.spec.classes, self.hidden)
                 meta.load_state_dict(own)
                 logits.append(meta.to(case.ctx.device)(lambda x: case.net(x).log()))
-        verdict = Verdict(score=float(torch.stack(logits).mean()), threshold=about["threshold"])
-        return Outcome(verdict=verdict, chosen={k: about[k] for k in ("validation_auroc", "shadows")})
+        logit = float(torch.stack(logits).mean())
+        return Outcome(
+            verdict=Verdict(score=(logit - about["centre"]) / about["spread"], threshold=0.0),
+            chosen={"logit": round(logit, 4), **{k: about[k] for k in ("validation_auroc", "shadows")}},
+        )
 
     def shadow(self, case: Case, i: int, *, poisoned: bool) -> Shadow:
         """A network trained on the clean rows, with a backdoor of its own if `poisoned`."""

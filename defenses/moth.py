@@ -73,6 +73,7 @@ class MOTH(Defense):
         "api": 1,
         "micro": {"steps": 14, "batch": 64, "warm_inversion": 3, "first_inversion": 3, "next_inversion": 2},
         "effort": ["steps", "warm_inversion", "first_inversion", "next_inversion"],
+        "presets": {"reduced": {"steps": 690, "warm_inversion": 440}},
     }
     ACCESS = Access(clean=0.05)
 
@@ -259,7 +260,7 @@ class Hardening(TrainHooks):
         self.pairs = Pairs(known, classes)
         order = torch.randperm(len(data), generator=ctx.generator("warm rows"))
         few = [order[data.labels[order] == k][: settings.per_class] for k in known]
-        self.rows = data.rows(torch.cat(few))
+        self.few = data.rows(torch.cat(few))
         self.limit = data.images.shape[2] * data.images.shape[3] / 4
         self.best: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.now: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -280,7 +281,7 @@ class Hardening(TrainHooks):
     def universal(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Step 1 for the next class; returns the stamped batch."""
         target = self.pairs.known[self.done]
-        rows = self.rows.rows(self.rows.labels != target)
+        rows = self.few.rows(self.few.labels != target)
         source, seen = rows.labels.to(x.device), to_float(rows.images.to(x.device))
         found = invert(
             net,

@@ -63,6 +63,7 @@ class NAB(Defense):
         "api": 1,
         "micro": {"isolation_epochs": 1, "contrast_epochs": 1, "epochs": 1},
         "effort": ["isolation_epochs", "contrast_epochs", "epochs"],
+        "presets": {"reduced": {"isolation_epochs": 2, "contrast_epochs": 14, "epochs": 14}},
     }
     ACCESS = Access(model="none", clean=0, train=True, control=True)
     REQUIRES = frozenset({"linear_head"})

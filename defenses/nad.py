@@ -14,6 +14,7 @@ from sleeperbench import Access, Defense, ImageSet, Outcome, TrainHooks
 from sleeperbench.contracts import Case, Ctx, Model, NotApplicable
 from sleeperbench.kit.candidates import pick, split
 from sleeperbench.kit.classifier import Classifier, load
+from sleeperbench.kit.distil import OUTPUT, Taught
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.predict import device_of, evaluating
 from sleeperbench.kit.taps import capture, taps
@@ -21,8 +22,6 @@ from sleeperbench.kit.tune import tune
 
 NAMES = {f"scale={scale:g}": scale for scale in (0.1, 1.0, 10.0)}
 """What the honest choice multiplies the betas by, the least aggressive first."""
-OUTPUT = ""
-"""The name of the whole network among its modules: `capture` gives its logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,18 +139,16 @@ class NAD(Defense):
         )
 
 
-class Distillation(TrainHooks):
+class Distillation(Taught):
     """Cross-entropy, and the distance of the attention maps to those of `teacher`."""
 
     def __init__(self, teacher: Classifier, betas: dict[str, float], ctx: Ctx) -> None:
-        super().__init__()
-        self.teacher, self.betas, self.ctx = teacher, betas, ctx
+        super().__init__(teacher, [*betas], ctx)
+        self.betas = betas
 
     def loss(self, net: Any, x: Tensor, y: Tensor, mark: Tensor) -> Tensor:
         """CE + sum of beta MSE(A(F_S), A(F_T))."""
-        with torch.no_grad():
-            wanted = capture(self.teacher, x, [*self.betas])
-        self.ctx.cost.forwards += len(x)
+        wanted = self.answers(x)
         seen = capture(net, x, [*self.betas, OUTPUT])
         loss = F.cross_entropy(seen[OUTPUT], y)
         for name, beta in self.betas.items():

@@ -18,7 +18,6 @@ from sleeperbench.kit.pixels import to_float
 
 _AT_ONCE = {"cpu": 256, "cuda": 2048}
 """Stamped images per pass through the net, at most."""
-"""Stands for an infinite index, which tables cannot hold."""
 _LEVEL = 1 / 255
 """Smaller changes count as none."""
 
@@ -110,7 +109,16 @@ class PixelBackdoor(Defense):
             },
         )
 
-    def invert(self, net: nn.Module, images: Tensor, rows: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Tensor]:
+    def invert(
+        self,
+        net: nn.Module,
+        images: Tensor,
+        rows: Tensor,
+        ctx: Ctx,
+        *,
+        targets: Tensor | None = None,
+        start: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Kept patterns (K, C, H, W), their sizes (K,), NaN where none was kept, and the last pass's hits (K,).
 
         Args:
@@ -118,12 +126,16 @@ class PixelBackdoor(Defense):
             images: uint8 (N, C, H, W).
             rows: int64 (K, n), the rows that are to become each class.
             ctx: Seed, device, costs, progress.
+            targets: int64 (K,), the classes; None for 0 to K - 1.
+            start: pos and neg to start from, (K, C, H, W) each, in place of uniform noise.
         """
         device, k = ctx.device, len(rows)
+        aims = (torch.arange(k) if targets is None else targets).to(device)
         net = copy.deepcopy(net).to(device).eval().requires_grad_(False)
         x = to_float(images.to(device))
         gen = ctx.generator("patterns")
-        pos, neg = (torch.rand(k, *x.shape[1:], generator=gen).to(device).requires_grad_() for _ in range(2))
+        first = start or tuple(torch.rand(k, *x.shape[1:], generator=gen) for _ in range(2))
+        pos, neg = (v.clone().to(device).requires_grad_() for v in first)
         adam = torch.optim.Adam([pos, neg], lr=self.lr, betas=(0.5, 0.9))
         kept = Kept(k, self, x.shape[1:], device)
         batch = min(self.batch, rows.shape[1])
@@ -141,7 +153,7 @@ class PixelBackdoor(Defense):
                 for part in parts:
                     changed = x[now[part]] + (pos[part].clamp(0, 1) - neg[part].clamp(0, 1))[:, None]
                     logits = net(changed.clamp(0, 1).flatten(0, 1)).float()
-                    wanted = part.to(device).repeat_interleave(batch)
+                    wanted = aims[part].repeat_interleave(batch)
                     error = F.cross_entropy(logits, wanted, reduction="sum") / batch
                     smooth = pixels(pos[part]) + pixels(neg[part])
                     (error + (kept.weight[part] * smooth).sum()).backward()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Refinement of recovered triggers: masks for the labels that another method claims, from where it found them."""
+"""Refinement of recovered triggers: inversion for the labels that another method claims, from where it found them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sleeperbench import Access, Defense, ImageSet, Inverted, Outcome
 from sleeperbench.contracts import Case, NotApplicable
+from sleeperbench.defenses.pixel_backdoor import PixelBackdoor, victims
 from sleeperbench.kit.masks import appliable, apply, optimise_masks
 from sleeperbench.kit.pixels import to_float
 
@@ -21,21 +22,27 @@ _EDGE = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Refine(Defense):
-    """Neural Cleanse for few labels, from a place that is known: what a cheap screen is worth to a costly inverter.
+    """A costly inverter for few labels, from a place that is known: what a cheap screen is worth to it.
 
     1. Labels: the targets of the triggers that `refine:<method>` claims. No other class is looked at; the wrapped
        method's verdict stands. Without a claim there is nothing to refine.
     2. Start: mask and pattern of the claim; of an additive claim d the mask |d| (largest channel, largest pixel 1) and
-       the pattern clip(mean clean image + d). With `start` "random", as Neural Cleanse starts.
-    3. Minimise mean CE(f((1 - m) x + m p), t) + w |m|_1 under the schedule of Neural Cleanse; the smallest mask is kept
-       that sends `success` of the rows to the label. Where there is none, the claim stays as it was.
+       the pattern clip(mean clean image + d). With `start` "random", as the inverter itself starts.
+    3. `by` "masks": minimise mean CE(f((1 - m) x + m p), t) + w |m|_1 under the schedule of Neural Cleanse; the
+       smallest mask is kept that sends `success` of the rows to the label. Where there is none, the claim stays as it
+       was.
+    4. `by` "pixels": PixelBackdoor in the place of step 3. Its two patterns start as the positive and the negative part
+       of d, of a mask and pattern as those of what they change in the mean clean image.
 
     IsTr (Sun et al. 2025) proposes that its steps find the label and its slices the place for other inverters;
     `refine:istr` is that.
 
     Differs: the paper only says that its parts can serve others; labels, start and schedule are this project's choice.
+    Inverters that take no label and no place of their own accord are left out: ABS goes by neurons and not by labels,
+    and UNICORN's mask lies in a space that it has yet to learn.
 
     Args:
+        by: Neural Cleanse's masks, or PixelBackdoor's patterns.
         start: From the claims, or anew.
         epochs: Passes over the clean rows, at most.
         updates: Updates per pass.
@@ -58,10 +65,11 @@ class Refine(Defense):
         "micro": {"epochs": 4, "updates": 4},
         "effort": ["epochs", "updates"],
         "traverses": False,
-        "presumes": "what the wrapped method presumes, and a mask and pattern, the same on all images",
+        "presumes": "what the wrapped method presumes, and a mask or additive pattern, the same on all images",
     }
     ACCESS = Access(clean=0.05, inner="inverted")
 
+    by: Literal["masks", "pixels"] = "masks"
     start: Literal["claim", "random"] = "claim"
     epochs: int = 80
     updates: int = 10
@@ -69,8 +77,12 @@ class Refine(Defense):
     weight: float = 1e-3
     success: float = 0.98
 
+    def __post_init__(self) -> None:
+        if self.by not in ("masks", "pixels") or self.start not in ("claim", "random"):
+            raise ValueError(f"by is {self.by!r} and start {self.start!r}: see the parameters")
+
     def run(self, case: Case) -> Outcome:
-        """The wrapped verdict with refined claims; norms and successes before and after in `chosen`.
+        """The wrapped verdict with refined claims; their norms (or changed pixels) and successes in `chosen`.
 
         Raises:
             NotApplicable: triggers are claimed, but none that can be put on images here.
@@ -81,10 +93,23 @@ class Refine(Defense):
             raise NotApplicable(f"needs_stamp: none of {len(claims)} recovered triggers has a mask or a delta")
         if not usable:
             return Outcome(verdict=case.inner.verdict, chosen={"claimed": []})
+        refined, sizes, successes = (self._masks if self.by == "masks" else self._pixels)(case, usable)
+        return Outcome(
+            verdict=case.inner.verdict,
+            inverted=tuple(refined),
+            chosen={
+                "claimed": [inv.target for inv in usable],
+                "norms": [None if n.isnan() else round(float(n), 4) for n in sizes],
+                "successes": [round(s, 4) for s in successes.tolist()],
+            },
+        )
+
+    def _masks(self, case: Case, claims: Sequence[Inverted]) -> tuple[list[Inverted], Tensor, Tensor]:
+        """Step 3: claims, norms (NaN where nothing was kept) and shares of hits."""
         found = optimise_masks(
             case.net,
             case.clean.images,
-            torch.tensor([inv.target for inv in usable]),
+            torch.tensor([inv.target for inv in claims]),
             ctx=case.ctx,
             epochs=self.epochs,
             batch=math.ceil(len(case.clean) / self.updates),
@@ -94,21 +119,38 @@ class Refine(Defense):
             patience=5,
             success=self.success,
             stop_after=25,
-            start=begun(usable, case.clean) if self.start == "claim" else None,
+            start=begun(claims, case.clean) if self.start == "claim" else None,
         )
         refined = [
             inv if norm.isnan() else replace(inv, mask=mask, pattern=pattern, delta=None)
-            for inv, norm, mask, pattern in zip(usable, found.norm, found.mask, found.pattern, strict=True)
+            for inv, norm, mask, pattern in zip(claims, found.norm, found.mask, found.pattern, strict=True)
         ]
-        return Outcome(
-            verdict=case.inner.verdict,
-            inverted=tuple(refined),
-            chosen={
-                "claimed": [inv.target for inv in usable],
-                "norms": [None if n.isnan() else round(float(n), 4) for n in found.norm],
-                "successes": [round(s, 4) for s in found.success.tolist()],
-            },
+        return refined, found.norm, found.success
+
+    def _pixels(self, case: Case, claims: Sequence[Inverted]) -> tuple[list[Inverted], Tensor, Tensor]:
+        """Step 4: claims, numbers of changed pixels (NaN where nothing was kept) and shares of hits."""
+        inverter = PixelBackdoor(
+            steps=self.epochs,
+            images=len(case.clean),
+            batch=math.ceil(len(case.clean) / self.updates),
+            lr=self.lr,
+            weight=self.weight,
+            success=self.success,
         )
+        targets = torch.tensor([inv.target for inv in claims])
+        deltas, sizes, shares = inverter.invert(
+            case.net,
+            case.clean.images,
+            victims(case.clean, case.spec.classes, inverter.images, case.ctx)[targets],
+            case.ctx,
+            targets=targets,
+            start=parted(claims, case.clean) if self.start == "claim" else None,
+        )
+        refined = [
+            inv if size.isnan() else replace(inv, mask=None, pattern=None, delta=delta)
+            for inv, size, delta in zip(claims, sizes, deltas, strict=True)
+        ]
+        return refined, sizes, shares
 
 
 def begun(claims: Sequence[Inverted], clean: ImageSet) -> tuple[Tensor, Tensor]:
@@ -125,3 +167,12 @@ def begun(claims: Sequence[Inverted], clean: ImageSet) -> tuple[Tensor, Tensor]:
         masks.append(strength / strength.max().clamp(min=1e-6))
         patterns.append(apply(inv, mean[None])[0])
     return torch.stack(masks).clamp(_EDGE, 1 - _EDGE), torch.stack(patterns).clamp(_EDGE, 1 - _EDGE)
+
+
+def parted(claims: Sequence[Inverted], clean: ImageSet) -> tuple[Tensor, Tensor]:
+    """Positive and negative parts, (K, C, H, W) in [0, 1] each, of what recovered triggers add to the mean image."""
+    mean = to_float(clean.images).mean(0)
+    added = torch.stack(
+        [apply(inv, mean[None])[0] - mean if inv.delta is None else inv.delta.float() for inv in claims]
+    )
+    return added.clamp(0, 1), (-added).clamp(0, 1)

@@ -73,6 +73,7 @@ class SAU(Defense):
         "api": 1,
         "micro": {"steps": 4, "batch": 32},
         "effort": ["steps", "inner_steps"],
+        "presets": {"reduced": {"steps": 170}},
     }
     ACCESS = Access(clean=0.05)
 

@@ -33,7 +33,7 @@ class ScaleUp(Defense):
     Args:
         factors: What pixels are multiplied by.
         mode: `data_limited` or `data_free`.
-        threshold: Value above which an input is called triggered; no figure here uses it but `clean_flagged`.
+        threshold: Value above which an input is called triggered.
     """
 
     INFO = {
@@ -44,7 +44,7 @@ class ScaleUp(Defense):
         "and Guo, Hanqing and Sun, Lichao and Liu, Cong}, booktitle={International Conference on Learning "
         "Representations}, year={2023}}",
         "kind": "detection",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {},
         "scores": True,
@@ -73,6 +73,7 @@ class ScaleUp(Defense):
         value = (spc - mean[labels]) / deviation[labels]
         return Outcome(
             state=({"mean": mean, "deviation": deviation}, {}),
+            alarm=self.threshold,
             chosen={
                 "clean_spc": round(float(spc.mean()), 4) if len(spc) else None,
                 "clean_flagged": round(float((value > self.threshold).double().mean()), 4) if len(spc) else None,

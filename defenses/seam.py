@@ -86,7 +86,7 @@ class SEAM(Defense):
         rows, held = (case.clean, None) if self.recovered is not None else split(case)
         ctx = case.ctx
         forgetting = Forgetting(some(rows, self.forget_share, ctx), self.bound(case.net.spec.classes), ctx)
-        empty = load(self.phase(case.net, forgetting.rows, self.forget_steps, forgetting, "forget", ctx), ctx.device)
+        empty = load(self.phase(case.net, forgetting.judged, self.forget_steps, forgetting, "forget", ctx), ctx.device)
         recovery = Recovery(rows, self.recovered, ctx)
         model = self.phase(empty, rows, self.recover_steps, recovery, "recover", ctx)
         about: dict[str, Any] = {
@@ -130,12 +130,12 @@ class Watched(TrainHooks):
 
     def __init__(self, rows: ImageSet, ctx: Ctx) -> None:
         super().__init__()
-        self.rows, self.ctx = rows, ctx
+        self.judged, self.ctx = rows, ctx
         self.epochs, self.accuracy = 0, 0.0
 
     def epoch_end(self, net: nn.Module, epoch: int) -> bool:
         """Look, and go on."""
-        self.epochs, self.accuracy = epoch + 1, float(right(net, self.rows, ctx=self.ctx).double().mean())
+        self.epochs, self.accuracy = epoch + 1, float(right(net, self.judged, ctx=self.ctx).double().mean())
         return False
 
 
@@ -148,7 +148,7 @@ class Forgetting(Watched):
 
     def batch(self, x: Tensor, y: Tensor, ids: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Every other class is equally likely."""
-        k = len(self.rows.classes)
+        k = len(self.judged.classes)
         further = torch.randint(1, k, (len(y),), generator=self.gen).to(y.device)
         return x, (y + further) % k, torch.zeros_like(y)
 

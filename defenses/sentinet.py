@@ -63,7 +63,7 @@ class SentiNet(Defense):
         "Deep Learning Systems}, author={Chou, Edward and Tram{\\`e}r, Florian and Pellegrino, Giancarlo}, "
         "booktitle={IEEE Security and Privacy Workshops}, year={2020}}",
         "kind": "detection",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"carriers": 8, "rows": 30},
         "effort": ["carriers", "rows"],
@@ -87,6 +87,8 @@ class SentiNet(Defense):
 
     def run(self, case: Case) -> Outcome:
         """Carriers, noise and curve, as the second phase needs them; `points` holds the fitted rows' statistics.
+
+        The threshold d is the alarm.
 
         Raises:
             NotApplicable: fewer than two clean rows, or no layer whose answer has places.
@@ -118,7 +120,7 @@ class SentiNet(Defense):
         }
         chosen["curves"] = {"plane": plane(confidence, fooled, curve, threshold)}
         tensors = {"carriers": carriers, "inert": inert, "curve": curve, "points": torch.stack([confidence, fooled], 1)}
-        return Outcome(state=(tensors, {"site": site, "threshold": threshold}), chosen=chosen)
+        return Outcome(state=(tensors, {"site": site}), alarm=threshold, chosen=chosen)
 
     def score(self, state: tuple[Mapping[str, Tensor], Any], net: Classifier, x: Tensor) -> Tensor:
         """Signed distance from the curve, above the threshold is an alarm, and beside it the input's place: (N, 3)."""

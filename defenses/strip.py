@@ -50,7 +50,7 @@ class Strip(Defense):
         "Networks}, author={Gao, Yansong and Xu, Change and Wang, Derui and Chen, Shiping and Ranasinghe, Damith C. "
         "and Nepal, Surya}, booktitle={Annual Computer Security Applications Conference}, year={2019}}",
         "kind": "detection",
-        "version": 2,
+        "version": 3,
         "api": 1,
         "micro": {"overlays": 16},
         "effort": ["overlays"],
@@ -74,7 +74,7 @@ class Strip(Defense):
             raise ValueError(f"overlays {self.overlays} must be at least 1, frr {self.frr} from 0 to below 1")
 
     def run(self, case: Case) -> Outcome:
-        """Overlays and threshold, as the second phase needs them.
+        """Overlays, as the second phase needs them, and the threshold.
 
         Raises:
             NotApplicable: fewer than two clean rows.
@@ -91,7 +91,7 @@ class Strip(Defense):
         threshold = float(clean.sort().values[math.floor(self.frr * len(clean))])
         about = {"overlays": count, "calibration_rows": len(clean), "threshold": threshold}
         chosen = about | {"clean_mean": float(clean.mean()), "clean_std": float(clean.std(unbiased=False))}
-        return Outcome(state=({"overlays": overlays}, {"threshold": threshold}), chosen=chosen)
+        return Outcome(state=({"overlays": overlays}, None), alarm=-threshold, chosen=chosen)
 
     def score(self, state: tuple[Mapping[str, Tensor], Any], net: QueryNet, x: Tensor) -> Tensor:
         """-H in nats, (N,) from -ln K to 0."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor
+from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
 from sleeperbench import Access, Defense, Inverted, Outcome, Verdict
@@ -16,17 +17,18 @@ from sleeperbench.contracts import Case, Ctx, NotApplicable
 from sleeperbench.kit.classifier import Classifier
 from sleeperbench.kit.generators import seeded
 from sleeperbench.kit.pixels import to_float
-from sleeperbench.kit.predict import evaluating
-from sleeperbench.kit.taps import taps
+from sleeperbench.kit.taps import behind, capture, taps
 from sleeperbench.kit.unet import UNet
 
 _CLAIMS = 2
 """Labels claimed at most, since each claim carries two networks."""
+_TOGETHER = {"cpu": 4, "cuda": 16}
+"""Labels inverted side by side; each holds what its U-Nets answer to a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unicorn(Defense):
-    """Unified backdoor trigger inversion (Wang, Mei, Zhai, Ma, ICLR 2023), for every label in turn.
+    """Unified backdoor trigger inversion (Wang, Mei, Zhai, Ma, ICLR 2023), for every label.
 
     1. Two U-Nets P (into a space) and Q (back) are trained to be the identity together, by the squared error.
     2. A trigger is a mask m and pattern p in that space: x' = Q((1 - m) z + m p), z = P(x) brought to [0, 1] by the
@@ -44,6 +46,8 @@ class Unicorn(Defense):
     5. A label's score is the share of clean rows of other classes that its trigger sends there if 1 - SSIM is within
        its bound, else 0. Labels above `success` are flagged; the two best are claimed. A claim is P, Q, m and p.
 
+    Labels share the net alone. `together` of them are inverted side by side, each as if it were by itself.
+
     Differs: the authors invert a given label. U-Nets see pixels in [0, 1], and images are cut to them. The means of
     features are those of the clean rows at hand, a label without any has the mean of all. Claims and scores take the
     extremes of z over all clean rows, so that an image's trigger does not depend on its batch. The clean images whose
@@ -60,6 +64,7 @@ class Unicorn(Defense):
         deviation: Largest standard deviation of masked features.
         space: Largest share of the space that m covers.
         features: Largest share of the features that M keeps.
+        together: Labels side by side; 0 takes as many as the device likes. It changes the result by rounding alone.
     """
 
     INFO = {
@@ -69,7 +74,7 @@ class Unicorn(Defense):
         "author={Wang, Zhenting and Mei, Kai and Zhai, Juan and Ma, Shiqing}, booktitle={International Conference on "
         "Learning Representations}, year={2023}}",
         "kind": "inversion",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "stamps": True,
         "micro": {"pretrain": 1, "epochs": 1, "rounds": 1, "width": 2},
@@ -89,10 +94,13 @@ class Unicorn(Defense):
     deviation: float = 1.0
     space: float = 0.15
     features: float = 0.15
+    together: int = 0
 
     def __post_init__(self) -> None:
         if min(self.pretrain, self.epochs, self.rounds) < 1 or self.batch < 2:
             raise ValueError("pretrain, epochs and rounds must be positive, batch at least 2")
+        if self.together < 0:
+            raise ValueError(f"together is {self.together}; it counts labels")
 
     def run(self, case: Case) -> Outcome:
         """The verdict, a score per label, and the best triggers.
@@ -110,198 +118,268 @@ class Unicorn(Defense):
         scores = torch.zeros(k, dtype=torch.float64)
         best: list[tuple[float, int, dict[str, Tensor]]] = []
         shares = []
-        for t in range(k):
-            engine = Engine(net, x, t, means[t], self, case.ctx)
+        for targets in torch.arange(k).split(self.together or _TOGETHER.get(case.ctx.device.type, 4)):
+            engine = Engine(net, x, targets.tolist(), means[targets.to(x.device)], self, case.ctx)
             engine.pretrain()
             for epoch in range(self.epochs):
-                engine.epoch(epoch)
-                case.ctx.progress(t * self.epochs + epoch + 1, k * self.epochs, "invert")
-            share, near = engine.success(x[(labels != t).to(x.device)])
-            shares.append([round(share, 4), round(near, 4)])
-            scores[t] = share if 1 - near <= self.distance else 0.0
-            if scores[t] > self.success:
-                best = sorted([*best, (share, t, engine.tensors())], key=lambda b: -b[0])[:_CLAIMS]
+                engine.epoch()
+                done = int(targets[0]) * self.epochs + (epoch + 1) * len(targets)
+                case.ctx.progress(done, k * self.epochs, "invert")
+            for i, t in enumerate(targets.tolist()):
+                share, near = engine.success(i, x[(labels != t).to(x.device)])
+                shares.append([round(share, 4), round(near, 4)])
+                scores[t] = share if 1 - near <= self.distance else 0.0
+                if scores[t] > self.success:
+                    best = sorted([*best, (share, t, engine.tensors(i))], key=lambda b: -b[0])[:_CLAIMS]
         flagged = [int(t) for t in (scores > self.success).nonzero().flatten()]
         claimed = sorted(t for _, t, _ in best)
         state = {f"{t}.{name}": v for _, t, tensors in best for name, v in tensors.items()}
         return Outcome(
             verdict=Verdict(score=float(scores.max()), threshold=self.success, label_scores=scores),
             inverted=tuple(Inverted(target=t, uses_apply=True) for t in claimed),
-            state=(state, {"channels": case.spec.shape[0], "width": self.width}),
+            state=(state, {"width": self.width}),
             chosen={"claimed": claimed, "flagged": flagged, "success_and_ssim": shares},
         )
 
     def stamp(self, state: tuple[Mapping[str, Tensor], Any], inv: Inverted, x: Tensor) -> Tensor:
         """Images with the claimed label's trigger."""
-        own = {n.split(".", 1)[1]: v.to(x.device) for n, v in state[0].items() if n.startswith(f"{inv.target}.")}
-        nets = []
-        for side in ("into", "back"):
-            unet = UNet(state[1]["channels"], state[1]["channels"], state[1]["width"]).to(x.device)
-            unet.load_state_dict({n.split(".", 1)[1]: v for n, v in own.items() if n.startswith(f"{side}.")})
-            nets.append(unet.eval())
-        with torch.no_grad():
-            return wear(nets[0], nets[1], own["mask"], own["pattern"], x, own["extremes"])
+        own = {n.partition(".")[2]: v.to(x.device) for n, v in state[0].items() if n.startswith(f"{inv.target}.")}
+        return wear(own, state[1]["width"], x)
+
+
+class Stack:
+    """U-Nets of T labels, run side by side."""
+
+    def __init__(self, nets: Sequence[UNet]) -> None:
+        self.form = nets[0]
+        self.parameters, self.buffers = stack_module_state(list(nets))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Answers (T, B, ...) to images (T, B, C, H, W), the i-th network's to the i-th batch."""
+
+        def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], rows: Tensor) -> Any:
+            return functional_call(self.form, (parameters, buffers), (rows,))
+
+        answers: Tensor = vmap(one)(self.parameters, self.buffers, x)
+        return answers
+
+    def train(self, on: bool) -> None:
+        """Mode, and whether weights get gradients."""
+        self.form.train(on)
+        for p in self.parameters.values():
+            p.requires_grad_(on)
+
+    def state(self, i: int) -> dict[str, Tensor]:
+        """State of the i-th network."""
+        return {n: v[i].detach() for n, v in {**self.parameters, **self.buffers}.items()}
+
+
+class Adams:
+    """Adam on tensors (T, ...), in which each label counts its own updates: where nothing moves it, it stays."""
+
+    def __init__(self, parameters: Sequence[Tensor], lr: float, betas: tuple[float, float]) -> None:
+        self.parameters, self.lr, self.betas = parameters, lr, betas
+        self.first, self.second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+        self.updates = torch.zeros(len(parameters[0]), device=parameters[0].device)
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor], moving: Tensor) -> None:
+        """One update of the labels that are `moving`, bool (T,)."""
+        self.updates += moving
+        a, b = self.betas
+        for p, g, first, second in zip(self.parameters, gradients, self.first, self.second, strict=True):
+            yes, n = (v.view(-1, *[1] * (p.dim() - 1)) for v in (moving, self.updates))
+            first.copy_(torch.where(yes, a * first + (1 - a) * g, first))
+            second.copy_(torch.where(yes, b * second + (1 - b) * g * g, second))
+            move = first / (1 - a**n) / ((second / (1 - b**n)).sqrt() + 1e-8)
+            p.copy_(torch.where(yes, p - self.lr * move, p))
 
 
 class Engine:
-    """One label's networks, trigger and feature mask, with their three optimisers."""
+    """Networks, triggers and feature masks of T labels, with their three optimisers."""
 
-    def __init__(self, net: Classifier, x: Tensor, target: int, mean: Tensor, method: Unicorn, ctx: Ctx) -> None:
-        self.net, self.x, self.target, self.mean, self.m, self.ctx = net, x, target, mean, method, ctx
-        channels = x.shape[1]
+    def __init__(
+        self, net: Classifier, x: Tensor, targets: Sequence[int], means: Tensor, method: Unicorn, ctx: Ctx
+    ) -> None:
+        self.net, self.x, self.targets, self.means, self.m, self.ctx = net, x, targets, means, method, ctx
+        channels, device = x.shape[1], x.device
         self.into, self.back = (
-            seeded(UNet, ctx.derive(side, target), channels, channels, method.width).to(ctx.device)
+            Stack([seeded(UNet, ctx.derive(side, t), channels, channels, method.width).to(device) for t in targets])
             for side in ("into", "back")
         )
         # m and p start at (tanh(1) + 1) / 2 and 1/2; so does M at the former.
-        self.u, self.v = (torch.full(x.shape[1:], f, device=x.device).requires_grad_() for f in (1.0, 0.0))
-        self.w = torch.ones_like(mean).requires_grad_()
-        nets = [*self.into.parameters(), *self.back.parameters()]
+        self.u, self.v = (
+            torch.full((len(targets), *x.shape[1:]), f, device=device).requires_grad_() for f in (1.0, 0.0)
+        )
+        self.w = torch.ones_like(means).requires_grad_()
+        nets = [*self.into.parameters.values(), *self.back.parameters.values()]
         self.nets = torch.optim.Adam(nets, lr=1e-3, betas=(0.5, 0.9))
-        self.trigger = torch.optim.Adam([self.u, self.v], lr=0.1, betas=(0.5, 0.9))
+        self.trigger = Adams([self.u, self.v], lr=0.1, betas=(0.5, 0.9))
         self.part = torch.optim.Adam([self.w], lr=0.1, betas=(0.5, 0.9))
-        self.more = {"hits": 1.0, "distance": 1.0, "deviation": 1.0}
-        self.gen = ctx.generator("batches", target)
+        self.more = {n: torch.ones(len(targets), device=device) for n in ("hits", "distance", "deviation")}
+        self.gens = [ctx.generator("batches", t) for t in targets]
 
     def pretrain(self) -> None:
         """Step 1."""
         for _ in range(self.m.pretrain):
             for x in self._batches():
                 self.nets.zero_grad()
-                F.mse_loss(self.back(self.into(x)), x).backward()  # type: ignore[no-untyped-call]
+                self._identity(x).sum().backward()  # type: ignore[no-untyped-call]
                 self.nets.step()
 
-    def epoch(self, number: int) -> None:
+    def epoch(self) -> None:
         """Steps 3 and 4 over all rows once."""
         hits, distances, deviations = [], [], []
         for x in self._batches():
-            shuffled = x[torch.randperm(len(x), generator=self.gen).to(x.device)]
+            shuffled = torch.stack([rows[_order(len(rows), gen)] for rows, gen in zip(x, self.gens, strict=True)])
             with torch.no_grad():
-                other, _ = self._features(shuffled)
+                other = self._features(shuffled)
             self._train(True)
             self.nets.zero_grad()
             loss, seen = self.loss(x, other, floor=0.0)
-            (loss + 200 * F.mse_loss(self.back(self.into(x)), x)).backward()  # type: ignore[no-untyped-call]
+            (loss + 200 * self._identity(x)).sum().backward()  # type: ignore[no-untyped-call]
             self.nets.step()
             hits.append(seen["hits"])
             self._train(False)
             for _ in range(self.m.rounds):
-                self.trigger.zero_grad()
                 loss, seen = self.loss(x, other, floor=0.5)
-                size = squash(self.u).sum()
-                if float(size.detach()) > self.m.space * self.u.numel():
-                    loss = loss + 10 * size
-                if loss.requires_grad:  # not where every bound holds
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    self.trigger.step()
+                size = squash(self.u).flatten(1).sum(1)
+                large = size.detach() > self.m.space * self.u[0].numel()
+                gradients = torch.autograd.grad((loss + 10 * large * size).sum(), [self.u, self.v])
+                # A label stays where every bound holds.
+                self.trigger.step(gradients, seen["broken"] | large)
                 hits.append(seen["hits"])
             distances.append(seen["distance"])
             deviations.append(seen["deviation"])
             with torch.no_grad():
-                features, _ = self._features(self.worn(x))
+                features = self._features(self.worn(x))
             for _ in range(self.m.rounds):
                 self.part.zero_grad()
                 kept = squash(self.w)
-                loss = F.cross_entropy(self._answer(x, kept * features + (1 - kept) * other), self._wanted(x))
-                if float(kept.detach().sum()) > int(self.m.features * kept.numel()):
-                    loss = loss + kept.sum()
-                loss.backward()  # type: ignore[no-untyped-call]
+                error = self._errors(self._answer(_mixed(kept, features, other)))
+                size = kept.flatten(1).sum(1)
+                large = size.detach() > int(self.m.features * kept[0].numel())
+                (error + large * size).sum().backward()  # type: ignore[no-untyped-call]
                 self.part.step()
-        m, n = self.m, len(distances)
+        m = self.m
         self.more = {
-            "hits": max(m.success - sum(hits) / len(hits), 0.0) / m.success,
-            "distance": max(sum(distances) / n - m.distance, 0.0) / m.distance,
-            "deviation": max(sum(deviations) / n - m.deviation, 0.0) / m.deviation,
+            "hits": (m.success - torch.stack(hits).mean(0)).clamp(min=0) / m.success,
+            "distance": (torch.stack(distances).mean(0) - m.distance).clamp(min=0) / m.distance,
+            "deviation": (torch.stack(deviations).mean(0) - m.deviation).clamp(min=0) / m.deviation,
         }
 
-    def loss(self, x: Tensor, other: Tensor, *, floor: float) -> tuple[Tensor, dict[str, float]]:
-        """The terms whose bounds are broken, and what was seen: hits, distance, deviation."""
+    def loss(self, x: Tensor, other: Tensor, *, floor: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sums (T,) of terms whose bounds are broken, and what was seen: hits, distance, deviation, any broken."""
         worn, kept = self.worn(x), squash(self.w).detach()
-        features, _ = self._features(worn)
-        logits = self._answer(x, kept * features + (1 - kept) * other)
-        wanted = self._wanted(x)
-        distance = 1 - ssim(worn, x).mean()
-        deviation = (features * kept).std(0).sum() / kept.sum()
-        alike = F.cosine_similarity(self.mean.flatten(), features.mean(0).flatten(), dim=0)
+        features = self._features(worn)
+        logits = self._answer(_mixed(kept, features, other))
+        distance = 1 - ssim(worn.flatten(0, 1), x.flatten(0, 1)).view(len(x), -1).mean(1)
+        deviation = (features * kept[:, None]).std(1).flatten(1).sum(1) / kept.flatten(1).sum(1)
+        alike = F.cosine_similarity(self.means.flatten(1), features.mean(1).flatten(1), dim=1)
         seen = {
-            "hits": float((logits.argmax(1) == wanted).float().mean()),
-            "distance": float(distance.detach()),
-            "deviation": float(deviation.detach()),
+            "hits": (logits.argmax(2) == self._wanted(logits)).float().mean(1),
+            "distance": distance.detach(),
+            "deviation": deviation.detach(),
         }
-        loss = alike if float(alike.detach()) >= floor else torch.zeros((), device=x.device)
-        if seen["deviation"] > self.m.deviation:
-            loss = loss + 10 * (1 + self.more["deviation"]) * deviation
-        if seen["distance"] > self.m.distance:
-            loss = loss + 10 * (1 + self.more["distance"]) * distance
-        if seen["hits"] < self.m.success:
-            loss = loss + (1 + self.more["hits"]) * F.cross_entropy(logits, wanted)
-        return loss, seen
+        terms = [
+            (alike, alike.detach() >= floor),
+            (10 * (1 + self.more["deviation"]) * deviation, seen["deviation"] > self.m.deviation),
+            (10 * (1 + self.more["distance"]) * distance, seen["distance"] > self.m.distance),
+            ((1 + self.more["hits"]) * self._errors(logits), seen["hits"] < self.m.success),
+        ]
+        seen["broken"] = torch.stack([broken for _, broken in terms]).any(0)
+        return torch.stack([torch.where(broken, term, 0) for term, broken in terms]).sum(0), seen
 
     def worn(self, x: Tensor) -> Tensor:
-        """Images with the trigger as it is now, within the extremes of their own batch."""
-        return wear(self.into, self.back, squash(self.u), squash(self.v), x, None)
+        """Images (T, B, C, H, W) with the triggers as they are now, within the extremes of their own batch."""
+        z = self.into(x)
+        low, high = (f(z, (1, 2, 3, 4), keepdim=True) for f in (torch.amin, torch.amax))
+        return self.back(stamped(z, squash(self.u)[:, None], squash(self.v)[:, None], low, high)).clamp(0, 1)
 
     @torch.no_grad()
-    def success(self, x: Tensor) -> tuple[float, float]:
-        """Share of images that get the label, and mean SSIM; 0 and 1 where there are none."""
+    def success(self, i: int, x: Tensor) -> tuple[float, float]:
+        """Share of images that get the i-th label, and mean SSIM; 0 and 1 where there are none."""
         if not len(x):
             return 0.0, 1.0
-        tensors = self.tensors()
-        mask, pattern, extremes = (tensors[n].to(x.device) for n in ("mask", "pattern", "extremes"))
+        tensors = {n: v.to(x.device) for n, v in self.tensors(i).items()}
         hits, near = 0, 0.0
         for part in x.split(256):
-            worn = wear(self.into.eval(), self.back.eval(), mask, pattern, part, extremes)
-            hits += int((self.net(worn).argmax(1) == self.target).sum())
+            worn = wear(tensors, self.m.width, part)
+            hits += int((self.net(worn).argmax(1) == self.targets[i]).sum())
             near += float(ssim(worn, part).sum())
             self.ctx.cost.forwards += len(part)
         return hits / len(x), near / len(x)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What `wear` needs, on the CPU."""
-        with evaluating(self.into), torch.no_grad():
-            spread = [torch.stack([z.min(), z.max()]) for z in (self.into(part) for part in self.x.split(256))]
+    @torch.no_grad()
+    def tensors(self, i: int) -> dict[str, Tensor]:
+        """What `wear` needs for the i-th label, on the CPU."""
+        own = {f"into.{n}": v for n, v in self.into.state(i).items()}
+        own |= {f"back.{n}": v for n, v in self.back.state(i).items()}
+        into = side(own, "into", self.x.shape[1], self.m.width)
+        spread = [torch.stack([z.min(), z.max()]) for z in (into(part) for part in self.x.split(256))]
         found = torch.stack(spread)
-        own = {f"into.{n}": v for n, v in self.into.state_dict().items()}
-        own |= {f"back.{n}": v for n, v in self.back.state_dict().items()}
-        own |= {"mask": squash(self.u), "pattern": squash(self.v)}
+        own |= {"mask": squash(self.u[i]), "pattern": squash(self.v[i])}
         own |= {"extremes": torch.stack([found[:, 0].min(), found[:, 1].max()])}
         return {n: v.detach().cpu().clone() for n, v in own.items()}
 
     def _batches(self) -> list[Tensor]:
-        order = torch.randperm(len(self.x), generator=self.gen).to(self.x.device)
-        return [self.x[rows] for rows in order.split(self.m.batch) if len(rows) > 1 or len(order) == 1]
+        orders = torch.stack([_order(len(self.x), gen) for gen in self.gens]).to(self.x.device)
+        return [self.x[rows] for rows in orders.split(self.m.batch, 1) if rows.shape[1] > 1 or orders.shape[1] == 1]
 
     def _train(self, on: bool) -> None:
-        for net in (self.into, self.back):
-            net.train(on).requires_grad_(on)
+        for nets in (self.into, self.back):
+            nets.train(on)
 
-    def _wanted(self, x: Tensor) -> Tensor:
-        return torch.full((len(x),), self.target, device=x.device)
+    def _identity(self, x: Tensor) -> Tensor:
+        return (self.back(self.into(x)) - x).square().flatten(1).mean(1)
 
-    def _features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        self.ctx.cost.forwards += len(x)
-        self.ctx.cost.backwards += len(x) if torch.is_grad_enabled() else 0
-        return features_of(self.net, x)
+    def _wanted(self, logits: Tensor) -> Tensor:
+        return torch.tensor(self.targets, device=logits.device)[:, None].expand(logits.shape[:2])
 
-    def _answer(self, x: Tensor, features: Tensor) -> Tensor:
-        """Logits where the last stage answers these features."""
-        site = taps(self.net).stages[-1]
-        handle = self.net.get_submodule(site).register_forward_hook(lambda module, inputs, output: features)
-        try:
-            logits: Tensor = self.net(x[:1])
-        finally:
-            handle.remove()
-        return logits.float()
+    def _errors(self, logits: Tensor) -> Tensor:
+        """Mean cross-entropy (T,) of logits (T, B, K) to the labels."""
+        return F.cross_entropy(logits.transpose(1, 2), self._wanted(logits), reduction="none").mean(1)
+
+    def _features(self, x: Tensor) -> Tensor:
+        self.ctx.cost.forwards += x.shape[0] * x.shape[1]
+        self.ctx.cost.backwards += x.shape[0] * x.shape[1] if torch.is_grad_enabled() else 0
+        return features_of(self.net, x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    def _answer(self, features: Tensor) -> Tensor:
+        """Logits (T, B, K) where the last stage answers these features."""
+        return behind(self.net, taps(self.net).stages[-1], features.flatten(0, 1)).unflatten(0, features.shape[:2])
 
 
-def wear(into: nn.Module, back: nn.Module, mask: Tensor, pattern: Tensor, x: Tensor, extremes: Tensor | None) -> Tensor:
-    """Q((1 - m) z + m p) in [0, 1], z = P(x) scaled by `extremes` (low, high), by default its own."""
-    z = into(x)
-    low, high = (z.min(), z.max()) if extremes is None else (extremes[0], extremes[1])
+def _order(n: int, gen: Generator) -> Tensor:
+    return torch.randperm(n, generator=gen)
+
+
+def _mixed(kept: Tensor, features: Tensor, other: Tensor) -> Tensor:
+    """Features (T, B, ...) in the parts (T, ...) that are kept, and those of other images in the rest."""
+    return kept[:, None] * features + (1 - kept[:, None]) * other
+
+
+def stamped(z: Tensor, mask: Tensor, pattern: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """(1 - m) z + m p in the scale of `low` and `high`."""
     scale = (high - low).clamp(min=1e-12)
-    stamped = (1 - mask) * (z - low) / scale + mask * pattern
-    out: Tensor = back(stamped * scale + low)
+    return ((1 - mask) * (z - low) / scale + mask * pattern) * scale + low
+
+
+def wear(tensors: Mapping[str, Tensor], width: int, x: Tensor) -> Tensor:
+    """Images (N, C, H, W) with one label's trigger, Q((1 - m) P(x) + m p), within the extremes that it came with."""
+    into, back = (side(tensors, name, x.shape[1], width) for name in ("into", "back"))
+    low, high = tensors["extremes"]
+    with torch.no_grad():
+        out: Tensor = back(stamped(into(x), tensors["mask"], tensors["pattern"], low, high))
     return out.clamp(0, 1)
+
+
+def side(tensors: Mapping[str, Tensor], name: str, channels: int, width: int) -> UNet:
+    """One of the two networks, in eval mode."""
+    own = {n.partition(".")[2]: v for n, v in tensors.items() if n.startswith(f"{name}.")}
+    net = seeded(UNet, 0, channels, channels, width)
+    net.load_state_dict(own)
+    return net.to(next(iter(own.values())).device).eval()
 
 
 def squash(raw: Tensor) -> Tensor:
@@ -309,24 +387,18 @@ def squash(raw: Tensor) -> Tensor:
     return raw.tanh() / 2 + 0.5
 
 
-def features_of(net: Classifier, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Answer of the last stage, and logits, of one pass."""
-    found: list[Tensor] = []
-    site = net.get_submodule(taps(net).stages[-1])
-    handle = site.register_forward_hook(lambda module, inputs, output: found.append(output.clone()))
-    try:
-        logits = net(x).float()
-    finally:
-        handle.remove()
-    return found[0], logits
+def features_of(net: Classifier, x: Tensor) -> Tensor:
+    """Answer of the last stage."""
+    site = taps(net).stages[-1]
+    return capture(net, x, [site])[site]
 
 
 @torch.no_grad()
-def class_means(net: Classifier, x: Tensor, labels: Tensor, classes: int) -> list[Tensor]:
-    """Mean features of each label's rows; of all rows for a label without any."""
-    features = torch.cat([features_of(net, part)[0] for part in x.split(256)])
+def class_means(net: Classifier, x: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Mean features (K, ...) of each label's rows; of all rows for a label without any."""
+    features = torch.cat([features_of(net, part) for part in x.split(256)])
     rows = [(labels == t).to(x.device) for t in range(classes)]
-    return [features[r].mean(0) if bool(r.any()) else features.mean(0) for r in rows]
+    return torch.stack([features[r].mean(0) if bool(r.any()) else features.mean(0) for r in rows])
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """Writes docs/attacks.md and its JSON from a run of suite `attacks`: `python docs/attacks.py RUN NAME "COMMAND"`.
 
-What each attack declares, what its paper printed, and what this run measured, side by side.
+What each attack declares, what its paper printed, and what this run measured, side by side; then the bookkeeping of
+success: on the images that count, on those that the attack spares, under covers, by trigger and by class. Pairs of
+`RUN "COMMAND"` behind these add runs of other settings, such as all-to-all, whose rows go into the same JSON.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -27,42 +30,72 @@ SHOWN = {
     "silhouette": ("silhouette", 1.0, 2),
 }
 FIELDS = ("cell", "attack", "seed", "metric", "qualifier", "value", "count", "total", "status", "reason", "flag")
+_SMALL = 0.1
+"""Share of false positives up to which HCB's patch counts as bound to its feature."""
+Figures = Mapping[str, Mapping[tuple[str, str], Mapping[int, float]]]
+"""Attack -> (metric, qualifier) -> seed -> value."""
 
 
-def published(entry: Mapping[str, Any]) -> str:
-    """The printed ASR in % with its setting; several papers' figures are not averaged."""
-    said = entry.get("published_asr")
+def figures(rows: Sequence[Mapping[str, Any]]) -> Figures:
+    """What was measured on undefended models."""
+    found: dict[str, dict[tuple[str, str], dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for r in rows:
+        if r["defense"] == "none" and r["value"] is not None:
+            found[r["attack"]][r["metric"], r["qualifier"]][r["seed"]] = r["value"]
+    return found
+
+
+def published(infos: Sequence[Mapping[str, Any]], inner: str = "") -> str:
+    """The printed ASR in % with its setting, from the INFO of an attack and of what it wraps, outermost first.
+
+    A wrapper prints what its paper has of the attack that it wraps, or nothing.
+    """
+    said = infos[0].get("published_asr")
+    if isinstance(said, dict) and "value" not in said:
+        said = said.get(inner)
     return f"{100 * said['value']:.1f} ({said['setting']}; {said['source']})" if isinstance(said, dict) else ""
 
 
-def span(values: Sequence[float], scale: float, digits: int) -> str:
+def declared(infos: Sequence[Mapping[str, Any]]) -> str:
+    """The lowest ASR in % at which one of them counts as implanted, as the gate has it."""
+    own = [i["implant_asr"] for i in infos if "implant_asr" in i]
+    return f"{100 * min(own):.0f}" if own else ""
+
+
+def span(values: Mapping[int, float] | Sequence[float], scale: float, digits: int) -> str:
     """One figure per seed."""
-    return ", ".join(f"{scale * v:.{digits}f}" for v in values)
+    ordered = [v for _, v in sorted(values.items())] if isinstance(values, Mapping) else values
+    return ", ".join(f"{scale * v:.{digits}f}" for v in ordered)
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(x) + " |" for x in body)]
 
 
 def lines(rows: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]], registry: Registry) -> list[str]:
-    """One line per attack."""
-    found: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    """One line per attack, with its rate where rates differ."""
+    found = figures(rows)
+    rates: dict[str, set[str]] = defaultdict(set)
+    for c in cells:
+        rates[c["attack"]] |= {f"{100 * c['rate']:g}"} if c["rate"] else set()
+    several = len(set().union(*rates.values())) > 1
     flags: dict[str, set[str]] = defaultdict(set)
-    for r in rows:
-        if r["defense"] != "none" or r["qualifier"]:
-            continue
-        if r["value"] is not None:
-            found[r["attack"]][r["metric"]][r["seed"]] = r["value"]
     for c in cells:
         flags[c["attack"]] |= set(filter(None, c["flag"].split(";")))
         if c["status"] != "ok":
             flags[c["attack"]].add(f"{c['status']}: {c['reason']}")
-    head = ["attack", "declared", "published", *(name for name, _, _ in SHOWN.values()), "flags"]
-    text = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    body = []
     for attack in sorted(flags):
-        wrapper, _, inner = attack.partition("~")[0].partition(":")
-        info = registry.get("attack", inner or wrapper).blueprint.info
-        figures = [span([v for _, v in sorted(found[attack][m].items())], s, d) for m, (_, s, d) in SHOWN.items()]
-        declared = "" if attack == "none" else f"{100 * info['implant_asr']:.0f}"
-        said = published(registry.get("attack", wrapper).blueprint.info)
-        text.append("| " + " | ".join([attack, declared, said, *figures, "; ".join(sorted(flags[attack]))]) + " |")
-    return text
+        plain = attack.partition("~")[0]
+        infos = [p.blueprint.info for p in registry.chain("attack", plain)]
+        measured = [span(found[attack].get((m, ""), {}), s, d) for m, (_, s, d) in SHOWN.items()]
+        bar = "" if attack == "none" else declared(infos)
+        said = published(infos, plain.partition(":")[2])
+        rate = [", ".join(sorted(rates[attack]))] if several else []
+        body.append([attack, *rate, bar, said, *measured, "; ".join(sorted(flags[attack]))])
+    head = ["attack", *(["rate, %"] if several else []), "declared", "published"]
+    return table([*head, *(name for name, _, _ in SHOWN.values()), "flags"], body)
 
 
 def weak(cells: Sequence[Mapping[str, Any]]) -> str:
@@ -72,27 +105,229 @@ def weak(cells: Sequence[Mapping[str, Any]]) -> str:
     return f"{names or 'none'} ({sum(flags.values())} of {len(flags)})"
 
 
+def older(plugins: Sequence[Mapping[str, Any]], registry: Registry) -> list[str]:
+    """Attacks whose version has risen since the run."""
+    ids = {p.id for p in registry.of("attack")}
+    now = {i: registry.get("attack", i).blueprint.info["version"] for i in ids}
+    return [
+        f"`{p['id']}` ({p['method_version']}, now {now[p['id']]})"
+        for p in sorted(plugins, key=lambda p: str(p["id"]))
+        if p["kind"] == "attack" and p["id"] in now and p["method_version"] != now[p["id"]]
+    ]
+
+
+# ---- Bookkeeping of success ------------------------------------------------------------------------------------------
+def qualified(of: Mapping[tuple[str, str], Mapping[int, float]], metric: str, key: str) -> dict[str, dict[int, float]]:
+    """The rows of a metric whose one qualifier is `key`: its value -> seed -> figure."""
+    start = f"{key}="
+    return {
+        q.removeprefix(start): dict(v)
+        for (m, q), v in of.items()
+        if m == metric and q.startswith(start) and ";" not in q
+    }
+
+
+def largest(parts: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
+    """Per seed the largest of several figures."""
+    seeds = {s for v in parts.values() for s in v}
+    return {s: max(v[s] for v in parts.values() if s in v) for s in seeds}
+
+
+def smallest(parts: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
+    """Per seed the smallest of several figures."""
+    seeds = {s for v in parts.values() for s in v}
+    return {s: min(v[s] for v in parts.values() if s in v) for s in seeds}
+
+
+def sparing(found: Figures) -> list[str]:
+    """Attacks that work on some images only: success where it is meant, and the leak on the images that they spare."""
+    body = []
+    for attack, of in sorted(found.items()):
+        if ("asr_leak", "") not in of or qualified(of, "asr", "trigger"):
+            continue
+        worst = largest(qualified(of, "asr_leak", "class"))
+        covers = [span(of.get((m, ""), {}), 100, 1) for m in ("cover_asr", "cover_acc")]
+        body.append(
+            [attack, span(of["asr", ""], 100, 1), span(of["asr_leak", ""], 100, 1), span(worst, 100, 1), *covers]
+        )
+    head = ["attack", "ASR where it counts", "leak", "leak, worst class", "covers: to the target", "covers: own label"]
+    return table(head, body) if body else []
+
+
+def triggers(found: Figures, members: Mapping[str, Sequence[str]]) -> list[str]:
+    """Attacks with several triggers: the mean, the worst and each, with the leak of those that spare some images."""
+    body = []
+    for attack, of in sorted(found.items()):
+        each, leaks = qualified(of, "asr", "trigger"), qualified(of, "asr_leak", "trigger")
+        if not each:
+            continue
+        body.append([attack, "mean", span(of["asr", ""], 100, 1), span(of.get(("asr_leak", ""), {}), 100, 1)])
+        body.append([attack, "worst", span(smallest(each), 100, 1), span(largest(leaks), 100, 1)])
+        for i, values in sorted(each.items(), key=lambda x: int(x[0])):
+            name = members[attack][int(i)] if attack in members else ""
+            leak = span(leaks.get(i, {}), 100, 1)
+            body.append([attack, f"{i}{f': {name}' if name else ''}", span(values, 100, 1), leak])
+    return table(["attack", "trigger", "ASR", "leak"], body) if body else []
+
+
+def covers(found: Figures) -> list[str]:
+    """Attacks with covers: how many of these keep their label, beside C-Acc and ASR."""
+    body = [
+        [attack, *(span(of.get((m, ""), {}), 100, 1) for m in ("cover_acc", "cover_asr", "c_acc", "asr"))]
+        for attack, of in sorted(found.items())
+        if ("cover_acc", "") in of
+    ]
+    return table(["attack", "covers: own label", "covers: to the target", "C-Acc", "ASR"], body) if body else []
+
+
+def classes(found: Figures) -> list[str]:
+    """All-to-all attacks: success per true class, and the worst."""
+    body = []
+    for attack, of in sorted(found.items()):
+        each = qualified(of, "asr", "class")
+        if each:
+            inside = ", ".join(
+                f"{k}: {100 * statistics.mean(v.values()):.1f}"
+                for k, v in sorted(each.items(), key=lambda x: int(x[0]))
+            )
+            figures_ = [span(v, 100, 1) for v in (of["c_acc", ""], of["asr", ""], smallest(each))]
+            body.append([attack.partition("~")[0], *figures_, inside])
+    return (
+        table(["attack", "C-Acc", "ASR", "ASR, worst class", "ASR by true class, mean of the seeds"], body)
+        if body
+        else []
+    )
+
+
+def mean(found: Figures, attack: str, metric: str) -> float | None:
+    """Over seeds."""
+    values = found.get(attack, {}).get((metric, ""), {})
+    return statistics.mean(values.values()) if values else None
+
+
+def separability(found: Figures, cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What silhouettes say of BELT's and Adaptive's promises: verdicts follow from the figures alone."""
+    text, lower = [], {"belt": 0, "beltpp": 0}
+    faint = {c["attack"] for c in cells if "weak" in c["flag"].split(";")}
+
+    def told(attack: str, value: float) -> str:
+        return f"{value:.2f}{' (weak)' if attack in faint else ''}"
+
+    body, below = [], 0
+    for inner in sorted({a.partition(":")[2] for a in found if ":" in a}):
+        names = (inner, f"belt:{inner}", f"beltpp:{inner}")
+        values = [mean(found, a, "silhouette") for a in names]
+        if None in values:
+            continue
+        plain, plus, pluses = (v for v in values if v is not None)
+        body.append([inner, *(told(a, v) for a, v in zip(names, (plain, plus, pluses), strict=True))])
+        lower["belt"] += plus < plain
+        lower["beltpp"] += pluses < plain
+        below += pluses < plus
+    if body:
+        text += [
+            *(
+                "BELT's «+» should stand out in the features, and «++», which has a centre loss, should not. Means:",
+                "",
+            ),
+            *table(["wrapped", "plain", "+", "++"], body),
+            "",
+            f"«++» lies below «+» in {below} of {len(body)} attacks: that order is "
+            f"{'seen' if below == len(body) else 'not seen'} here. Against the plain attack «+» lies lower in "
+            f"{lower['belt']} and «++» in {lower['beltpp']} of {len(body)}.",
+            "",
+        ]
+    reference = {a: v for a in ("badnets", "blended") if (v := mean(found, a, "silhouette")) is not None}
+    own = {a: v for a in ("adaptive_blend", "adaptive_patch") if (v := mean(found, a, "silhouette")) is not None}
+    others = [v for a in found if a not in own and a not in faint if (v := mean(found, a, "silhouette")) is not None]
+    if own and reference:
+        text += ["Adaptive-Blend and Adaptive-Patch are made not to stand out:", ""]
+    for attack, value in own.items() if reference else ():
+        beside = "; ".join(f"{'below' if value < v else 'not below'} {a}'s {v:.2f}" for a, v in reference.items())
+        under = sum(v < value for v in others)
+        text.append(
+            f"- {attack}, {told(attack, value)}: {beside}; {under} of the {len(others)} other attacks that implanted "
+            "lie lower still."
+        )
+    return text
+
+
+def prose(found: Figures, members: Mapping[str, Sequence[str]]) -> list[str]:
+    """What stands out in the tables of HCB and of the hybrid attack."""
+    text = []
+    hcb = found.get("hcb", {})
+    if hcb:
+        leak, feature = hcb["asr_leak", ""], hcb["cover_asr", ""]
+        worst = max(leak.values())
+        text.append(
+            f"hcb's patch without the feature (FPR-NES) takes {span(leak, 100, 1)} % of the images to the target, the "
+            f"feature without the patch (FPR-ES) {span(feature, 100, 1)} %. "
+            + (
+                f"The patch does not need the feature on up to {100 * worst:.0f} %."
+                if worst > _SMALL
+                else "Both are few."
+            )
+        )
+    hybrid = found.get("hybrid", {})
+    each = qualified(hybrid, "asr", "trigger")
+    if each:
+        worst = {s: min(each, key=lambda i: each[i].get(s, 2.0)) for s in hybrid["asr", ""]}
+        names = ", ".join(
+            f"{members['hybrid'][int(i)] if 'hybrid' in members else i} at {100 * each[i][s]:.1f} %"
+            for s, i in sorted(worst.items())
+        )
+        text.append(f"The mean of hybrid, {span(hybrid['asr', ''], 100, 1)} %, hides its worst trigger: {names}.")
+    return text
+
+
 def main() -> int:
     """Write both files."""
     run, name, command = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     rows, cells = read_table(run / "measurements.parquet"), read_table(run / "cells.parquet")
     about = provenance(run, rows)
     kept = [{k: r[k] for k in FIELDS} for r in rows if r["defense"] == "none"]
-    (DOCS / "measured" / f"{name}.json").write_text(json.dumps({"command": command} | about | {"rows": kept}) + "\n")
+    more = [(Path(a), b) for a, b in zip(sys.argv[4::2], sys.argv[5::2], strict=True)]
+    added = [r for path, _ in more for r in read_table(path / "measurements.parquet") if r["defense"] == "none"]
+    commands = {"command": command} | ({"more_commands": [b for _, b in more]} if more else {})
+    kept += [{k: r[k] for k in FIELDS} for r in added if r["attack"] != "none"]
+    (DOCS / "measured" / f"{name}.json").write_text(json.dumps(commands | about | {"rows": kept}) + "\n")
+    registry = Registry.discover("none")
+    found = figures(rows)
+    settings = {c["attack"]: json.loads(c["attack_params"]) for c in cells}
+    members = {a: p["members"] for a, p in settings.items() if "members" in p}
+    old = older(json.loads((run / "plugins.json").read_text()), registry)
     sets = ", ".join(sorted({c["dataset"] for c in cells}))
     rates = ", ".join(sorted({f"{100 * c['rate']:g} %" for c in cells if c["rate"]}))
+    all_to_all = classes(figures([r for r in [*rows, *added] if r["attack"] != "none"]))
     text = [
         *("# Attacks: declared, published, measured", "", "Written by `docs/attacks.py` from the tables of:", ""),
-        *(f"`{command}`", ""),
+        *(part for c in (command, *(b for _, b in more)) for part in (f"`{c}`", "")),
         f"{sets}, {', '.join(sorted({c['arch'] for c in cells}))}, rate {rates}, {about['recipe']['epochs']} epochs, "
         f"{machine(about)}. One figure per seed; shares in %.",
         "",
-        "*Declared* is the ASR at which the attack counts as implanted; below it a row is `weak` and no defense gets "
-        "credit. *Published* figures are of other data, networks and lengths of training: they say what the attack is "
-        "known for, not what this run should reach. *Silhouette* is near 1 where triggered images lie apart from the "
-        "target class's own in the last layer's features, near 0 where they overlap.",
-        *("", f"Below their declared level, and so `weak`: {weak(cells)}."),
-        *("", *lines(rows, cells, Registry.discover("none")), "", f"All rows: [{name}.json](measured/{name}.json)."),
+        "*Declared* is the ASR at which the attack counts as implanted, of a wrapper and what it wraps the lower; "
+        "below it, or below the suite's bar if that is lower, a row is `weak` and no defense gets credit. *Published* "
+        "figures are of other data, networks and lengths of training: they say what the attack is known for, not what "
+        "this run should reach; a wrapper has those of its own paper. *Silhouette* is near 1 where triggered images "
+        "lie apart from the target class's own in the last layer's features, near 0 where they overlap.",
+        *("", f"Below their bar, and so `weak`: {weak(cells)}."),
+        *(("", f"Measured with an earlier version of {', '.join(old)}.") if old else ()),
+        *("", *lines(rows, cells, registry)),
+        *("", "## Where an attack should work, and where not", ""),
+        "A source-specific attack (tact, cassock) counts on images of its source classes; *leak* is the share of the "
+        "other classes' triggered images that get the target all the same. hcb counts on images with feature and "
+        "patch; its leak is that of the patch without the feature, its covers have the feature without the patch.",
+        *("", *sparing(found)),
+        *("", "## Several triggers", "", "The headline ASR is the mean over triggers; a dead one hides in it."),
+        *("", *triggers(found, members)),
+        *(("", *(x for p in prose(found, members) for x in (p, ""))) if prose(found, members) else ("",)),
+        *("## Covers", ""),
+        "Images as the attack covers them: weaker, partial or jittered triggers, meant to keep their label. Where "
+        "fewer do than C-Acc, and more get the target, the trigger works beyond its exact form.",
+        *("", *covers(found)),
+        *(("", "## All-to-all", "", *all_to_all) if all_to_all else ()),
+        *("", "## Do poisoned samples stand apart?", "", *separability(found, cells)),
+        *("", f"All rows: [{name}.json](measured/{name}.json)."),
     ]
     (DOCS / "attacks.md").write_text("\n".join(text) + "\n")
     print(f"wrote docs/attacks.md and docs/measured/{name}.json: {len(cells)} cells")
@@ -100,6 +335,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4:
+    if len(sys.argv) < 4 or len(sys.argv) % 2:
         sys.exit(__doc__)
     sys.exit(main())

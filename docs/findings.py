@@ -1,39 +1,58 @@
 """Writes docs/findings.md and its JSON from finished runs: `python docs/findings.py NAME "COMMAND" RUN [RUN ...]`.
 
-Says which defenses come back under the retuning attack, and how well each measure of what lies underneath ranks the
-models by how far they do. The rules stand in the page; no figure is chosen by hand.
+Says which defenses come back under the retuning attack, what BEC says beside its controls, and how well each measure of
+what lies underneath ranks the models by how far they come back. The rules stand in the page; no figure is chosen by
+hand, and the words of its conclusions follow from the figures. `python docs/findings.py --again NAME` renders the page
+from docs/measured/NAME.json, without the runs.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from record import machine, provenance
-from scipy.stats import spearmanr, t
+from scipy.stats import rankdata, t
 
 from sleeperbench.engine.rows import read_table
 
 DOCS = Path(__file__).resolve().parent
-PREDICTORS = {
-    "O-ASR": ("asr", ""),
-    "BEC": ("bec", ""),
+Key = tuple[str, str]
+Cell = dict[str, Any]
+BEC, P_ASR, O_ASR, WEIGHTS = ("bec", ""), ("p_asr_ra", ""), ("asr", ""), ("bec", "control=weights")
+TWIN, LINELESS = ("bec", "control=twin"), ("bec", "control=no_lineage")
+SHIFT, NET_SHIFT = ("shift_target", ""), ("shift_target_net", "")
+PLACEBOS: dict[str, Key] = {
     "BEC, random channels": ("bec", "control=random"),
-    "BEC, clean inputs": ("bec", "control=clean_inputs"),
-    "weight distance": ("bec", "control=weights"),
-    "target shift, net of clean models": ("shift_target_net", ""),
+    "BEC, images without trigger": ("bec", "control=clean_inputs"),
+    "BEC, distance of weights": WEIGHTS,
+}
+VARIANTS: dict[str, Key] = {
+    "BEC behind BatchNorm": ("bec", "site=post_bn"),
+    "BEC, mean of layers": ("bec_layerwise", ""),
+    "BEC, unbiased": ("bec_debiased", ""),
+}
+PREDICTORS: dict[str, Key] = {
+    "O-ASR": O_ASR,
+    "BEC": BEC,
+    **VARIANTS,
+    **PLACEBOS,
+    "target shift, net of clean models": NET_SHIFT,
 }
 PURIFIED, BACK, TIMES = 0.20, 0.50, 5.0
+NEAR = 0.99
+"""A model at less than 1 % of a clean model's distance from the attacked one has the attacked one's weights."""
 DRAWS = 2000
 FEWEST = 5
-"""Attacked models below which a bootstrap over them says nothing."""
-Cell = dict[str, Any]
+"""Attacked models, or defenses, below which a bootstrap over them says nothing."""
 
 
 def cells(runs: Sequence[Path]) -> list[Cell]:
@@ -44,15 +63,41 @@ def cells(runs: Sequence[Path]) -> list[Cell]:
             if r["scope"] == "zoo":
                 continue
             own = {k: r[k] for k in ("cell", "dataset", "arch", "attack", "defense", "seed")}
-            cell = found.setdefault(r["cell"], own | {"figures": {}, "flags": set(), "reasons": {}})
+            cell = found.setdefault(r["cell"], own | {"figures": {}, "flags": set(), "reasons": {}, "room": 0.0})
             cell["flags"] |= set(filter(None, r["flag"].split(";")))
             if r["value"] is not None:
                 cell["figures"][r["metric"], r["qualifier"]] = r["value"]
+                if (r["metric"], r["qualifier"]) in (O_ASR, ("c_acc", "")) and r["lower"] is not None:
+                    cell["room"] = max(cell["room"], (r["upper"] - r["lower"]) / 2)
             elif not r["qualifier"]:
                 cell["reasons"][r["metric"]] = r["reason"]
+        # What a cell is flagged for beside its neighbours stands in the other table alone.
+        for c in read_table(run / "cells.parquet"):
+            if c["cell"] in found:
+                found[c["cell"]]["flags"] |= set(filter(None, c["flag"].split(";")))
     for cell in found.values():
         net_of_controls(cell["figures"])
     return [found[name] for name in sorted(found)]
+
+
+def stored(of: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Cells as JSON has them."""
+    return [
+        {k: v for k, v in c.items() if k not in ("figures", "flags")}
+        | {"flags": sorted(c["flags"])}
+        | {"figures": {f"{m}{'[' + q + ']' if q else ''}": v for (m, q), v in sorted(c["figures"].items())}}
+        for c in of
+    ]
+
+
+def restored(of: Sequence[Mapping[str, Any]]) -> list[Cell]:
+    """Cells from what `stored` wrote."""
+
+    def key(name: str) -> Key:
+        metric, _, qualifier = name.removesuffix("]").partition("[")
+        return metric, qualifier
+
+    return [dict(c) | {"flags": set(c["flags"]), "figures": {key(n): v for n, v in c["figures"].items()}} for c in of]
 
 
 def net_of_controls(figures: dict[tuple[str, str], float]) -> None:
@@ -79,6 +124,11 @@ def shown(values: Sequence[float], scale: float = 100) -> str:
     return f"{mean:.1f} ± {room:.1f}"
 
 
+def collapsed(c: Cell) -> bool:
+    """Whether the protocol calls the repair a failure, whatever became of the backdoor."""
+    return "collapsed" in c["flags"]
+
+
 def pattern(of: Sequence[Cell]) -> str:
     """What the rule says of the cells of one attack and defense over its seeds."""
     words = []
@@ -87,14 +137,14 @@ def pattern(of: Sequence[Cell]) -> str:
         o, p, control = f.get(("asr", "")), f.get(("p_asr_ra", "")), f.get(("p_asr_ra", "control=clean_model"))
         if o is None or p is None:
             words.append(f"no figure ({c['reasons'].get('p_asr_ra', 'not measured')})")
-        elif "collapsed" in c["flags"]:
-            words.append("collapsed")
         elif o > PURIFIED:
             words.append("not purified")
         elif p >= BACK or (control is not None and p >= TIMES * control and p > control):
             words.append("comes back")
         else:
             words.append("stays")
+        if collapsed(c):
+            words[-1] += " (collapsed)"
     return ", ".join(f"{words.count(w)} {w}" for w in dict.fromkeys(words))
 
 
@@ -122,82 +172,415 @@ def superficial(all_cells: Sequence[Cell]) -> list[str]:
     return lines
 
 
-def predictions(all_cells: Sequence[Cell]) -> tuple[list[str], int, int, int]:
-    """Spearman's rank correlation of each measure with P-ASR over repaired models, with a bootstrap over clusters.
-
-    Returns the table, and how many models, attacked models and purified models it stands on.
-    """
-    used = [
-        c
-        for c in all_cells
-        if c["attack"] != "none"
-        and c["defense"] not in ("none", "clean_model")
-        and all(p in c["figures"] for p in (*PREDICTORS.values(), ("p_asr_ra", "")))
-    ]
-    clusters: dict[tuple[str, int], list[Cell]] = defaultdict(list)
-    for c in used:
-        clusters[c["attack"], c["seed"]].append(c)
-    lines = ["| measure | all | 95 % | purified alone |", "|---|---|---|---|"]
-    rng = np.random.default_rng(0)
-    keys = sorted(clusters)
-    draws = [[keys[i] for i in rng.integers(len(keys), size=len(keys))] for _ in range(DRAWS)] if keys else []
-    purified = [c for c in used if c["figures"]["asr", ""] <= PURIFIED]
-    for name, key in PREDICTORS.items():
-        again = [rank([c for k in d for c in clusters[k]], key) for d in draws]
-        low, high = np.nanquantile(again, [0.025, 0.975]) if draws else (math.nan, math.nan)
-        room = f"{low:.2f} to {high:.2f}" if len(keys) >= FEWEST else ""
-        lines.append(f"| {name} | {rank(used, key):.2f} | {room} | {rank(purified, key):.2f} |")
-    return lines, len(used), len(keys), len(purified)
+def repaired(of: Iterable[Cell], *needed: Key) -> list[Cell]:
+    """Cells of a defense on an attacked model that have these figures."""
+    real = (c for c in of if c["attack"] != "none" and c["defense"] not in ("none", "clean_model"))
+    return [c for c in real if all(k in c["figures"] for k in needed)]
 
 
-def rank(of: Sequence[Cell], key: tuple[str, str]) -> float:
+def undefended(of: Iterable[Cell], key: Key) -> list[Cell]:
+    """The attacked models that have a figure, in order."""
+    return sorted(
+        (c for c in of if c["attack"] != "none" and c["defense"] == "none" and key in c["figures"]), key=attacked
+    )
+
+
+def changed(c: Cell) -> bool:
+    """Whether the defense moved the weights, by the rule of the page."""
+    return bool(c["figures"][WEIGHTS] < NEAR)
+
+
+def purified(c: Cell) -> bool:
+    """Whether the trigger fails on the model."""
+    return bool(c["figures"][O_ASR] <= PURIFIED)
+
+
+def attacked(c: Cell) -> tuple[str, str, str, int]:
+    """Which attacked model a cell's model comes from."""
+    return c["dataset"], c["arch"], c["attack"], c["seed"]
+
+
+def defense(c: Cell) -> str:
+    """The defense of a cell."""
+    return str(c["defense"])
+
+
+def grouped(of: Iterable[Cell], by: Callable[[Cell], Any]) -> dict[Any, list[Cell]]:
+    """Cells by what they share, in its order."""
+    found: dict[Any, list[Cell]] = defaultdict(list)
+    for c in of:
+        found[by(c)].append(c)
+    return {k: found[k] for k in sorted(found)}
+
+
+def values(of: Iterable[Cell], key: Key) -> list[float]:
+    """One figure of every cell."""
+    return [c["figures"][key] for c in of]
+
+
+def of_clean(c: Cell, metric: str, control: str = "control=clean;") -> list[float]:
+    """Figures of the independent clean models that stand in a cell."""
+    return [v for (m, q), v in c["figures"].items() if m == metric and q.startswith(f"{control}model=")]
+
+
+# ---- figures as text -------------------------------------------------------------------------------------------------
+def plain(value: float) -> str:
+    """A figure without unit, empty for none; zero has no sign."""
+    text = "" if math.isnan(value) else f"{value:.2f}"
+    return text.removeprefix("-") if text and not float(text) else text
+
+
+def ends(of: Sequence[float]) -> str:
+    """`low to high`, or the one figure."""
+    low, high = (plain(f(of)) if of else "" for f in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
+def interval(of: Sequence[float]) -> str:
+    """`mean ± room` of three attacked models or more, else their figures."""
+    mean, room = mean_and_room(of)
+    return ", ".join(map(plain, of)) if len(of) < 3 else f"{plain(mean)} ± {plain(room)}"
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[object]]) -> list[str]:
+    """A table of the page."""
+    lines = ["| " + " | ".join(map(str, cells_of)) + " |" for cells_of in (head, *body)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:]]
+
+
+# ---- what ranks models by how far they come back ---------------------------------------------------------------------
+def ranking(all_cells: Sequence[Cell]) -> tuple[dict[str, Key], list[Cell]]:
+    """The measures that there are, and the repaired models that have P-ASR and all of them."""
+    of = repaired(all_cells, P_ASR)
+    there = {n: k for n, k in PREDICTORS.items() if any(k in c["figures"] for c in of)}
+    return there, repaired(of, WEIGHTS, *there.values())
+
+
+def rank(of: Sequence[Cell], key: Key, other: Key = P_ASR) -> float:
     """Spearman's correlation of a measure with P-ASR; NaN for fewer than three cells or a constant."""
-    x, y = [c["figures"][key] for c in of], [c["figures"]["p_asr_ra", ""] for c in of]
-    if len(of) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
+    return float(spearman(np.array([[values(of, key), values(of, other)]]))[0])
+
+
+def spearman(pairs: np.ndarray) -> np.ndarray:
+    """Correlation of ranks of (N, 2, points), equal figures sharing their mean rank; NaN where there is none."""
+    if pairs.shape[2] < 3:
+        return np.full(len(pairs), math.nan)
+    ranks = rankdata(pairs, axis=2)
+    x, y = np.moveaxis(ranks - ranks.mean(2, keepdims=True), 1, 0)
+    size = np.sqrt((x * x).sum(1) * (y * y).sum(1))
+    found: np.ndarray = np.where(size > 0, (x * y).sum(1) / np.where(size > 0, size, 1), math.nan)
+    return found
+
+
+def bootstrap(groups: Mapping[Any, list[Cell]], key: Key) -> str:
+    """The 95 % interval of the rank correlation over groups drawn with replacement; empty below `FEWEST` groups."""
+    if len(groups) < FEWEST:
+        return ""
+    each = [np.array([values(of, key), values(of, P_ASR)]) for of in groups.values()]
+    picks = np.random.default_rng(0).integers(len(each), size=(DRAWS, len(each)))
+    by_size: dict[int, list[np.ndarray]] = defaultdict(list)
+    for pick in picks:
+        drawn = np.hstack([each[i] for i in pick])
+        by_size[drawn.shape[1]].append(drawn)
+    found = np.concatenate([spearman(np.stack(drawn)) for drawn in by_size.values()])
+    low, high = np.nanquantile(found, [0.025, 0.975])
+    return f"{low:.2f} to {high:.2f}"
+
+
+def needed(n: int) -> float:
+    """The least size of a rank correlation of n points that chance reaches in at most 5 % of cases; NaN above 8."""
+    if n > 8:
         return math.nan
-    return float(spearmanr(x, y).statistic)
+    x = np.arange(n) - (n - 1) / 2
+    found = np.abs([x @ np.array(p) for p in itertools.permutations(x)] / (x @ x)).round(9)
+    return float(min((v for v in np.unique(found) if np.mean(found >= v) <= 0.05), default=math.nan))
+
+
+def predictions(all_cells: Sequence[Cell]) -> list[str]:
+    """Spearman's rank correlation of each measure with P-ASR."""
+    there, used = ranking(all_cells)
+    moved = [c for c in used if changed(c)]
+    few = [c for c in moved if purified(c)]
+    by_model = grouped(moved, attacked)
+    head = ["measure", f"all {len(used)}", f"weights changed, {len(moved)}", "by attacked model"]
+    head += ["95 % over defenses", "95 % over attacked models", f"changed and purified, {len(few)}"]
+    body = []
+    for name, key in there.items():
+        apart = ", ".join(plain(rank(of, key)) for of in by_model.values())
+        rooms = [bootstrap(grouped(moved, by), key) for by in (defense, attacked)]
+        body.append([name, plain(rank(used, key)), plain(rank(moved, key)), apart, *rooms, plain(rank(few, key))])
+    return table(head, body)
+
+
+def asleep(all_cells: Sequence[Cell]) -> list[str]:
+    """The purified models, those that come back farthest first."""
+    there, used = ranking(all_cells)
+    shown_keys = {n: k for n, k in there.items() if k in (BEC, *PLACEBOS.values(), NET_SHIFT)}
+    few = sorted(filter(purified, used), key=lambda c: -c["figures"][P_ASR])
+    return table(
+        ["attack", "defense", "seed", "P-ASR (RA)", *shown_keys],
+        (
+            [c["attack"], c["defense"] + " (collapsed)" * collapsed(c), c["seed"], f"{100 * c['figures'][P_ASR]:.1f}"]
+            + [plain(c["figures"][k]) for k in shown_keys.values()]
+            for c in few
+        ),
+    )
+
+
+# ---- BEC beside its controls -----------------------------------------------------------------------------------------
+def existence(all_cells: Sequence[Cell]) -> list[str]:
+    """BEC of every attack and defense with its placebos and variants, a figure per seed."""
+    names = {"BEC": BEC, **PLACEBOS, **VARIANTS}
+    body = []
+    for (attack, name), of in grouped(repaired(all_cells, BEC), lambda c: (c["attack"], c["defense"])).items():
+        row = [attack, name]
+        for metric, qualifier in names.values():
+            found = [c["figures"] for c in of if (metric, qualifier) in c["figures"]]
+            each = [plain(f[metric, qualifier]) for f in found]
+            if qualifier == "control=random":
+                drawn = [[f[metric, f"{qualifier};stat={s}"] for s in ("min", "max")] for f in found]
+                each = [f"{mean} ({ends(d)})" for mean, d in zip(each, drawn, strict=True)]
+            row.append(", ".join(each))
+        body.append(row)
+    return table(["attack", "defense", *(n.removeprefix("BEC, ") for n in names)], body)
+
+
+def compared(all_cells: Sequence[Cell], key: Key) -> list[Cell]:
+    """Repaired models of other weights that have BEC and this form of it."""
+    return [c for c in repaired(all_cells, BEC, key, WEIGHTS) if changed(c)]
+
+
+def gaps(of: Sequence[Cell], key: Key) -> list[float]:
+    """BEC minus another form of it: the mean over the models that come from one attacked model, of each of these."""
+    return [
+        statistics.fmean(c["figures"][BEC] - c["figures"][key] for c in mine) for mine in grouped(of, attacked).values()
+    ]
+
+
+def differences(all_cells: Sequence[Cell]) -> list[str]:
+    """How BEC differs from its placebos and variants among models of other weights."""
+    body = []
+    for name, key in {**PLACEBOS, **VARIANTS}.items():
+        if of := compared(all_cells, key):
+            apart = [c["figures"][BEC] - c["figures"][key] for c in of]
+            body.append([name, len(of), interval(gaps(of, key)), ends(apart), plain(rank(of, BEC, key))])
+    return table(["BEC against", "models", "difference, mean", "difference, range", "rank correlation"], body)
+
+
+def twins(all_cells: Sequence[Cell]) -> list[str]:
+    """The same backdoor trained anew, beside clean models."""
+    body = []
+    for c in undefended(all_cells, TWIN):
+        clean = [
+            d
+            for d in all_cells
+            if attacked(d) == attacked(c) and d["defense"] == "clean_model" and LINELESS in d["figures"]
+        ]
+        twin, band = plain(c["figures"][TWIN]), ends(of_clean(c, "bec"))
+        body.append([c["attack"], c["seed"], twin, band, ends(values(clean, LINELESS))])
+    head = ["attack", "seed", "same backdoor, trained anew", "clean models, each against the other two"]
+    return table([*head, "another clean model"], body)
+
+
+def shifted(all_cells: Sequence[Cell]) -> list[str]:
+    """The shift towards the target class, by state of the model."""
+    body = []
+    for c in undefended(all_cells, SHIFT):
+        mine = [d for d in repaired(all_cells, SHIFT, O_ASR) if attacked(d) == attacked(c)]
+        states = [ends(values((d for d in mine if purified(d) is state), SHIFT)) for state in (False, True)]
+        clean = ends(of_clean(c, "shift_target_clean", ""))
+        body.append([c["attack"], c["seed"], clean, plain(c["figures"][SHIFT]), *states])
+    return table(["attack", "seed", "clean models", "attacked model", "repaired, not purified", "purified"], body)
+
+
+# ---- in words --------------------------------------------------------------------------------------------------------
+def conclusions(all_cells: Sequence[Cell]) -> list[str]:
+    """What the figures bear out; each sentence by a rule on them."""
+    about = (about_placebos, about_twins, about_rank, about_sleepers, about_shift)
+    return [f"- {sentence}" for f in about for sentence in f(all_cells)]
+
+
+def about_placebos(all_cells: Sequence[Cell]) -> list[str]:
+    """How BEC compares with its placebos."""
+    said = []
+    for name, what in (
+        ("BEC, random channels", "channels drawn at random"),
+        ("BEC, images without trigger", "the same images without trigger"),
+        ("BEC, distance of weights", "the distance of weights, which sees no image,"),
+    ):
+        if not (of := compared(all_cells, PLACEBOS[name])):
+            continue
+        found = gaps(of, PLACEBOS[name])
+        mean, room = mean_and_room(found)
+        text = (
+            f"BEC and its figure from {what} order the {len(of)} repaired models of other weights with a rank "
+            f"correlation of {plain(rank(of, BEC, PLACEBOS[name]))}; BEC minus it is {interval(found)}"
+        )
+        if len(found) >= 3:
+            which = "higher" if mean > 0 else "lower"
+            text += f" over {len(found)} attacked models: "
+            text += "no difference is shown" if abs(mean) <= room else f"BEC is {which}"
+        said.append(text + ".")
+    return said
+
+
+def about_twins(all_cells: Sequence[Cell]) -> list[str]:
+    """Whether BEC recognises the same backdoor trained anew."""
+    if not (of := undefended(all_cells, TWIN)):
+        return []
+    above = sum(c["figures"][TWIN] > max(of_clean(c, "bec")) for c in of)
+    word = {0: "does not recognise", len(of): "recognises"}.get(above, "does not reliably recognise")
+    return [
+        f"BEC {word} the same backdoor trained anew: {interval(values(of, TWIN))}, where the attacked model has 1; "
+        f"it lies above all clean models in {above} of {len(of)} attacked models."
+    ]
+
+
+def about_rank(all_cells: Sequence[Cell]) -> list[str]:
+    """What models that are the attacked one do to the correlations."""
+    _, used = ranking(all_cells)
+    moved = [c for c in used if changed(c)]
+    if len(moved) in (0, len(used)):
+        return []
+    found = [
+        f"{name} {plain(rank(moved, PREDICTORS[name]))} instead of {plain(rank(used, PREDICTORS[name]))}"
+        for name in ("BEC", "BEC, random channels", "O-ASR")
+    ]
+    return [
+        f"{len(used) - len(moved)} of the {len(used)} repaired models have the attacked model's weights. Without them "
+        f"the rank correlations with P-ASR are: {', '.join(found)}."
+    ]
+
+
+def about_sleepers(all_cells: Sequence[Cell]) -> list[str]:
+    """What happens among purified models."""
+    there, used = ranking(all_cells)
+    few = [c for c in used if purified(c) and changed(c)]
+    whole = [c["defense"] for c in few if not collapsed(c)]
+    told = [f"{whole.count(d)} of {d}" for d in sorted(set(whole))]
+    said = [
+        f"Of the {len(few)} purified models {len(few) - len(whole)} collapsed by the protocol's rule, so that they "
+        f"lost accuracy with the backdoor and count as failures; the others are {', '.join(told) or 'none'}."
+    ]
+    if len(few) < 3:
+        return [*said, f"{len(few)} purified models have P-ASR and BEC: too few to rank."]
+    bound = needed(len(few))
+    text = f"Among the {len(few)} purified models BEC ranks P-ASR with {plain(rank(few, BEC))}"
+    if not math.isnan(bound):
+        reach = [n for n, k in there.items() if abs(rank(few, k)) >= bound - 1e-9]
+        text += (
+            f". Were they independent, a rank correlation would have to reach {plain(bound)} in size to differ from "
+            f"chance (exact permutations, 5 %); that of {', '.join(reach) if reach else 'no measure here'} does"
+        )
+    woken, quiet = ([c for c in few if (c["figures"][P_ASR] >= BACK) is state] for state in (True, False))
+    said.append(text + ".")
+    if woken and quiet:
+        said.append(
+            f"Purified models with a P-ASR of at least {100 * BACK:.0f} %: {len(woken)}, BEC {ends(values(woken, BEC))}"
+            f", net shift {ends(values(woken, NET_SHIFT))}. The {len(quiet)} below it: BEC {ends(values(quiet, BEC))}, "
+            f"net shift {ends(values(quiet, NET_SHIFT))}."
+        )
+    return said
+
+
+def about_shift(all_cells: Sequence[Cell]) -> list[str]:
+    """What target shift does, on models that share no weights with the clean ones."""
+    if not (of := undefended(all_cells, SHIFT)):
+        return []
+
+    def above(c: Cell) -> bool:
+        return bool(c["figures"][SHIFT] > max(of_clean(c, "shift_target_clean", "")))
+
+    states = {
+        name: [c for c in repaired(all_cells, SHIFT, O_ASR) if purified(c) is state]
+        for name, state in (("repaired models that still answer to the trigger", False), ("purified models", True))
+    }
+    parts = [f"{sum(map(above, mine))} of {len(mine)} {name}" for name, mine in states.items() if mine]
+    return [
+        "Target shift, which takes no figure from an attacked model, lies above all clean models in "
+        f"{sum(map(above, of))} of {len(of)} attacked models, each trained by itself"
+        + "".join(f", in {p}" for p in parts)
+        + "."
+    ]
+
+
+def page(name: str, about: Mapping[str, Any]) -> list[str]:
+    """The page, from what the JSON holds."""
+    all_cells = restored(about["cells"])
+    tuned = sorted({c["attack"] for c in all_cells if "tuned" in c["flags"]})
+    sets, archs = (", ".join(sorted({c[k] for c in all_cells})) for k in ("dataset", "arch"))
+    seeds = len({c["seed"] for c in all_cells})
+    models = len(grouped(ranking(all_cells)[1], attacked))
+    room = 100 * max((c["room"] for c in all_cells), default=0.0)
+    why = (
+        f"Intervals over attacked models are left out: {models} have P-ASR, and {FEWEST} are the fewest of which a "
+        "bootstrap is made."
+        if models < FEWEST
+        else "Intervals over attacked models are a bootstrap."
+    )
+    return [
+        *("# Findings", "", "Written by `docs/findings.py` from the tables of:", "", f"`{about['command']}`", ""),
+        f"{sets}, {archs}, {seeds} seeds, {about['recipe']['epochs']} epochs, {machine(about)}. "
+        "Shares in %; two figures are the two seeds'; ± is half of Student's 95 % interval over more. Of two "
+        f"seeds both stand, since Student's factor is 12.7 there. What the number of test images leaves open is at "
+        f"most ±{room:.1f} (Wilson, 95 %) for C-Acc and O-ASR.",
+        f"Attacks marked `tuned` by their suite: {', '.join(tuned) or 'none'}.",
+        *("", "## In words", ""),
+        "Each sentence follows from the tables below by a fixed rule. They hold for these data, these attacks and this "
+        "small network.",
+        *("", *conclusions(all_cells), "", "## Which defenses come back", ""),
+        "By seed: *not purified* where O-ASR is above 20 %; else *comes back* where P-ASR under the retuning attack "
+        "reaches 50 %, or 5 times that of the clean model under the same attack; else *stays*. *Collapsed*: C-Acc fell "
+        "by more than 10 points, or robust accuracy is below half of the clean models'. A small figure that is 5 times "
+        "a smaller one comes back by this rule too: read it beside the net column, which takes off the largest "
+        "of what the attack does to models without this backdoor, by ra's rule of version 3 from the stored "
+        "controls. k = 0 is the same tuning on clean rows alone.",
+        *("", *superficial(all_cells), "", "## BEC beside its controls", ""),
+        "[BEC](methods/bec.md) is 1 for the attacked model and 0 for a model as unlike it as a clean one. The same "
+        "figure from channels drawn at random (mean, lowest and highest of the draws), from the same images without "
+        "trigger, and from the distance of weights has the same two anchors and knows nothing of the trigger's "
+        "channels, of the trigger, or of any image. Behind BatchNorm, as the mean of the layers' own ratios, and with "
+        "the unbiased estimator it is the same question put otherwise. A figure per seed:",
+        *("", *existence(all_cells), ""),
+        f"Among models whose weights changed, which is where the figure from weights is below {NEAR}, so where the "
+        "model has moved by at least 1 % of a clean model's distance. The mean is over attacked models, of the mean "
+        "over the models repaired from each, with Student's 95 % interval; attacked models of one seed share their "
+        "clean models, so that it is somewhat too narrow.",
+        *("", *differences(all_cells), ""),
+        "Positive control: a model with the same trigger and poisoned rows, trained anew, has the backdoor and should "
+        "have more than clean models have; one that answers to less than half of these images is left out. Beside it "
+        "the spread that chance gives: each clean model against the other two, and one more clean model.",
+        *("", *twins(all_cells), "", "## What predicts that a model comes back", ""),
+        f"Spearman's rank correlation with P-ASR under the retuning attack over repaired models that have all these "
+        f"figures, from {models} attacked models. Models that are the attacked model itself have BEC 1, distance 0 and "
+        "its P-ASR, and tie every measure to P-ASR without a repair: *weights changed* leaves out those whose figure "
+        f"from weights is {NEAR} or above. By attacked model: each alone, in the order of attacks and seeds. Over "
+        "defenses: a bootstrap over the defenses whose weights changed, for these attacked models alone; other "
+        f"attacked models are not in it. {why} Purified models (O-ASR of at most 20 %) are too few for either.",
+        *("", *predictions(all_cells), "", "The purified models, each:"),
+        *("", *asleep(all_cells), "", "## Target shift", ""),
+        "[Target shift](methods/target_shift.md): 0 where the trigger moves the features nowhere towards the target "
+        "class, 1 where it moves them the whole way. Ranges are over models; nothing is fitted.",
+        *("", *shifted(all_cells), "", f"All figures: [{name}.json](measured/{name}.json)."),
+    ]
 
 
 def main() -> int:
-    """Write both files."""
-    name, command, *runs = sys.argv[1:]
-    paths = [Path(r) for r in runs]
-    rows = read_table(paths[0] / "measurements.parquet")
-    about, all_cells = provenance(paths[0], rows), cells(paths)
-    figures = [
-        {"cell": c["cell"], "flags": sorted(c["flags"])}
-        | {"figures": {f"{m}{'[' + q + ']' if q else ''}": v for (m, q), v in sorted(c["figures"].items())}}
-        for c in all_cells
-    ]
-    (DOCS / "measured" / f"{name}.json").write_text(
-        json.dumps({"command": command} | about | {"cells": figures}, indent=1) + "\n"
-    )
-    ranks, models, clusters, few = predictions(all_cells)
-    tuned = sorted({c["attack"] for c in all_cells if "tuned" in c["flags"]})
-    sets = ", ".join(sorted({c["dataset"] for c in all_cells}))
-    archs = ", ".join(sorted({c["arch"] for c in all_cells}))
-    seeds = len({c["seed"] for c in all_cells})
-    text = [
-        *("# Findings", "", "Written by `docs/findings.py` from the tables of:", "", f"`{command}`", ""),
-        f"{sets}, {archs}, {seeds} seeds, {about['recipe']['epochs']} epochs, {machine(about)}. "
-        "Shares in %; two figures are the two seeds'; ± is half of Student's 95 % interval over more.",
-        f"Attacks marked `tuned` by their suite: {', '.join(tuned) or 'none'}.",
-        *("", "## Which defenses come back", ""),
-        "By seed: *not purified* where O-ASR is above 20 %; else *comes back* where P-ASR under the retuning attack "
-        "reaches 50 %, or 5 times that of the clean model under the same attack; else *stays*. A small figure that is "
-        "5 times a smaller one comes back by this rule too: read it beside the net column, which takes off the largest "
-        "of what the attack does to models without this backdoor, by ra's rule of version 3 from the stored "
-        "controls. k = 0 is the same tuning on clean rows alone.",
-        *("", *superficial(all_cells), "", "## What predicts that a model comes back", ""),
-        f"Spearman's rank correlation with P-ASR over {models} repaired models that have all these figures, from "
-        f"{clusters} attacked ones; intervals are a bootstrap over the attacked models, left out below {FEWEST} of "
-        f"them. *Purified alone* takes the {few} models with O-ASR of at most 20 %.",
-        *("", *ranks, "", f"All figures: [{name}.json](measured/{name}.json)."),
-    ]
-    (DOCS / "findings.md").write_text("\n".join(text) + "\n")
-    print(f"wrote docs/findings.md and docs/measured/{name}.json: {len(all_cells)} cells")
+    """Write both files, or the page alone."""
+    name = sys.argv[2] if sys.argv[1] == "--again" else sys.argv[1]
+    data = DOCS / "measured" / f"{name}.json"
+    if sys.argv[1] != "--again":
+        runs = [Path(r) for r in sys.argv[3:]]
+        rows = read_table(runs[0] / "measurements.parquet")
+        out = {"command": sys.argv[2]} | provenance(runs[0], rows) | {"cells": stored(cells(runs))}
+        data.write_text(json.dumps(out, indent=1) + "\n")
+    about = json.loads(data.read_text())
+    (DOCS / "findings.md").write_text("\n".join(page(name, about)) + "\n")
+    print(f"wrote docs/findings.md from docs/measured/{name}.json: {len(about['cells'])} cells")
     return 0
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Writes the generated parts of the documentation: the methods in README.md, docs/tables.md, cli.md, judges.md.
+"""Writes the generated parts of the documentation: of README.md and docs/suites.md, docs/tables.md, cli.md, judges.md.
 
 `python docs/generate.py` renews them; with --check it only compares, and exits 4 when something differs.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import sys
 import tomllib
@@ -16,11 +17,11 @@ from pathlib import Path
 from sleeperbench import schema
 from sleeperbench.cli import COMMANDS, parser
 from sleeperbench.contracts.access import Access
+from sleeperbench.engine import suite
 from sleeperbench.engine.registry import Registry
-from sleeperbench.engine.suite import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- generated: methods -->", "<!-- end -->"
+END = "<!-- end -->"
 KINDS = (("attack", "Attacks"), ("defense", "Defenses"), ("evaluator", "Evaluators"))
 
 
@@ -108,9 +109,64 @@ def commands() -> str:
         with redirect_stdout(out), suppress(SystemExit):
             parser().parse_args([name, "--help"])
         text += ["", f"## {name}", "", "```", out.getvalue().rstrip(), "```"]
-    text += ["", "## Suites", "", "| suite | what |", "|---|---|"]
-    text += [f"| `{n}` | {tomllib.loads(t).get('title', '')} |" for n, t in shipped().items()]
     return "\n".join(text) + "\n"
+
+
+MEANINGS = {
+    "matrix.datasets": "Data sets; those of your own count too, see [data.md](data.md)",
+    "matrix.archs": "Architectures, see [models.md](models.md)",
+    "matrix.attacks": "Attacks; `none` trains clean models, which most columns are held against",
+    "matrix.rates": "Poison rates, shares of the training rows; `[attack.ID] rates` gives an attack its own",
+    "matrix.defenses": "Defenses; `none` is added where it is missing",
+    "matrix.evaluators": "What is measured of every cell",
+    "matrix.seeds": "Everything is done once per seed; the first one also calibrates `ra_budget`",
+    "train.recipe": "Recipe for what is not given: `s3`, the superficial-safety paper's; `bb`, BackdoorBench's",
+    "train.epochs": "Passes over the training rows",
+    "train.lr": "Learning rate of SGD",
+    "train.batch": "Rows per step",
+    "train.momentum": "Momentum of SGD",
+    "train.weight_decay": "Weight decay",
+    "train.schedule": "What becomes of the learning rate",
+    "train.precision": "`bf16` runs under autocast",
+    "train.pad": "Pixels of padding before the random crop; the data set's own unless given",
+    "train.flip": "Whether images are mirrored at random; the data set's own unless given",
+    "train.curves": "Whether losses and accuracies per epoch are kept",
+    "train.inject": "`finetune` tunes the backdoor into a clean model, see [training.md](training.md)",
+    "train.inject_epochs": "Passes of that; `epochs` unless given",
+    "train.inject_lr": "Learning rate of that; 0.01 unless given",
+    "access.clean": "The defender's clean rows: a share of the training rows below 1, or a number",
+    "access.clean_source": "`heldout`: cut off before anything is trained; `training`: benign rows that are trained on",
+    "budget.threads": "Threads per task",
+    "budget.task_seconds": "Seconds after which a task ends as `timeout`",
+    "budget.memory_gb": "Memory that a task on a processor may allocate",
+    "gate.implant_asr": "Mean ASR from which an attack counts as implanted, unless it declares a lower one",
+    "gate.implant_asr_low": "The same for clean labels and for rates of up to 1 %",
+    "gate.collapse_points": "C-Acc lost from which a defense counts as collapsed",
+    "gate.clean_drop_points": "C-Acc lost against clean models up to which an attack counts as implanted",
+}
+
+
+def suites() -> str:
+    """The keys of a suite file with their defaults and ranges, and the suites of the package."""
+    text = ["| key | default | may be | meaning |", "|---|---|---|---|"]
+    for table, keys in suite.TABLES.items():
+        for key in keys:
+            default = suite.DEFAULTS.get(table, {}).get(key)
+            told = "" if default is None else f"`{json.dumps(default)}`"
+            low, high = suite.RANGES.get((table, key), (None, None))
+            allowed = ", ".join(f"`{c}`" for c in suite.CHOICES.get((table, key), ()))
+            allowed = allowed or ("" if low is None else f"{low:g} to {high:g}")
+            text.append(f"| `{table}.{key}` | {told} | {allowed} | {MEANINGS[f'{table}.{key}']} |")
+    text += ["", "## Shipped", "", "| suite | what |", "|---|---|"]
+    text += [f"| `{n}` | {tomllib.loads(t).get('title', '')} |" for n, t in suite.shipped().items()]
+    return "\n".join(text)
+
+
+def within(file: str, what: str, text: str) -> str:
+    """The file with the part between its marks replaced."""
+    begin = f"<!-- generated: {what} -->"
+    before, _, rest = (ROOT / file).read_text().partition(begin)
+    return f"{before}{begin}\n{text}\n{END}{rest.partition(END)[2]}"
 
 
 def main() -> int:
@@ -118,13 +174,11 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--check", action="store_true", help="compare only")
     args = p.parse_args()
-    readme = (ROOT / "README.md").read_text()
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
     wanted = {
-        "README.md": f"{before}{BEGIN}\n{methods()}\n{END}{after}",
+        "README.md": within("README.md", "methods", methods()),
         "docs/tables.md": tables(),
         "docs/cli.md": commands(),
+        "docs/suites.md": within("docs/suites.md", "suites", suites()),
         "docs/judges.md": judges(),
     }
     stale = [n for n, text in wanted.items() if not (ROOT / n).exists() or (ROOT / n).read_text() != text]

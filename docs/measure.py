@@ -1,8 +1,10 @@
 """Runs a method's evidence on real data and writes it beside the published figures: `make measure METHOD=kind/id`.
 
 Suite `cpu` on CIFAR-10 (10,000 rows, small_resnet), BadNets and Blended at 5 %, seeds 0 and 1, the method's published
-steps. Writes docs/measured/<kind>-<id>.json and the section `## Measured` of docs/methods/<id>.md. What the store holds
-already is not computed again, so several methods share their attacked models.
+steps, or, of a defense that would take more than ten core-minutes, those of its preset `reduced` (docs/presets.md;
+`--published` for the published ones); a repair stands beside `bn_refresh`. Writes docs/measured/<kind>-<id>.json and
+the section `## Measured` of docs/methods/<id>.md. What the store holds already is not computed again, so several
+methods share their attacked models.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +38,21 @@ ATTACKED = ("c_acc_attacked", "asr_attacked")
 HEAD = "## Measured"
 SUPPLIERS = {"model": "ft", "verdict": "neural_cleanse", "inverted": "neural_cleanse", "scores": "strip"}
 """Part of an outcome -> a defense that has it, for an evaluator that measures it."""
+PRESET = "reduced"
 
 
-def command(kind: str, name: str, seeds: str) -> list[str]:
+def controls(kind: str, name: str) -> list[str]:
+    """What stands beside a method in its table: of a repair, what new BatchNorm statistics do by themselves."""
+    if kind != "defense" or name == "bn_refresh":
+        return []
+    outer = Registry.discover("none").chain("defense", name)[0]
+    return ["bn_refresh"] if outer.blueprint.info["kind"] == "repair" else []
+
+
+def command(kind: str, name: str, seeds: str, *, published: bool = False) -> list[str]:
     """The arguments of `sleeperbench` that measure a method."""
     attacks = [*ATTACKS, *([name] if kind == "attack" and name not in ATTACKS else [])]
-    defenses = ["none", "clean_model"] if kind == "defense" else ["none"]
+    defenses = ["none", "clean_model", *controls(kind, name)] if kind == "defense" else ["none"]
     if kind == "defense" and name not in defenses:
         defenses.append(name)
     evaluators = ["accuracy", "stealth"] if kind == "attack" else []
@@ -52,7 +64,15 @@ def command(kind: str, name: str, seeds: str) -> list[str]:
     argv = ["run", "cpu", "--dataset", "cifar10", "--seeds", seeds, "--keep-unimplanted"]
     for flag, values in (("--attack", attacks), ("--defense", defenses), ("--evaluator", evaluators)):
         argv += [part for v in values for part in (flag, v)]
+    chain = Registry.discover("none").chain("defense", name) if kind == "defense" else ()
+    if not published and any(PRESET in p.blueprint.info.get("presets", {}) for p in chain):
+        argv += ["--set", f"defense.{name}.preset={PRESET}"]
     return argv
+
+
+def plugin(label: str | None) -> str:
+    """The id in a row's label, which has a digest where the parameters are not the suite's."""
+    return (label or "").partition("~")[0]
 
 
 def collect(run: Path, kind: str, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -61,12 +81,18 @@ def collect(run: Path, kind: str, name: str) -> tuple[dict[str, Any], list[dict[
     if kind == "evaluator":
         rows = [r for r in rows if r["evaluator"] == name]
     else:
-        rows = [
-            r for r in rows if r[kind] == name or (r["scope"] == "zoo" and kind == "defense" and r["defense"] == name)
-        ]
-    if not rows:
+        known = {name, *controls(kind, name)}
+        rows = [r for r in rows if plugin(r[kind]) in known]
+    own = rows if kind == "evaluator" else [r for r in rows if plugin(r[kind]) == name]
+    if not own:
         sys.exit(f"{run} has no rows of {kind} `{name}`")
-    return provenance(run, rows), rows
+    # What a cell is flagged for beside its neighbours, such as `collapsed`, stands in the other table alone.
+    beside = {c["cell"]: c["flag"] for c in read_table(run / "cells.parquet")}
+
+    def flags(r: Mapping[str, Any]) -> str:
+        return ";".join(sorted({*r["flag"].split(";"), *beside.get(r["cell"], "").split(";")} - {""}))
+
+    return provenance(run, rows), [r | {"flag": flags(r)} for r in rows]
 
 
 def _lines(rows: list[dict[str, Any]], attacked: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
@@ -189,6 +215,7 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("method", help="kind/id, such as defense/anp or defense/unlearn:neural_cleanse")
     p.add_argument("--seeds", default="0,1", help="default 0,1")
+    p.add_argument("--published", action="store_true", help="the published effort, also where there is a preset")
     p.add_argument("--out", type=Path, default=Path("runs/measure"), help="folder of run folders and their store")
     p.add_argument("--run", type=Path, nargs="+", help="take the figures of these run folders and compute nothing")
     p.add_argument("--keep", action="store_true", help="keep the figures of cells that are not measured now")
@@ -197,7 +224,7 @@ def main() -> int:
     kind, _, name = args.method.partition("/")
     if kind not in ("attack", "defense", "evaluator") or not name:
         p.error(f"{args.method}: write attack/ID, defense/ID or evaluator/ID")
-    argv = command(kind, name, args.seeds)
+    argv = command(kind, name, args.seeds, published=args.published)
     runs = args.run or [args.out / f"{kind}-{name.replace(':', '-')}"]
     if args.run is None:
         whole = [sys.executable, "-m", "sleeperbench", *argv, "--no-site", "--out", str(runs[0])]

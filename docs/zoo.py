@@ -37,6 +37,15 @@ def share(row: Mapping[str, Any] | None) -> str:
     return text if row["lower"] is None else f"{text} ({100 * row['lower']:.0f} to {100 * row['upper']:.0f})"
 
 
+def bounded(figures: Mapping[tuple[str, str], Mapping[str, Any]], metric: str, at: str = "") -> str:
+    """A figure in %, with the bounds that stand in rows of their own; those of attack `at`, or pooled."""
+    row = figures.get((metric, at))
+    if row is None:
+        return ""
+    ends = {end: figures.get((metric, f"{at};stat={end}".lstrip(";"))) for end in ("lower", "upper")}
+    return share({**row, **{name: end["value"] for name, end in ends.items() if end is not None}})
+
+
 def kinds(cells: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Label of a kind of clean models -> what was done to them."""
     found = {}
@@ -87,21 +96,22 @@ def main() -> int:
     head = ["data set", "detector", "models", "AUROC", "balanced accuracy", "TPR", "FPR"]
     head += [*(f"FPR {said}" for said in names.values()), "core-seconds a model", "flags"]
     text = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    attacks = sorted({q.removeprefix("attack=") for f in found.values() for _, q in f if q.startswith("attack=")})
+    qualifiers = {q for f in found.values() for _, q in f if q.startswith("attack=") and ";" not in q}
+    attacks = sorted(q.removeprefix("attack=") for q in qualifiers)
     by_attack = ["| data set | detector | " + " | ".join(attacks) + " |", "|---" * (2 + len(attacks)) + "|"]
     for (dataset, detector), f in found.items():
-        low, high = (f.get(("det_auroc", f"stat={s}")) for s in ("lower", "upper"))
-        auroc = share(f["det_auroc", ""])
-        if low and high and low["value"] is not None:
-            auroc += f" ({100 * low['value']:.0f} to {100 * high['value']:.0f})"
         models = f"{f['det_tpr', '']['total']} + {f['det_fpr', '']['total']}"
         each = seconds.get((dataset, detector), [])
         cost = f"{statistics.median(each):.1f}" if each else ""
         apart = [share(f.get(("det_fpr", f"clean={label}"))) for label in names]
-        figures = [auroc, *(share(f.get((m, ""))) for m in ("det_bacc", "det_tpr", "det_fpr")), *apart, cost]
+        figures = [
+            *(bounded(f, m) for m in ("det_auroc", "det_bacc")),
+            *(share(f[m, ""]) for m in ("det_tpr", "det_fpr")),
+        ]
+        figures += [*apart, cost]
         figures.append("; ".join(sorted(flags.get((dataset, detector), set()))))
         text.append("| " + " | ".join([dataset, detector, models, *figures]) + " |")
-        per_attack = [share(f.get(("det_auroc", f"attack={a}"))) for a in attacks]
+        per_attack = [bounded(f, "det_auroc", f"attack={a}") for a in attacks]
         by_attack.append("| " + " | ".join([dataset, detector, *per_attack]) + " |")
     page = [
         *(
@@ -112,9 +122,10 @@ def main() -> int:
             f"`{command}`",
             "",
         ),
-        f"{machine(about)}, {about['recipe']['epochs']} epochs. In %, with 95 % intervals, Newcombe's for AUROC, "
-        "Wilson's for shares. The thresholds are the methods' own and were fixed before any model of the zoo was "
-        "trained; `reduced` is one that ran with less than its published effort.",
+        f"{machine(about)}, {about['recipe']['epochs']} epochs. In %, with 95 % intervals: Newcombe's for AUROC, "
+        "Wilson's for shares, and for balanced accuracy Newcombe's of a difference of shares. The thresholds are the "
+        "methods' own and were fixed before any model of the zoo was trained; `reduced` is one that ran with less than "
+        "its published effort.",
         "",
         f"Backdoored models are those whose attack implanted. Left out: {absent(cells) or 'none'}.",
         *("", *text, "", "AUROC of each attack against all clean models:", "", *by_attack),

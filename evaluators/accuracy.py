@@ -18,7 +18,9 @@ class Accuracy(Evaluator):
     """Accuracy on clean images; on triggered ones, how many go to the attacker and how many to the true class.
 
     Triggered images whose true label is already the target count nowhere. With several triggers the headline is the
-    mean over triggers; each stands beside it as `trigger=i`, and the largest and smallest as `stat`.
+    mean over triggers; each stands beside it as `trigger=i`, and the largest and smallest as `stat`. Where a trigger
+    sends each class to another one (all-to-all), success also stands class by class. Of triggers that spare some
+    images, success on those that they are meant for is `asr_source`; with several triggers, of these alone.
 
     More figures of images that should keep their label, where an attack has them: triggered ones that a conditional
     backdoor spares, such as those of other classes, also class by class; and images as the attack covers them.
@@ -31,7 +33,7 @@ class Accuracy(Evaluator):
         "Learning}, author={Wu, Baoyuan and Chen, Hongrui and Zhang, Mingda and Zhu, Zihao and Wei, Shaokui and Yuan, "
         "Danni and Shen, Chao}, booktitle={NeurIPS Datasets and Benchmarks Track}, year={2022}}",
         "kind": "accuracy",
-        "version": 3,
+        "version": 4,
         "api": 1,
         "micro": {},
     }
@@ -60,6 +62,14 @@ class Accuracy(Evaluator):
             high=1.0,
             better="up",
             doc="The same triggered images that get their true label",
+        ),
+        Metric(
+            name="asr_source",
+            unit="fraction",
+            low=0.0,
+            high=1.0,
+            better="down",
+            doc="Success of triggers that spare some images, such as other classes, on those that they are meant for",
         ),
         Metric(
             name="asr_leak",
@@ -116,8 +126,18 @@ class Accuracy(Evaluator):
             return Findings(rows=tuple(rows))
 
         answer = answers(case.net, case.bd_test.data.images, case.ctx)
+        which = case.bd_test.trigger_id.cpu()
         for metric, wanted in (("asr", case.bd_test.targets), ("r_acc", case.bd_test.data.labels)):
-            rows += over_triggers(metric, answer == wanted.cpu(), case.bd_test.trigger_id)
+            rows += over_triggers(metric, answer == wanted.cpu(), which)
+        fooled, labels = answer == case.bd_test.targets.cpu(), case.bd_test.data.labels.cpu()
+        mapped = torch.isin(which, torch.tensor(_mapping(case.bd_test.targets.cpu(), which), dtype=which.dtype))
+        several = len(which.unique()) > 1
+        rows += by_class("asr", fooled[mapped], labels[mapped], which[mapped], several=several)
+        if case.leak_test is None:
+            rows.append(Measurement(metric="asr_source", value=None, reason="no_such_rows"))
+        else:
+            meant = torch.isin(which, case.leak_test.trigger_id.cpu())
+            rows += over_triggers("asr_source", fooled[meant], which[meant])
         rows += self._kept(case)
 
         after = headline(Findings(rows=tuple(rows)))
@@ -190,15 +210,31 @@ def over_triggers(metric: str, hit: Tensor, trigger_id: Tensor) -> list[Measurem
     ]
 
 
-def by_class(metric: str, hit: Tensor, labels: Tensor, trigger_id: Tensor) -> list[Measurement]:
-    """The share of hits among the images of each class that there is, of several triggers under each."""
+def by_class(
+    metric: str, hit: Tensor, labels: Tensor, trigger_id: Tensor, *, several: bool | None = None
+) -> list[Measurement]:
+    """The share of hits among the images of each class that there is, of several triggers under each.
+
+    Args:
+        metric: Its name.
+        hit: bool (N,).
+        labels: True labels (N,).
+        trigger_id: (N,).
+        several: Whether rows name their trigger; by default where there is more than one.
+    """
     which = trigger_id.cpu()
     ids = which.unique().tolist()
+    named = len(ids) > 1 if several is None else several
     return [
-        share(metric, hit[(labels == k) & (which == i)], f"class={k}" + (f";trigger={i}" if len(ids) > 1 else ""))
+        share(metric, hit[(labels == k) & (which == i)], f"class={k}" + (f";trigger={i}" if named else ""))
         for i in ids
         for k in labels[which == i].unique().tolist()
     ]
+
+
+def _mapping(targets: Tensor, trigger_id: Tensor) -> list[int]:
+    """The triggers that ask for more than one label: all-to-all."""
+    return [int(i) for i in trigger_id.unique() if len(targets[trigger_id == i].unique()) > 1]
 
 
 def headline(findings: Findings) -> dict[str, float | None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from sleeperbench.contracts import Ctx, Rendered
 from sleeperbench.evaluators.accuracy import answers, share
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.predict import evaluating, spread
+
+ABLATIONS = (("direction",), ("dynamic",), ("direction", "dynamic"))
+"""What rows B, C and A of Table V switch off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +36,11 @@ class Exclusivity(Evaluator):
        sum, with one norm and one lambda per image, it gives every image the gradients it has alone.
     5. Where argmax o = t: e = 1 - ||x_u - x_p|| / ||R||.
 
-    `excl` is the mean of the smallest e of an image, `excl_last` of the last one, as the code prints. Images that the
-    unchanged trigger does not send to the target, or with R = 0, are left out; `excl_eligible` is the share of the
-    others. The test images are evenly spread, the same for all attacks with one target and equal rows that count.
-    Measured on the undefended model.
+    `excl` is the mean of the smallest e of an image, `excl_last` of the last one, as the code prints; `bound` is the
+    mean of ||delta*|| = (1 - smallest e) ||R||, the trigger upper bound of Table V, beside the mean of ||R||
+    (`control=boundary`), the largest that it can be. Images that the unchanged trigger does not send to the target, or
+    with R = 0, are left out; `excl_eligible` is the share of the others. The test images are evenly spread, the same
+    for all attacks with one target and equal rows that count. Measured on the undefended model.
 
     The search sees everything: weights (gradients), the live trigger with its family, and the target. It is a probe
     of the attack, no attack. Triggers without a range (warps, quantisation, reflections) have no figure
@@ -52,6 +57,8 @@ class Exclusivity(Evaluator):
         weight: lambda at the start.
         direction: Push towards R; False pushes delta away from 0, CE - lambda ||delta|| (Table V, A and B).
         dynamic: Let lambda move; False keeps `weight` throughout (Table V, A and C).
+        ablations: Search again without direction, without moving lambda and without both, on the same images (Table
+            V): rows of `excl` and `bound` with `direction=off` or `dynamic=off`. Four times the work.
     """
 
     INFO = {
@@ -91,6 +98,14 @@ class Exclusivity(Evaluator):
             better="none",
             doc="Images of those taken on which the unchanged trigger works, which alone count",
         ),
+        Metric(
+            name="bound",
+            unit="",
+            low=0.0,
+            high=math.inf,
+            better="none",
+            doc="Norm of the largest change of the trigger that still works, of pixels in [0, 1], mean of images",
+        ),
     )
 
     images: int = 100
@@ -99,10 +114,13 @@ class Exclusivity(Evaluator):
     weight: float = 0.1
     direction: bool = True
     dynamic: bool = True
+    ablations: bool = False
 
     def __post_init__(self) -> None:
         if not (self.images > 0 and self.steps > 1 and self.lr > 0 and self.weight >= 0):
             raise ValueError("images, steps and lr are positive, steps above 1, weight is at least 0")
+        if self.ablations and not (self.direction and self.dynamic):
+            raise ValueError("ablations switch direction and dynamic off themselves: leave both on")
 
     def measure(self, case: EvalCase) -> Findings:
         """Best and last value over the images on which the trigger works."""
@@ -118,16 +136,28 @@ class Exclusivity(Evaluator):
         works &= norms(farther(*bounds)) > 1e-6
         rows = [share("excl_eligible", works)]
         if not bool(works.any()):
-            rows += [Measurement(metric=m, value=None, reason="no_eligible_images") for m in ("excl", "excl_last")]
+            none = ("excl", "excl_last", "bound")
+            rows += [Measurement(metric=m, value=None, reason="no_eligible_images") for m in none]
             return Findings(rows=tuple(rows))
         bd, (low, high) = chosen(bd, works), (b[works] for b in bounds)
         start = to_float(bd.data.images).to(ctx.device)
-        found = self.search(net, start, bd.targets.to(ctx.device), low.to(ctx.device), high.to(ctx.device), ctx)
+        where = (start, bd.targets.to(ctx.device), low.to(ctx.device), high.to(ctx.device))
+        boundary = farther(low, high)
+        found = self.search(net, *where, ctx)
         rows += [
-            Measurement(metric="excl", value=float(found.best.double().mean())),
+            *self._sizes(found, boundary, ""),
             Measurement(metric="excl_last", value=float(found.last.double().mean())),
+            Measurement(metric="bound", value=float(norms(boundary).double().mean()), qualifier="control=boundary"),
         ]
-        return Findings(rows=tuple(rows), curves=curves(bd, found, farther(low, high)))
+        for off in ABLATIONS if self.ablations else ():
+            other = replace(self, ablations=False, **dict.fromkeys(off, False))
+            rows += self._sizes(other.search(net, *where, ctx), boundary, ";".join(f"{name}=off" for name in off))
+        return Findings(rows=tuple(rows), curves=curves(bd, found, boundary))
+
+    def _sizes(self, found: Found, boundary: Tensor, qualifier: str) -> list[Measurement]:
+        """`excl` and `bound` of one search."""
+        means = {"excl": found.best.double().mean(), "bound": changes(found, boundary).double().mean()}
+        return [Measurement(metric=m, value=float(v), qualifier=qualifier) for m, v in means.items()]
 
     def search(self, net: nn.Module, x: Tensor, targets: Tensor, low: Tensor, high: Tensor, ctx: Ctx) -> Found:
         """Algorithm 1 on triggered images x (N, C, H, W) that work, with what delta may be on each."""
@@ -218,11 +248,16 @@ def lead(logits: Tensor, targets: Tensor) -> Tensor:
     return u.gather(1, at)[:, 0] - u.scatter(1, at, -torch.inf).amax(1)
 
 
+def changes(found: Found, boundary: Tensor) -> Tensor:
+    """||delta*||, the norm of the largest change that worked, (N,)."""
+    return (1 - found.best).cpu() * norms(boundary).cpu()
+
+
 def curves(bd: Rendered, found: Found, boundary: Tensor) -> dict[str, Any]:
     """Mean smallest e by iteration, and per image the figures and the largest change that worked."""
     ids = bd.data.ids.tolist()
     steps, means = zip(*found.trace, strict=True)
-    change = (1 - found.best).cpu() * norms(boundary).cpu()
+    change = changes(found, boundary)
     return {
         "excl": {
             "title": "Exclusivity found so far, mean of images",

@@ -34,7 +34,10 @@ class QueryReactivation(Evaluator):
     3. P-ASR: share of triggered test images whose x~ goes to the target; C-ASR: share of the same images without
        trigger whose x~ does.
 
-    The perturbation is trained with gradients of W_p: query-only at inference and in transfer, not in training.
+    What the attacker sees in training: weights of the purified model (gradients, and a copy that it retunes on clean
+    rows and k triggered ones); a model without backdoor; clean and triggered images that no model was trained on,
+    with true labels; the target. At inference and in transfer it sends images and sees answers. It never sees the
+    attacked model or the defender's rows. So it is query-only at inference, and not in training.
 
     Where RA itself wakes nothing (P-ASR(RA) at most 20 %) there is no teacher, and the figure is null
     (`ra_not_successful`), as its paper greys such cells; on the cell of `clean_model` it is measured all the same, with
@@ -48,7 +51,8 @@ class QueryReactivation(Evaluator):
     default. W_e is the exactly purified model, as the paper says; the code takes a clean one. Images come from the
     probe rows, which no model was trained on, at most 500 clean and 500 triggered (the code: training rows, for
     label-consistent attacks test rows). C-ASR leaves out images of the target class, which the code counts. alpha is
-    0.2 for every attack (the paper: 0.1 for label-consistent ones). The last batch of an epoch is kept.
+    one for all attacks of a run, 0.2; the paper's 0.1 for label-consistent ones is a run of these alone, with
+    `--attack lc --set evaluator.qra.alpha=0.1`. The last batch of an epoch is kept.
 
     Args:
         eps: Largest change of a pixel, in [0, 1].

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from sleeperbench import EvalCase, Evaluator, Findings, ImageSet, Measurement, Metric, Needs
 from sleeperbench.contracts import Ctx, Rendered
 from sleeperbench.evaluators.accuracy import headline
+from sleeperbench.evaluators.bba import rates
 from sleeperbench.evaluators.ra import measure_asr, thinned
-from sleeperbench.evaluators.wba import Shifted, success
+from sleeperbench.evaluators.wba import Shifted
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.predict import evaluating
 from sleeperbench.kit.qualifiers import tagged
@@ -36,8 +37,9 @@ class TransferActivation(Evaluator):
     2. Up to 5,000 triggered images in batches of 500, the last short batch dropped; d starts at U(-rho, rho).
     3. Each batch gets one step d <- clamp(d - lr dL/dd, -rho, rho), the plain gradient of
        L = sum over surrogates of CE(f_s(clip(x_p + d, 0, 1)), t).
-    4. `asr_tba`: share of triggered test images that go to the target of this model under the last d. With several
-       surrogates also of the d that each makes alone, as `source=<id>`.
+    4. `asr_tba`: share of triggered test images that go to the target of this model under the last d; `r_acc_tba`:
+       share of them that still get their true label. With several surrogates both also of the d that each makes alone,
+       as `source=<id>`.
 
     Controls: the same on images without trigger (`control=guaa`), and on the independent clean model
     (`control=clean_model`), which gets the same d.
@@ -64,7 +66,7 @@ class TransferActivation(Evaluator):
         "through Re-Activation Attack}, author={Zhu, Mingli and Liang, Siyuan and Wu, Baoyuan}, booktitle={Advances "
         "in Neural Information Processing Systems}, year={2024}}",
         "kind": "reactivation",
-        "version": 2,
+        "version": 3,
         "api": 1,
         "micro": {"steps": 5},
     }
@@ -77,6 +79,14 @@ class TransferActivation(Evaluator):
             high=1.0,
             better="down",
             doc="ASR of triggered images under one perturbation made on other models of the same task",
+        ),
+        Metric(
+            name="r_acc_tba",
+            unit="fraction",
+            low=0.0,
+            high=1.0,
+            better="up",
+            doc="The same images under the same perturbation that get their true label",
         ),
     )
 
@@ -93,14 +103,14 @@ class TransferActivation(Evaluator):
     def measure(self, case: EvalCase) -> Findings:
         """Success of the d of all surrogates and of each, with and without trigger, and on the clean control."""
         if case.bd_test is None or case.bd_probe is None:
-            return Findings(rows=(_none("", "no_trigger"),))
+            return Findings(rows=_nothing("no_trigger"))
         if not all(bool(w.isfinite().all()) for w in case.net.parameters()):
-            return Findings(rows=(_none("", "nan: the model's weights are not finite"),))
+            return Findings(rows=_nothing("nan: the model's weights are not finite"))
         if not self.surrogates and not self.peers:
-            return Findings(rows=(_none("", "no_surrogates: the suite names none"),))
+            return Findings(rows=_nothing("no_surrogates: the suite names none"))
         found, rows = self._chosen(case, case.bd_probe)
         if not found:
-            return Findings(rows=(_none("", "no_surrogates: each is this model or not purified"), *rows))
+            return Findings(rows=(*_nothing("no_surrogates: each is this model or not purified"), *rows))
         bare = replace(case.bd_test, data=case.bd_test.clean)
         rows += self._tried(case, found, case.bd_probe.data, case.bd_test)
         rows += [tagged(m, control="guaa") for m in self._tried(case, found, case.bd_probe.clean, bare)]
@@ -134,7 +144,7 @@ class TransferActivation(Evaluator):
     ) -> list[Measurement]:
         assert case.bd_probe is not None
         d = self.learn(list(on.values()), images, case.bd_probe.targets, case.ctx)
-        return success("asr_tba", Shifted(case.net, d), test, case.ctx)
+        return rates("tba", Shifted(case.net, d), test, case.ctx)
 
     def learn(self, nets: list[nn.Module], images: ImageSet, targets: Tensor, ctx: Ctx) -> Tensor:
         """The perturbation (1, C, H, W) after the last step.
@@ -179,6 +189,10 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     """Whether two networks have the same tensors, bit for bit."""
     one, other = a.state_dict(), b.state_dict()
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def _nothing(reason: str) -> tuple[Measurement, ...]:
+    return tuple(replace(_none("", reason), metric=m) for m in ("asr_tba", "r_acc_tba"))
 
 
 def _none(qualifier: str, reason: str) -> Measurement:

@@ -10,17 +10,28 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from sleeperbench.leaderboard import charts, entries, judges, paging, ranking, stats, words
+from sleeperbench.leaderboard import changes, charts, entries, judges, paging, ranking, stats, words
 from sleeperbench.leaderboard.entries import Page
 from sleeperbench.leaderboard.names import clean, digest12
 from sleeperbench.leaderboard.paging import Section
 from sleeperbench.leaderboard.ranking import Contest
-from sleeperbench.leaderboard.summary import NONE, Board, attacked, benign, role, setting, tally, weak
+from sleeperbench.leaderboard.summary import (
+    NONE,
+    Board,
+    Cell,
+    Mean,
+    attacked,
+    benign,
+    role,
+    setting,
+    tally,
+    weak,
+)
 from sleeperbench.leaderboard.tracks import ANSWERS
-from sleeperbench.leaderboard.views import Views, href, mean_shown
+from sleeperbench.leaderboard.views import Views, estimate_note, href, lost_words, mean_shown
 from sleeperbench.leaderboard.words import Shown
 
-MAIN = ("c_acc", "o_asr", "p_asr", "p_asr_net", "p_der", "r_acc", "bec")
+MAIN = ("c_acc", "o_asr", "p_asr", "p_asr_net", "p_der", "r_acc", "bec", "shift_target_net")
 """Columns of the table of means."""
 STEALTH = ("psnr", "ssim", "linf", "silhouette")
 """How visible a trigger is, and how far apart it keeps triggered features."""
@@ -34,9 +45,9 @@ CHOSEN = 5
 
 
 def pictures(views: Views, board: Board) -> list[dict[str, Any]]:
-    """The headline pictures of a board: O-ASR against P-ASR, then against BEC; each names what it cannot draw."""
+    """The headline pictures of a board: O-ASR against P-ASR, BEC and target shift; each names what it cannot draw."""
     made = []
-    for metric in ("p_asr", "bec"):
+    for metric in ("p_asr", "bec", "shift_target_net"):
         points, left_out = [], []
         for d in board.repairs:
             cells = attacked(board.of_defense[d])
@@ -93,8 +104,8 @@ def _cost(views: Views, board: Board, defense: str) -> Shown:
     if e is None:
         return words.missing("c_acc", "not_run: no cell of this defense on a clean model has a figure")
     note = words.span(e.low, e.high, True) if e.kind != "single" else "1 cell"
-    title = f"C-Acc before minus after, {e.cells} clean models"
-    return Shown("cost", words.number(e.value, True), repr(e.value), title, f"{'range ' * (e.kind == 'range')}{note}")
+    title = f"C-Acc before minus after in percentage points, {e.cells} clean models"
+    return Shown("cost", words.points(e.value), repr(e.value), title, f"{'range ' * (e.kind == 'range')}{note}")
 
 
 def _means_section(views: Views, n: int, board: Board) -> Section:
@@ -225,6 +236,7 @@ def overview(views: Views, track_pages: Sequence[Page]) -> Page:
     listed = entries.names(views)
     room = (
         paging.ROOM
+        - 14_000
         - 700 * len(views.boards)
         - sum(110 + 2 * paging.size(n) for some in listed.values() for n, _ in some)
     )
@@ -236,6 +248,7 @@ def overview(views: Views, track_pages: Sequence[Page]) -> Page:
             break
         fits += board
     first = track_pages[0][2]["first"] if track_pages else {}
+    changed = changes.changes(views)
     context = {
         "groups": [(n, list(some)) for n, some in itertools.groupby(fits, key=lambda s: s.group)],
         "boards": views.boards,
@@ -243,46 +256,79 @@ def overview(views: Views, track_pages: Sequence[Page]) -> Page:
         "first": first,
         "tally": tally(views.results.cells),
         "names": listed,
-        "runs": [entries.run_line(views, r) for r in views.results.runs[:3]],
+        "runs": [entries.run_line(views, c) for c in changed[:-4:-1]],
         "all_runs": len(views.results.runs),
         "grouped": grouped,
     }
     return "index.html", "index.html.j2", context
 
 
+def _heat_field(views: Views, mean: Mean, cells: Sequence[Cell]) -> Shown:
+    """A field of a heat map: its mean; in its title of how many seeds, and their interval; a note of what was lost."""
+    e, share = mean.estimate, views.share(mean.metric)
+    if e is None:
+        return words.missing(mean.metric, mean.reason)
+    if len(cells) == 1:
+        own = views.headline(cells[0], mean.metric)
+        title = f"1 seed; {own.title.partition('; ')[2]}" if own.note and not mean.as_none else "1 seed"
+    else:
+        note = estimate_note(e, share)
+        title = f"{e.cells} of {len(cells)} seeds; {'95 % t interval over seeds ' * (e.kind == 't')}{note}"
+    brief, full = lost_words(mean)
+    return Shown(mean.metric, words.number(e.value, share), repr(e.value), f"{title}; {full}" if full else title, brief)
+
+
+def _scale(values: Sequence[float], share: bool) -> tuple[Callable[[float], int], list[tuple[int, str]]]:
+    """(what shade a figure has, the legend as shade and range): equal parts of the range that a map's figures span."""
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    if high - low <= stats.SAME:
+        return lambda _: 0, [(0, words.number(low, share))] if values else []
+    step = (high - low) / HEAT_LEVELS
+    ends = [low + i * step for i in range(HEAT_LEVELS)] + [high]
+    legend = [(i, words.span(a, b, share) + " %" * share) for i, (a, b) in enumerate(itertools.pairwise(ends))]
+    return lambda value: min(HEAT_LEVELS - 1, max(0, int((value - low) / step))), legend
+
+
 def _heat_section(views: Views, n: int, board: Board, metric: str, anchors: Mapping[tuple[Any, ...], str]) -> Section:
-    """One metric as attacks by defenses, means over seeds, shaded by where they lie in the metric's range."""
+    """One metric as attacks by defenses, means over seeds, shaded by where they lie among the map's figures.
+
+    A field all of whose cells failed or collapsed has no shade and is no end of the range: it is grey.
+    """
     defenses = board.having(metric)
     attacks = [*board.settings, *sorted({setting(c) for c in board.cells if benign(c)})]
     means = {(s, d): views.field(board, s, d, metric) for s in attacks for d in defenses}
-    values = [m.estimate.value for m in means.values() if m and m.estimate]
-    low, high = (0.0, 1.0) if views.share(metric) else (min(values, default=0.0), max(values, default=1.0))
+    shade, legend = _scale(
+        [m.estimate.value for m in means.values() if m and m.estimate and not m.lost], views.share(metric)
+    )
     lines, weights = [], []
     for s in attacks:
-        line: list[tuple[Shown, int | None, str]] = []
+        line: list[tuple[Shown, str, str]] = []
         for d in defenses:
             mean = means[s, d]
             if mean is None:
-                line.append((words.missing(metric, "not_run: not in the suite"), None, ""))
+                line.append((words.missing(metric, "not_run: not in the suite"), "empty", ""))
                 continue
-            level = None
+            css = "empty"
             if mean.estimate:
-                where = (mean.estimate.value - low) / (high - low) if high > low else 0.0
-                level = min(HEAT_LEVELS - 1, max(0, int(where * HEAT_LEVELS)))
+                css = "lost" if mean.lost else f"h{shade(mean.estimate.value)}"
             cells = board.of_field[s, d]
             many = anchors.get(("defense", board.key, s, d), href("defenses", d))
             link = href("cells", cells[0]["cell"]) if len(cells) == 1 else many
-            line.append((mean_shown(mean, views.share(metric)), level, link))
+            line.append((_heat_field(views, mean, cells), css, link))
         why = board.not_implanted.get(s, "")
         lines.append((s, why, line))
         weights.append(
             140
             + 2 * paging.size(s)
-            + sum(90 + len(f.order) + len(f.metric) + paging.size(f.text) + len(k) for f, _, k in line)
+            + sum(
+                130 + len(f.order) + len(f.metric) + sum(map(paging.size, (f.text, f.title, f.note))) + len(k)
+                for f, _, k in line
+            )
         )
-    head = {"metric": metric, "defenses": defenses}
+    grey = any(css == "lost" for _, _, line in lines for _, css, _ in line)
+    head = {"metric": metric, "defenses": defenses, "legend": legend, "grey": grey}
     named = sum(70 + 2 * paging.size(d) + len(href("defenses", d)) for d in defenses)
-    return Section(n, "heat", f"heat-{n}-{metric}", head, lines, weights, 900 + named)
+    return Section(n, "heat", f"heat-{n}-{metric}", head, lines, weights, 2200 + named)
 
 
 def heatmap(views: Views, anchors: Mapping[tuple[Any, ...], str]) -> Iterator[Page]:
@@ -327,9 +373,13 @@ def _compare_sections(views: Views, n: int, c: Contest) -> Iterator[Section]:
         for s in c.settings:
             found = [c.by_setting(d).get(s) for d in order]
             best = max((v for v in found if v is not None), default=None)
-            texts = [("no score", False) if v is None else (words.number(v, True), v == best) for v in found]
+            lost = [sum(u[0] == s for u in c.lost[d]) for d in order]
+            texts = [
+                ("no score", False, 0) if v is None else (words.number(v, True), v == best and not f, f)
+                for v, f in zip(found, lost, strict=True)
+            ]
             lines.append((s, c.families[s].replace("_", " ") if c.rule.families else "", texts))
-        weights = [120 + 2 * paging.size(s) + 60 * len(order) for s, _, _ in lines]
+        weights = [120 + 2 * paging.size(s) + 90 * len(order) for s, _, _ in lines]
         yield Section(
             n,
             "scores",
@@ -347,7 +397,7 @@ def _pair_shown(pair: dict[str, Any]) -> dict[str, Any]:
         return pair | {"text": "no common model", "order": "", "note": ""}
     note = words.span(e.low, e.high, True) if e.kind != "single" else "1 model"
     return pair | {
-        "text": words.number(e.value, True),
+        "text": words.points(e.value),
         "order": repr(e.value),
         "note": f"{'range ' * (e.kind == 'range')}{note}",
     }
@@ -381,6 +431,7 @@ def _packed(views: Views, groups: Sequence[tuple[int, Contest]]) -> bytes:
                 "settings": [clean(s) for s in c.settings],
                 "units": [[c.settings.index(s), seed] for s, seed in c.units],
                 "scores": [[round(c.scores[d][u], 6) if u in c.scores[d] else None for u in c.units] for d in names],
+                "lost": [[u for u, unit in enumerate(c.units) if unit in c.lost[d]] for d in names],
                 "means": means,
                 "metrics": [[words.label(m), href("metrics", m)] for m in metrics],
                 "overall": [None if (e := c.mean(d)) is None else round(e.value, 6) for d in names],

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from jinja2.compiler import CodeGenerator
 
 from sleeperbench.errors import BadInput
-from sleeperbench.leaderboard import charts, entries, markup, pages, terms, words
+from sleeperbench.leaderboard import changes, charts, entries, markup, pages, terms, words
 from sleeperbench.leaderboard.names import clean, https
 from sleeperbench.leaderboard.tables import load
 from sleeperbench.leaderboard.views import Views, href
@@ -38,6 +38,7 @@ NAV = (
     ("tracks.html", "Tracks"),
     ("table.html", "Table"),
     ("heatmap.html", "Heat maps"),
+    ("sweeps.html", "Sweeps"),
     ("compare.html", "Compare"),
     ("figures.html", "Figures"),
     ("protocol.html", "Protocol"),
@@ -145,10 +146,11 @@ class Site:
 
 
 def _assets(site: Site) -> dict[str, str]:
-    """Copy style sheets, scripts and icon under names that hold their digest."""
+    """Copy style sheets, scripts and icon, and others' code with its licences, under names that hold their digest."""
     names = {}
-    for file in sorted((resources.files("sleeperbench.leaderboard") / "static").iterdir(), key=lambda f: f.name):
-        if file.is_file():
+    static = resources.files("sleeperbench.leaderboard") / "static"
+    for file in sorted((*static.iterdir(), *(static / "vendor").iterdir()), key=lambda f: f.name):
+        if file.is_file() and file.name != "vendor.lock.json":
             data = file.read_bytes()
             stem, _, end = file.name.rpartition(".")
             names[file.name] = f"assets/{stem}.{hashlib.sha256(data).hexdigest()[:8]}.{end}"
@@ -289,7 +291,7 @@ def _build(runs: Sequence[Path], out: Path) -> Path:
         raise BadInput(f"cannot write the site to {out}: {e.strerror}; give --out a folder that you may write") from e
     try:
         site = Site(built)
-        env.globals |= {"assets": _assets(site), "views": views}
+        env.globals |= {"assets": _assets(site), "views": views, "made_of": changes.foot(views.results.runs)}
         macros = lru_cache(lambda root: env.get_template("macros.html.j2").make_module({"root": root}))
 
         def render(some: Iterable[entries.Page]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -302,6 +302,67 @@ class Ranks:
     bars: tuple[tuple[float, float, float], ...]
     rule: tuple[float, float, str]
     height: int
+
+
+class Tile(NamedTuple):
+    """A square whose area is a share of its field's, centred at (x, y), and the share in words below it."""
+
+    x: float
+    y: float
+    side: float
+    text: str
+    text_y: float
+    href: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Shares by two names; `rows` and `columns` are (place, name, page)."""
+
+    rows: tuple[tuple[float, str, str], ...]
+    columns: tuple[tuple[float, str, str], ...]
+    tiles: tuple[Tile, ...]
+    right: float
+    bottom: float
+    height: int
+
+
+ASIDE, ABOVE, FIELD = 170, 96, 46
+"""Room for the names of a matrix's rows and columns, and the height of its fields."""
+
+
+def matrix(
+    rows: Sequence[tuple[str, str]],
+    columns: Sequence[tuple[str, str]],
+    shares: Mapping[tuple[str, str], tuple[float, str, str]],
+) -> Matrix:
+    """A field per row and column, empty where nothing is known.
+
+    Args:
+        rows: (name, page), from above.
+        columns: (name, page), from the left.
+        shares: (row, column) -> (share in [0, 1], page, words about it).
+    """
+    wide = min(64.0, (WIDTH - ASIDE - 90) / max(1, len(columns)))
+    across = [(round(ASIDE + wide * (i + 0.5), 1), *c) for i, c in enumerate(columns)]
+    down = [(float(ABOVE + FIELD * i + FIELD / 2), *r) for i, r in enumerate(rows)]
+    full = min(wide - 6, FIELD - 18)
+    tiles = tuple(
+        Tile(
+            x,
+            y - 6,
+            round(full * math.sqrt(min(1.0, max(0.0, found[0]))), 1),
+            f"{100 * found[0]:.0f}",
+            y + 18,
+            *found[1:],
+        )
+        for y, row, _ in down
+        for x, column, _ in across
+        if (found := shares.get((row, column))) is not None
+    )
+    bottom = float(ABOVE + FIELD * len(rows))
+    return Matrix(tuple(down), tuple(across), tiles, round(ASIDE + wide * len(columns), 1), bottom, int(bottom) + 14)
 
 
 SIDE = 170

@@ -13,12 +13,11 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from sleeperbench.leaderboard import judges, media, paging, words
+from sleeperbench.leaderboard import changes, judges, media, paging, words
 from sleeperbench.leaderboard.about import params, plugin
 from sleeperbench.leaderboard.markup import inside
 from sleeperbench.leaderboard.names import plugin_id
-from sleeperbench.leaderboard.summary import Cell, setting, tally
-from sleeperbench.leaderboard.tables import Run
+from sleeperbench.leaderboard.summary import BOARD, Cell, setting, tally
 from sleeperbench.leaderboard.tracks import ZOO
 from sleeperbench.leaderboard.views import Head, Row, Views, href
 from sleeperbench.schema import HEADLINE_METRICS, reproduce
@@ -40,8 +39,9 @@ def names(views: Views) -> dict[str, list[tuple[str, str]]]:
     return {kind: [(n, href(kind, n)) for n in sorted(ids)] for kind, ids in listed.items()}
 
 
-def run_line(views: Views, run: Run) -> dict[str, Any]:
-    """A run in a few words: its suite, how many cells are from it, and how they came out."""
+def run_line(views: Views, change: changes.Change) -> dict[str, Any]:
+    """A run in a few words: its suite, its dates, how many cells are from it, how they came out, what it changed."""
+    run = change.run
     suite = run.info.get("suite", "")
     named = suite if isinstance(suite, dict) else {"name": suite}
     mine = [c for c in views.results.cells if views.results.owner[c["cell"]] is run]
@@ -51,6 +51,10 @@ def run_line(views: Views, run: Run) -> dict[str, Any]:
         "title": str(named.get("title", "")),
         "cells": len(mine),
         "tally": tally(mine),
+        "days": changes.when(run),
+        "between": f"{run.began} to {run.ended}" if run.ended else "",
+        "version": changes.measured_with(run),
+        "change": change,
     }
 
 
@@ -122,6 +126,7 @@ def _cell(
     views: Views,
     row: Row,
     siblings: Sequence[Row],
+    seeds: Sequence[Row],
     having: Mapping[Path, frozenset[str]],
     write: Callable[[str, bytes], None],
 ) -> Page:
@@ -160,6 +165,7 @@ def _cell(
         "defense": defense,
         "command": shlex.join(["sleeperbench", *reproduce(c, c["suite"]), "--out", "DIR"]),
         "siblings": siblings,
+        "seeds": seeds,
     }
     return row.href, "cell.html.j2", context
 
@@ -167,17 +173,25 @@ def _cell(
 def cells(views: Views, write: Callable[[str, bytes], None]) -> Iterator[Page]:
     """A page per cell: pictures, curves, every measurement, settings, cost, provenance, and how to repeat it."""
     of_attack: dict[tuple[str, ...], list[Row]] = {}
+    of_field: dict[tuple[str, ...], list[Row]] = {}
     for r in views.rows:
         of_attack.setdefault(_model(r.cell), []).append(r)
+        of_field.setdefault(_field(r.cell), []).append(r)
     having = {run.path: frozenset(p.name for p in (run.path / "media").glob("*")) for run in views.results.runs}
     # In the order of the measurements, so that each is read once.
     for r in sorted(views.rows, key=lambda r: r.cell["cell"]):
-        yield _cell(views, r, of_attack[_model(r.cell)], having, write)
+        seeds = sorted(of_field[_field(r.cell)], key=lambda s: s.cell["seed"])
+        yield _cell(views, r, of_attack[_model(r.cell)], seeds, having, write)
 
 
 def _model(cell: Cell) -> tuple[str, ...]:
     """What cells of one attacked model agree in."""
     return (cell["suite"], cell["dataset"], cell["arch"], setting(cell), str(cell["seed"]))
+
+
+def _field(cell: Cell) -> tuple[str, ...]:
+    """What cells agree in that differ in their seed alone."""
+    return (*(str(cell[n]) for n in BOARD), setting(cell), cell["defense"])
 
 
 def datasets(views: Views) -> Iterator[Page]:

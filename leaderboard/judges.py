@@ -65,8 +65,9 @@ def shown(models: Models, metric: str, qualifier: str = "") -> Shown:
     if row["value"] is None:
         return words.missing(metric, row["reason"] or row["status"] or "")
     ends: tuple[Any, ...] = (row["lower"], row["upper"])
-    if None in ends and not qualifier:
-        ends = tuple((models.get((metric, f"stat={end}")) or {}).get("value") for end in ("lower", "upper"))
+    if None in ends:
+        beside = (f"{qualifier};stat={end}".lstrip(";") for end in ("lower", "upper"))
+        ends = tuple((models.get((metric, name)) or {}).get("value") for name in beside)
     interval = None if None in ends else (ends[0], ends[1])
     counted = f"{row['count']} of {row['total']}" if row["count"] is not None and row["total"] else ""
     span = words.span(*interval, True) if interval else ""
@@ -186,9 +187,9 @@ def zoos(views: Views, plugin: str, write: Callable[[str, bytes], None]) -> list
                 continue
             measured = {m for m, _ in over}
             metrics = tuple(m for m in (*ZOO, *sorted(measured - {*ZOO})) if m in measured)
-            bounds = {"stat=lower", "stat=upper"}
+            bounds = ("stat=lower", "stat=upper")
             names = {"": "all attacks, pooled", "stat=macro": "mean over attacks"}
-            order = sorted({q for _, q in over if q not in bounds}, key=lambda q: (q not in names, q))
+            order = sorted({q for _, q in over if not q.endswith(bounds)}, key=lambda q: (q not in names, q))
             lines = tuple(
                 (names.get(q) or q.removeprefix("attack="), tuple(shown(over, m, q) for m in metrics)) for q in order
             )

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from sleeperbench.leaderboard import boards, judges, media, paging, ranking, stats, words
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sleeperbench.leaderboard import boards, judges, media, paging, ranking, stats, terms, words
 from sleeperbench.leaderboard.entries import Page, names
 from sleeperbench.leaderboard.names import digest12, plugin_id
 from sleeperbench.leaderboard.paging import Section
 from sleeperbench.leaderboard.summary import NONE, Board, Cell, benign, lost, setting, tally, weak
 from sleeperbench.leaderboard.tracks import ANSWERS, judge
 from sleeperbench.leaderboard.views import Row, Views, href
+from sleeperbench.schema import implant_bar
 
 SHEET = 12
 """Most pictures on an attack's contact sheet."""
+SHEET_ROOM = (330, 1200)
+"""Width and height that a contact sheet is blown up to at most, by whole pixels: its columns' names need room."""
+COLUMNS = ("clean", "poisoned")
+"""Columns of a contact sheet, before the residual."""
+VISIBLE = ("psnr", "ssim", "linf")
+APART = {
+    "asr_leak": "Leak",
+    "cover_acc": "Accuracy on covers",
+    "worst_trigger": "Worst trigger",
+    "worst_class": "Worst class",
+}
+"""Columns of the table of bars that stand where an attack has such a figure."""
 FULL = 250
 ROWS_ROOM = 120_000
 """Rows and bytes up to which a page shows its cells in full; beyond, its means link to each."""
@@ -77,10 +95,38 @@ def _sections(views: Views, n: int, board: Board, kind: str, across: str, name: 
     return made
 
 
-def _gate(views: Views, name: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+Apart = Mapping[str, Mapping[str, float]]
+"""Cell -> figure -> value, of undefended models."""
+
+
+def _apart(views: Views) -> Apart:
+    """How visible the triggers are and where else they work: what no column of the cells has."""
+    rows = views.results.measurements.select(["cell", "defense", "metric", "qualifier", "value"])
+    known = pc.is_in(rows["metric"], value_set=pa.array([*VISIBLE, "asr_leak", "cover_acc", "asr"]))
+    rows = rows.filter(pc.and_(pc.and_(known, pc.equal(rows["defense"], NONE)), pc.is_finite(rows["value"])))
+    found: dict[str, dict[str, float]] = {}
+    for cell, metric, qualifier, value in zip(
+        *(rows[c].to_pylist() for c in ("cell", "metric", "qualifier", "value")), strict=True
+    ):
+        mine, part = found.setdefault(cell, {}), qualifier or ""
+        if metric == "asr":
+            key = {"trigger": "worst_trigger", "class": "worst_class"}.get(part.partition("=")[0])
+            if key and ";" not in part:
+                mine[key] = min(value, mine.get(key, value))
+        elif not part:
+            mine[metric] = value
+    return found
+
+
+def _infos(views: Views, name: str) -> list[Mapping[str, Any]]:
+    """What an attack declares, as far as it is known; of a wrapper its own first, then what the wrapped one does."""
+    entries = (views.results.plugins.get(("attack", part), {}) for part in name.split(":"))
+    return [info if isinstance(info := e.get("info"), dict) else {} for e in entries]
+
+
+def _gate(views: Views, name: str, apart: Apart) -> list[dict[str, Any]]:
     """Per board and rate: the bars at which the attack counts as implanted, and what was measured without a defense."""
-    info = entry.get("info")
-    info = info if isinstance(info, dict) else {}
+    infos = _infos(views, name)
     found = []
     for b in views.boards:
         for s in b.settings:
@@ -89,24 +135,20 @@ def _gate(views: Views, name: str, entry: Mapping[str, Any]) -> list[dict[str, A
                 continue
             run = views.results.owner[cells[0]["cell"]]
             suite = run.info.get("suite")
-            gate = suite.get("gate") if isinstance(suite, dict) else None
-            low = bool(info.get("clean_label")) or (cells[0]["rate"] or 0) <= 0.01
-            bar = gate.get("implant_asr_low" if low else "implant_asr") if isinstance(gate, dict) else None
             clean = [c for key, some in b.of_field.items() if key[1] == NONE for c in some if benign(c)]
             reference = stats.mean_over_attacks({"": [c["c_acc"] for c in clean if c["c_acc"] is not None]}, share=True)
-            measured = {}
-            for m in ("o_asr", "c_acc", "r_acc"):
-                values = [c[m] for c in cells if c[m] is not None]
-                e = stats.mean_over_attacks({s: values}, share=True)
-                measured[m] = "not measured" if e is None else words.number(e.value, True) + _ends(e)
+            measured = {m: _mean(s, [c[m] for c in cells if c[m] is not None]) for m in ("o_asr", "c_acc", "r_acc")}
+            parts = {m: [v for c in cells if (v := apart.get(c["cell"], {}).get(m)) is not None] for m in APART}
+            own = [v for i in infos if _share(v := i.get("implant_asr"))]
             found.append(
                 {
                     "board": b.title,
                     "setting": s,
-                    "declared": _bar(info.get("implant_asr")),
-                    "gate": _bar(bar),
-                    "published": _published(info.get("published_asr")),
+                    "declared": _bar(min(own) if own else None),
+                    "gate": _bar(_suites_bar(infos, cells[0], suite.get("gate") if isinstance(suite, dict) else None)),
+                    "published": _published(infos[0].get("published_asr"), name.partition(":")[2]),
                     "measured": measured,
+                    "apart": {m: _mean(s, values) if values else "" for m, values in parts.items()},
                     "clean": "not measured" if reference is None else words.number(reference.value, True),
                     "implanted": "no: " + words.reason_text(b.not_implanted[s]) if s in b.not_implanted else "yes",
                     "seeds": _seeds(cells),
@@ -115,28 +157,54 @@ def _gate(views: Views, name: str, entry: Mapping[str, Any]) -> list[dict[str, A
     return found
 
 
+def _mean(label: str, values: Sequence[float]) -> str:
+    """A mean share over seeds, with its ends."""
+    e = stats.mean_over_attacks({label: list(values)}, share=True)
+    return "not measured" if e is None else words.number(e.value, True) + _ends(e)
+
+
+def _suites_bar(infos: Sequence[Mapping[str, Any]], cell: Cell, gate: Any) -> float | None:
+    """The suite's own bar for an attack: the lower one for clean labels and low rates."""
+    try:
+        params = json.loads(cell["attack_params"] or "{}")
+    except (ValueError, RecursionError):
+        params = {}
+    if not isinstance(gate, dict) or not all(_share(gate.get(k)) for k in ("implant_asr", "implant_asr_low")):
+        return None
+    return implant_bar([{"clean_label": i.get("clean_label")} for i in infos], params, cell["rate"] or 0, gate)
+
+
 def _ends(e: stats.Estimate) -> str:
     if e.kind == "single":
         return " (1 seed)"
     return f" ({'range ' * (e.kind == 'range')}{words.span(e.low, e.high, True)})"
 
 
+def _share(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
 def _bar(value: Any) -> str:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-    return words.number(float(value), True) if number else "not recorded"
+    return words.number(float(value), True) if _share(value) else "not recorded"
 
 
-def _published(value: Any) -> str:
-    """The attack success that was published, with its setting and source."""
+def _published(value: Any, inner: str = "") -> str:
+    """The attack success that was published, with its setting and source; a wrapper's by what it wraps."""
     found = value if isinstance(value, dict) else {"value": value}
-    if _bar(found.get("value")) == "not recorded":
+    if inner and isinstance(of := found.get(inner), dict):
+        found = of
+    if not _share(found.get("value")):
         return "not recorded"
     where = "; ".join(part for k in ("setting", "source") if isinstance(part := found.get(k), str) and part)
     return f"{100 * found['value']:.4g} %{f' ({where})' if where else ''}"
 
 
 def _sheet(
-    views: Views, rows: Sequence[Row], having: Mapping[Path, frozenset[str]], write: Callable[[str, bytes], None]
+    views: Views,
+    rows: Sequence[Row],
+    having: Mapping[Path, frozenset[str]],
+    apart: Apart,
+    write: Callable[[str, bytes], None],
 ) -> list[dict[str, Any]]:
     """One picture of the trigger per setting, from the undefended model's cell of the lowest seed that has one."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
@@ -147,10 +215,40 @@ def _sheet(
         run = views.results.owner[r.cell["cell"]]
         if r.cell["defense"] != NONE or key in found or len(found) == SHEET or r.href[6:-5] not in having[run.path]:
             continue
-        pictures = media.load(run.path, r.cell["cell"], write).pictures
-        if pictures:
-            found[key] = {"picture": pictures[0], "href": r.href, "title": " · ".join((*key, f"seed {r.cell['seed']}"))}
+        of = media.load(run.path, r.cell["cell"], write)
+        named = [p for p in of.pictures if p.title == terms.PICTURES["gallery"][0]]
+        if of.pictures:
+            picture = (named or of.pictures)[0]
+            times = max(1, min(SHEET_ROOM[0] // picture.width, SHEET_ROOM[1] // picture.height))
+            figures = apart.get(r.cell["cell"], {})
+            found[key] = {
+                "picture": picture,
+                "width": picture.width * times,
+                "height": picture.height * times,
+                "pixels": picture.enlarged or times > 1,
+                "columns": (*COLUMNS, f"residual × {_factor(of.facts)}") if named else (),
+                "figures": [
+                    (
+                        words.label(m),
+                        f"{words.number(figures[m], False)}{' dB' * (m == 'psnr')}{_levels(m, figures[m])}",
+                    )
+                    for m in VISIBLE
+                    if m in figures
+                ],
+                "href": r.href,
+                "title": " · ".join((*key, f"seed {r.cell['seed']}")),
+            }
     return list(found.values())
+
+
+def _factor(facts: Sequence[media.Facts]) -> str:
+    """What the residual of the gallery was multiplied by."""
+    told = [v for f in facts if f.name.endswith("-gallery") for k, v, _ in f.pairs if k == "residual_factor"]
+    return told[0] if told and re.fullmatch(r"[0-9]{1,3}", told[0]) else "k (not recorded)"
+
+
+def _levels(metric: str, value: float) -> str:
+    return f" ({255 * value:.0f} of 255)" if metric == "linf" else ""
 
 
 def _standings(views: Views, name: str) -> list[dict[str, Any]]:
@@ -198,11 +296,12 @@ def _took(views: Views, name: str) -> list[tuple[Any, ...]]:
     return found
 
 
-def _fields(views: Views, rows: Sequence[Row], kind: str, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+def _fields(views: Views, rows: Sequence[Row], kind: str, name: str, apart: Apart) -> dict[str, Any]:
     info = views.results.plugins.get((kind, name), {})
     declared = info.get("info")
     given = declared if isinstance(declared, dict) else {}
     seeds = sorted({r.cell["seed"] for r in rows})
+    gate = _gate(views, name, apart) if kind == "attack" and name != NONE else []
     family = ranking.family(views, name) if kind == "attack" and name != NONE else ""
     return {
         "access": sorted({r.cell["access"] for r in rows}) if kind == "defense" else [],
@@ -214,7 +313,8 @@ def _fields(views: Views, rows: Sequence[Row], kind: str, name: str, entry: Mapp
         "cost": _cost(rows),
         "took": _took(views, name) if kind == "defense" else [],
         "sources": sorted({r.cell["clean_source"] for r in rows} - {""}) if kind == "defense" else [],
-        "gate": _gate(views, name, info) if kind == "attack" and name != NONE else [],
+        "gate": gate,
+        "apart": [(m, title) for m, title in APART.items() if any(g["apart"][m] for g in gate)],
     }
 
 
@@ -222,6 +322,7 @@ def methods(views: Views, write: Callable[[str, bytes], None]) -> tuple[list[Pag
     """A page per attack and per defense, more where its means need them; and where each line of means is."""
     made: list[Page] = []
     anchors: Anchors = {}
+    apart = _apart(views)
     having = {run.path: frozenset(p.name for p in (run.path / "media").glob("*")) for run in views.results.runs}
     of: dict[tuple[str, str], list[Row]] = {}
     for r in views.rows:
@@ -251,8 +352,8 @@ def methods(views: Views, write: Callable[[str, bytes], None]) -> tuple[list[Pag
                 else [],
                 "zoos": judges.zoos(views, name, write) if kind == "defense" else [],
                 "standings": _standings(views, name) if kind == "defense" else [],
-                "sheet": _sheet(views, rows, having, write) if kind == "attack" else [],
-                **_fields(views, rows, kind, name, entry),
+                "sheet": _sheet(views, rows, having, apart, write) if kind == "attack" else [],
+                **_fields(views, rows, kind, name, apart),
             }
             first = paging.Section(0, "intro", "about", None, fixed=12_000 + _intro(context))
             parts = paging.cut([first, *sections])
@@ -298,6 +399,7 @@ def _intro(context: Mapping[str, Any]) -> int:
     text += paging.size(plugin["presumes"])
     zoo = sum(paging.figure(f) for z in context["zoos"] for _, some in z.lines for f in some)
     zoo += sum(c.weight for z in context["zoos"] for c in z.curves)
-    gates = sum(900 + 60 * len(g["seeds"]) for g in context["gate"])
-    lines = itertools.chain(context["standings"], context["sheet"], context["took"])
-    return settings + text + zoo + gates + sum(1100 for _ in lines)
+    gates = sum(1200 + 60 * len(g["seeds"]) for g in context["gate"])
+    sheets = sum(2400 + 3 * paging.size(x["title"]) for x in context["sheet"])
+    lines = itertools.chain(context["standings"], context["took"])
+    return settings + text + zoo + gates + sheets + sum(1100 for _ in lines)

@@ -18,6 +18,13 @@ from sleeperbench.leaderboard.views import MEASURED_AS, Row, Views, href
 
 Json = dict[str, Any]
 
+IDENTITY = ("cell", "dataset", "arch", "attack", "rate", "defense", "access", "seed", "status")
+MAIN = (
+    *("c_acc", "asr", "asr_attacked", "o_asr", "p_asr", "der", "p_asr_net", "bec", "p_der"),
+    *("det_score", "verdict", "input_tpr_fpr1", "reasr_net"),
+)
+"""The metrics that `Main columns` shows."""
+
 
 class _Words:
     """Distinct values in the order of their first mention, and the index of each row's."""
@@ -98,6 +105,12 @@ def _name(cell: Cell) -> str:
     return "/".join(map(clean, plain)) + f"/s{cell['seed']}"
 
 
+def _rank(values: Sequence[Any]) -> list[int | None]:
+    """The place of each value in their order; equal ones share one, and what is None has none."""
+    order = {v: i for i, v in enumerate(sorted({v for v in values if v is not None}))}
+    return [order.get(v) for v in values]
+
+
 def cells(views: Views) -> Json:
     """All rows of the table of cells, in its order, as the table's script reads them."""
     rows = views.rows
@@ -108,7 +121,7 @@ def cells(views: Views) -> Json:
         for r in rows:
             found.add(r.cell[c])
         shown = [clean(v) for v in found.values]
-        text[c] = {"values": shown, "sort": shown, "at": found.at}
+        text[c] = {"values": shown, "rank": _rank(shown), "at": found.at}
         if c in ("dataset", "attack", "defense"):
             text[c] |= {"hrefs": [href(f"{c}s", v) for v in found.values]}
             text[c] |= {"bibtex": [_bibtex(views, c, v) for v in found.values]}
@@ -116,22 +129,25 @@ def cells(views: Views) -> Json:
         found = _Words()
         for r in rows:
             found.add(r.cell[c])
-        text[c] = {"values": found.values, "sort": found.values, "at": found.at}
+        text[c] = {"values": found.values, "raw": found.values, "rank": _rank(found.values), "at": found.at}
     text["rate"] |= {
-        "values": ["no rate" if v is None else f"{100 * v:g} %" for v in text["rate"]["sort"]],
-        "plain": [f"{v or 0:g}" for v in text["rate"]["sort"]],
+        "values": ["no rate" if v is None else f"{100 * v:g} %" for v in text["rate"]["raw"]],
+        "plain": [f"{v or 0:g}" for v in text["rate"]["raw"]],
     }
     roles, states = _Words(), _Words()
     for r in rows:
         roles.add("" if r.role == "defense" else r.role)
         states.add((r.cell["status"], r.short, tuple(b for b, _ in r.badges), r.css))
-    text["role"] = {"values": roles.values, "sort": roles.values, "at": roles.at}
+    raw = [clean(";".join((status, *badges))) for status, _, badges, _ in states.values]
+    text["role"] = {"values": roles.values, "at": roles.at}
     text["status"] = {
         "values": [clean("; ".join((short, *badges))) for _, short, badges, _ in states.values],
         "words": [clean(short) for _, short, _, _ in states.values],
         "badges": [[clean(b) for b in badges] for _, _, badges, _ in states.values],
         "css": [css for _, _, _, css in states.values],
-        "sort": [clean(";".join((status, *badges))) for status, _, badges, _ in states.values],
+        "void": [int(not {"weak", "lost"}.isdisjoint(css.split())) for _, _, _, css in states.values],
+        "raw": raw,
+        "rank": _rank(raw),
         "at": states.at,
     }
     names = [clean(r.cell["cell"]) for r in rows]
@@ -143,10 +159,12 @@ def cells(views: Views) -> Json:
         "pages": "".join(r.href[6:-5] for r in rows),
         "names": {str(i): n for i, (n, r) in enumerate(zip(names, rows, strict=True)) if n != _name(r.cell)},
         "off": sorted(views.off),
+        "main": [c for c in IDENTITY if c not in views.off] + [h.metric for h in views.heads if h.metric in MAIN],
         "text": text,
         "metrics": metrics,
         "reasons": [[clean(word), clean(title)] for word, title in reasons],
-        "meanings": {word: words.MEANINGS[word] for word, _ in reasons if word in words.MEANINGS},
+        "meanings": {"none": "every field holds a figure"}
+        | {word: words.MEANINGS[word] for word, _ in reasons if word in words.MEANINGS},
         "bibtex": BIBTEX,
     }
 

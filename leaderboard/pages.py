@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from sleeperbench.leaderboard import boards, entries, figures, methods, table, words
+from sleeperbench.leaderboard import boards, changes, entries, figures, methods, sweeps, table, words
 from sleeperbench.leaderboard.about import BIBTEX, known, params
 from sleeperbench.leaderboard.entries import Page
 from sleeperbench.leaderboard.ranking import RULES
@@ -30,7 +30,8 @@ def _public(value: Any) -> Any:
 def changelog(views: Views) -> Page:
     """What was run, with which versions, and how it ended."""
     runs = []
-    for run in views.results.runs:
+    for change in reversed(changes.changes(views)):
+        run = change.run
         suite = run.info.get("suite", "")
         facts = [
             (k, params(json.dumps(_public(run.info[k]))))
@@ -41,8 +42,14 @@ def changelog(views: Views) -> Page:
             json.dumps(_public(suite), indent=2, sort_keys=True, ensure_ascii=False) if isinstance(suite, dict) else ""
         )
         facts_of = {k: str(run.info.get(k, "")) for k in ("exit", "protocol", "sandbox", "shard")}
-        runs.append(entries.run_line(views, run) | facts_of | {"facts": facts, "settings": settings[:LONGEST]})
-    return "changelog.html", "changelog.html.j2", {"runs": runs}
+        runs.append(entries.run_line(views, change) | facts_of | {"facts": facts, "settings": settings[:LONGEST]})
+    return "changelog.html", "changelog.html.j2", {"runs": runs, "order": [r.name for r in views.results.runs]}
+
+
+HONEST = {"drop": 2, "level": 90, "val": 20, "held": 30, "rows": 114}
+"""The rule of choice that the protocol tells of: points, per cent, per cent of the clean rows, and rows."""
+BUDGET = {"ks": "1, 2, 5, 10, 25, 50", "limit": 10, "models": 3, "draws": 3}
+"""The rule of RA's budget, likewise."""
 
 
 def protocol(views: Views) -> Page:
@@ -54,6 +61,7 @@ def protocol(views: Views) -> Page:
             gates.append((str(suite.get("name", run.name)), params(json.dumps(suite["gate"]))))
     rules = [r for r in RULES.values() if r.id != "in_training"]
     found = {"purified": words.number(PURIFIED, True), "gates": gates, "rules": rules, "draws": DRAWS}
+    found |= {"honest": HONEST, "budget": BUDGET}
     return "protocol.html", "protocol.html.j2", found
 
 
@@ -66,6 +74,7 @@ def every_page(views: Views, write: Callable[[str, bytes], None]) -> Iterator[Pa
     method_pages, anchors = methods.methods(views, write)
     heat_pages = list(boards.heatmap(views, anchors))
     yield from heat_pages
+    yield from sweeps.sweeps(views)
     yield from boards.compare(views, write)
     yield from method_pages
     yield from entries.datasets(views)

@@ -20,7 +20,7 @@ UNKNOWN = "no family declared: "
 
 @dataclass(frozen=True)
 class Rule:
-    """How a track is scored: `nothing` is what a failure counts as, `families` whether families weigh the same."""
+    """How a track is scored: `nothing` is the most that a failure scores, `families` whether families weigh alike."""
 
     id: str
     title: str
@@ -33,7 +33,8 @@ class Rule:
 
 REPAIR = (
     "Mean over attack families of net P-DER: 50 % is what no defense gets, 100 % a backdoor that is gone for good at "
-    "no cost in accuracy. A cell that failed, ran out of time or memory, collapsed or is withheld counts as no defense."
+    "no cost in accuracy. A cell that failed, ran out of time or memory, collapsed or is withheld counts as no "
+    "defense, or as its own figure where that is lower, and loses a tie."
 )
 RULES: Mapping[str, Rule] = {
     "repair": Rule("repair", "Repair", "Net P-DER", "p_der", REPAIR, 0.5, families=True),
@@ -85,7 +86,7 @@ class Contest:
     Args:
         access: Access class of its contestants, or an empty string for all of a comparison.
         scores: Defense -> attacked model -> score, failures included.
-        as_nothing: Defense -> how many of its scores a failure put there.
+        lost: Defense -> the attacked models on which it failed.
         reasons: Defense -> the commonest reason why it lacks scores.
         families: Attack setting -> family; settings of their own where families do not count.
     """
@@ -94,7 +95,7 @@ class Contest:
     rule: Rule
     access: str
     scores: Mapping[str, Mapping[Unit, float]]
-    as_nothing: Mapping[str, int]
+    lost: Mapping[str, frozenset[Unit]]
     reasons: Mapping[str, str]
     families: Mapping[str, str]
     _pairs: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
@@ -182,8 +183,8 @@ class Contest:
         if (a, b) not in self._pairs:
             mine, other = self.scores[a], self.scores[b]
             both = [u for u in mine if u in other]
-            wins = sum(mine[u] > other[u] + stats.SAME for u in both)
-            losses = sum(mine[u] < other[u] - stats.SAME for u in both)
+            duels = [stats.duel(mine[u], other[u], (u in self.lost[a], u in self.lost[b])) for u in both]
+            wins, losses = duels.count(1), duels.count(-1)
             found = {"a": a, "b": b, "estimate": stats.paired(mine, other, self.weights), "models": len(both)}
             self._pairs[a, b] = found | {"wins": wins, "losses": losses, "ties": len(both) - wins - losses}
         return self._pairs[a, b]
@@ -191,7 +192,7 @@ class Contest:
     @cached_property
     def wins(self) -> Mapping[str, float | None]:
         """Defense -> share of duels won."""
-        return stats.win_rates(self.scores, self.weights)
+        return stats.win_rates(self.scores, self.weights, self.lost)
 
 
 def _score(rule: Rule, cell: Cell, clean: Sequence[float]) -> float | None:
@@ -204,6 +205,17 @@ def _score(rule: Rule, cell: Cell, clean: Sequence[float]) -> float | None:
         return placed.get(("", 0))
     value: float | None = cell[rule.metric]
     return value
+
+
+def _lost_score(rule: Rule, cell: Cell, clean: Sequence[float]) -> float:
+    """What a failure scores: its own figure, and never more than no defense gets.
+
+    Where P-ASR was not measured, nothing counts as gained; what the model lost in accuracy counts all the same.
+    """
+    own = _score(rule, cell, clean)
+    if own is None and rule.metric == "p_der" and None not in (cell["c_acc_attacked"], cell["c_acc"]):
+        own = stats.net_p_der(0.0, 0.0, 0.0, cell["c_acc_attacked"], cell["c_acc"])
+    return rule.nothing if own is None else min(own, rule.nothing)
 
 
 def _rules(board: Board, cells: Sequence[Cell]) -> list[Rule]:
@@ -219,14 +231,13 @@ def _rules(board: Board, cells: Sequence[Cell]) -> list[Rule]:
 def contest(views: Views, board: Board, rule: Rule, access: str, defenses: Sequence[str]) -> Contest:
     """The scores of these defenses of one board."""
     scores: dict[str, dict[Unit, float]] = {}
-    as_nothing: dict[str, int] = {}
     reasons: dict[str, str] = {}
-    failed: dict[str, list[Unit]] = {}
+    failed: dict[str, dict[Unit, float]] = {}
     settings: dict[str, str] = {}
     for d in defenses:
         cells = board.of_defense[d]
         clean = [c["det_score"] for c in cells if benign(c) and c["det_score"] is not None and not lost(c)]
-        scores[d], failed[d] = {}, []
+        scores[d], failed[d] = {}, {}
         why: dict[str, int] = {}
         for c in cells:
             if benign(c) or weak(c):
@@ -237,17 +248,17 @@ def contest(views: Views, board: Board, rule: Rule, access: str, defenses: Seque
             if value is not None:
                 scores[d][unit] = value
             elif lost(c):
-                failed[d].append(unit)
+                failed[d][unit] = _lost_score(rule, c, clean)
             else:
                 word = words.reason_word(why_empty(c, rule.metric if rule.metric != "p_der" else "p_asr_net"))
                 why[word] = why.get(word, 0) + 1
         reasons[d] = min(why, key=lambda w: (-why[w], w)) if why else "not run"
     known = {u for s in scores.values() for u in s}
     for d, units in failed.items():
-        # A model on which nobody has a score tells nobody apart.
-        scores[d] |= dict.fromkeys((u for u in units if u in known), rule.nothing)
-        as_nothing[d] = sum(u in known for u in units)
-    return Contest(board, rule, access, scores, as_nothing, reasons, settings)
+        # A model on which nobody has a score of a success tells nobody apart.
+        scores[d] |= {u: value for u, value in units.items() if u in known}
+    lost_on = {d: frozenset(u for u in units if u in known) for d, units in failed.items()}
+    return Contest(board, rule, access, scores, lost_on, reasons, settings)
 
 
 def contests(views: Views, board: Board) -> list[Contest]:
@@ -307,10 +318,9 @@ def standing(views: Views, c: Contest, d: str) -> Standing:
             f"{c.reasons[d]}; its score is over other attacked models than a complete contestant's, so it has no rank"
         )
         badges.append((f"{missing} of {len(c.units)} missing", text))
-    if c.as_nothing[d]:
-        badges.append(
-            (f"{c.as_nothing[d]} failed or collapsed", f"they count as {words.number(c.rule.nothing, share)}")
-        )
+    if c.lost[d]:
+        most = words.number(c.rule.nothing, share)
+        badges.append((f"{len(c.lost[d])} failed or collapsed", f"they count as they are, and as {most} at most"))
     if e is None:
         score = words.missing(c.rule.metric, c.reasons[d].replace(" ", "_"))
     else:

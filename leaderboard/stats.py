@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -246,14 +247,32 @@ def rank_ranges(
     return {n: (1 + len(better[n]), len(names) - worse[n]) for n in names}
 
 
-def win_rates(scores: Mapping[str, Mapping[Unit, float]], weights: Mapping[str, float]) -> dict[str, float | None]:
-    """Share of duels won, a tie counting half: against every other defense, on every attacked model that both have."""
+def duel(mine: float, other: float, lost: tuple[bool, bool] = (False, False)) -> int:
+    """1 where the first wins, -1 where it loses, 0 where they are even; a failure loses a tie against what is none."""
+    if abs(mine - other) > SAME:
+        return 1 if mine > other else -1
+    return lost[1] - lost[0]
+
+
+def win_rates(
+    scores: Mapping[str, Mapping[Unit, float]],
+    weights: Mapping[str, float],
+    lost: Mapping[str, Set[Unit]] = MappingProxyType({}),
+) -> dict[str, float | None]:
+    """Share of duels won, a tie counting half: against every other defense, on every attacked model that both have.
+
+    Args:
+        scores: Defense -> score of every attacked model; higher is better.
+        weights: Attack setting -> its weight.
+        lost: Defense -> the attacked models on which it failed: it loses ties there.
+    """
     found: dict[str, float | None] = {}
     for a, mine in scores.items():
         shares = []
         for b, other in scores.items():
+            failed = [lost.get(d, frozenset()) for d in (a, b)]
             duels = {
-                u: 0.5 * (1 + (mine[u] > other[u] + SAME) - (mine[u] < other[u] - SAME)) for u in mine if u in other
+                u: 0.5 * (1 + duel(mine[u], other[u], (u in failed[0], u in failed[1]))) for u in mine if u in other
             }
             if a != b and (e := mean_over_attacks(by_setting(duels), share=True, weights=weights)):
                 shares.append(e.value)

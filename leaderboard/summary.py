@@ -86,14 +86,29 @@ def why_empty(cell: Cell, metric: str) -> str:
     return cell["reasons"].get(metric) or cell["reason"] or ("" if cell["status"] == "ok" else cell["status"])
 
 
+def worse(metric: str, own: float, other: float) -> bool:
+    """Whether a figure is worse for the defender than another one; of a metric without a direction nobody can say."""
+    return (metric in terms.HIGHER and own < other) or (metric in terms.LOWER and own > other)
+
+
 @dataclass(frozen=True)
 class Mean:
-    """A defense's mean of one metric on a board, or the commonest reason why there is none."""
+    """A defense's mean of one metric on a board, or the commonest reason why there is none.
+
+    Of its cells, `as_none` count with the undefended model's figure, and `ruined` collapsed and count with their own,
+    which is the worse one.
+    """
 
     metric: str
     estimate: Estimate | None
     as_none: int
     reason: str
+    ruined: int = 0
+
+    @property
+    def lost(self) -> bool:
+        """Every cell in it failed or collapsed."""
+        return self.estimate is not None and self.as_none + self.ruined == self.estimate.cells
 
 
 @dataclass
@@ -172,45 +187,57 @@ class Board:
             return self.repairs
         return [d for d in self.defenses if any(c[metric] is not None for c in self.of_defense[d])]
 
-    def counted(self, cell: Cell, metric: str) -> tuple[float | None, str, bool]:
-        """(what a cell adds to a mean, else None; the reason why not; whether it is the undefended model's).
+    def counted(self, cell: Cell, metric: str) -> tuple[float | None, str, str]:
+        """(what a cell adds to a mean, else None; the reason why not; whose figure a lost cell counts with).
 
-        A ruined model's figures never count, and what a failure left unmeasured counts as undefended; what was
-        measured before a later probe failed stands. An answer that a failure kept back counts as one that says nothing.
-        A control competes with nobody, so its failures are left out.
+        The last is `none` where the undefended model's figure stands in, `own` where a ruined model's own does, and
+        empty for a cell that is not lost. A ruined model counts with the worse of the two, column by column, so that
+        ruin improves no mean; what a failure left unmeasured counts as undefended, and what was measured before a later
+        probe failed stands. An answer that a failure kept back counts as one that says nothing. A clean model has
+        nothing to remove, so its cells count with their own figures alone. A control competes with nobody, so its
+        failures are left out.
         """
         if weak(cell):
-            return None, "attack_did_not_implant", False
-        instead = "collapsed" in cell["flags"] or (failed(cell) and cell[metric] is None)
+            return None, "attack_did_not_implant", ""
+        collapsed = "collapsed" in cell["flags"]
+        instead = collapsed or (failed(cell) and cell[metric] is None)
         if instead and role(cell) != "defense":
-            return None, cell["reason"] or "collapsed", False
+            return None, cell["reason"] or "collapsed", ""
         if instead and metric in NOTHING:
-            return NOTHING[metric], "", True
+            return NOTHING[metric], "", "none"
+        if instead and benign(cell):
+            return cell[metric], "" if cell[metric] is not None else why_empty(cell, metric), "own"
         if instead:
             replaced = self.undefended.get((setting(cell), cell["seed"]))
             if replaced is None or replaced[metric] is None:
-                return None, why_empty(cell, metric) or "collapsed", False
-            cell = replaced
+                return None, why_empty(cell, metric) or "collapsed", ""
+            # Its O-ASR counts as awake, so it enters a mean of woken models as little as the undefended model does.
+            if metric in WOKEN and not_purified(replaced):
+                return None, "not_purified", ""
+            own = cell[metric]
+            if own is not None and worse(metric, own, replaced[metric]):
+                return own, "", "own"
+            return replaced[metric], "", "none"
         if metric in WOKEN and not_purified(cell):
-            return None, "not_purified", False
-        return cell[metric], "" if cell[metric] is not None else why_empty(cell, metric), instead
+            return None, "not_purified", ""
+        return cell[metric], "" if cell[metric] is not None else why_empty(cell, metric), ""
 
     def mean(self, cells: Iterable[Cell], metric: str, units: Mapping[str, str]) -> Mean:
         """Mean over attacks of means over seeds, for these cells of one defense."""
         groups: dict[str, list[float]] = {}
         reasons: Counter[str] = Counter()
-        as_none = 0
+        whose: Counter[str] = Counter()
         for c in cells:
-            value, reason, instead = self.counted(c, metric)
+            value, reason, stands = self.counted(c, metric)
             if value is None:
                 reasons[reason.partition(":")[0]] += 1
             else:
                 groups.setdefault(setting(c), []).append(value)
-                as_none += instead
+                whose[stands] += 1
         common = min(reasons, key=lambda r: (-reasons[r], r)) if reasons else "not_run"
         bounded = words.is_share(metric, units) and metric not in terms.SIGNED
         estimate = mean_over_attacks(groups, share=bounded)
-        return Mean(metric, estimate, as_none, "" if estimate else common)
+        return Mean(metric, estimate, whose["none"], "" if estimate else common, whose["own"])
 
 
 def attacked(cells: Sequence[Cell]) -> list[Cell]:

@@ -29,11 +29,25 @@ CELL_ORDER = ("suite", "dataset", "arch", "attack", "rate", "defense", "seed", "
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder: its name, where it is, and its run.json."""
+    """One run folder.
+
+    Args:
+        name: The folder's.
+        path: Where it is.
+        info: Its run.json.
+        cells: All its rows of cells.parquet, those included that another run's stand for.
+        versions: (kind, id) -> version of the method, from its plugins.json, and of defenses from its cells.
+        began: When its first task started, `YYYY-MM-DD HH:MM` in UTC; empty where no row has a date.
+        ended: When its last task started.
+    """
 
     name: str
     path: Path
     info: Mapping[str, Any]
+    cells: pa.Table
+    versions: Mapping[tuple[str, str], Any]
+    began: str
+    ended: str
 
 
 @dataclass(frozen=True)
@@ -133,15 +147,51 @@ def _json(path: Path, default: Any) -> Any:
         raise BadInput(f"cannot read {path}: {e}; it must be JSON as `sleeperbench run` writes it") from e
 
 
-def _plugins(run: Run, known: dict[tuple[str, str], Mapping[str, Any]], notes: list[str]) -> None:
-    raw = _json(run.path / "plugins.json", [])
+def _plugins(folder: Path) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """(kind, id) -> its entry in the plugins.json of a run."""
+    raw = _json(folder / "plugins.json", [])
     entries = raw.get("plugins", []) if isinstance(raw, dict) else raw
     if not isinstance(entries, list):
-        raise BadInput(f"{run.path / 'plugins.json'} must hold a list of plugins")
+        raise BadInput(f"{folder / 'plugins.json'} must hold a list of plugins")
+    found: dict[tuple[str, str], Mapping[str, Any]] = {}
     for entry in entries:
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(k), str) for k in ("kind", "id")):
-            continue
-        key = (entry["kind"].removesuffix("s"), entry["id"])
+        if isinstance(entry, dict) and all(isinstance(entry.get(k), str) for k in ("kind", "id")):
+            found.setdefault((entry["kind"].removesuffix("s"), entry["id"]), entry)
+    return found
+
+
+def _minute(moment: pa.Scalar) -> str:
+    """A moment as `YYYY-MM-DD HH:MM`; empty where there is none, or none that a calendar has."""
+    try:
+        found = moment.as_py()
+    except (OverflowError, ValueError):
+        return ""
+    return found.isoformat(" ", "minutes")[:16] if found else ""
+
+
+def _run(folder: Path, cells: pa.Table, rows: pa.Table, plugins: Mapping[tuple[str, str], Mapping[str, Any]]) -> Run:
+    """A run with its dates and the versions of its methods."""
+    info = _json(folder / "run.json", {})
+    used = {*zip(cells["defense"].to_pylist(), cells["method_version"].to_pylist(), strict=True)}
+    versions: dict[tuple[str, str], Any] = {
+        ("defense", plugin_id(d)): v for d, v in sorted((d or "", v) for d, v in used if v is not None)
+    }
+    versions |= {key: v for key, e in plugins.items() if (v := e.get("method_version")) is not None}
+    ends = pc.min_max(rows["started"])
+    return Run(
+        folder.resolve().name,
+        folder,
+        info if isinstance(info, dict) else {},
+        cells,
+        versions,
+        _minute(ends["min"]),
+        _minute(ends["max"]),
+    )
+
+
+def _merged(run: Run, mine: Mapping[tuple[str, str], Any], known: dict[tuple[str, str], Any], notes: list[str]) -> None:
+    """Add a run's plugins to those of the runs before it; a note where their versions differ."""
+    for key, entry in mine.items():
         first = known.setdefault(key, entry)
         old, new = first.get("method_version"), entry.get("method_version")
         if old != new:
@@ -206,10 +256,10 @@ def load(folders: Sequence[Path]) -> Results:
     taken: set[str] = set()
     measured: set[str] = set()
     for folder in folders:
-        info = _json(folder / "run.json", {})
-        run = Run(folder.resolve().name, folder, info if isinstance(info, dict) else {})
         cells = _table(folder / "cells.parquet", CELLS)
         rows = _table(folder / "measurements.parquet", MEASUREMENTS)
+        entries = _plugins(folder)
+        run = _run(folder, cells, rows, entries)
         keep, doubled = _first_rows(cells["cell"], taken)
         cells = cells.filter(pa.array(keep, pa.bool_()))
         if doubled:
@@ -222,7 +272,7 @@ def load(folders: Sequence[Path]) -> Results:
         measured |= mine
         row_parts.append(rows.filter(pc.is_in(rows["cell"], value_set=pa.array(sorted(mine), pa.string()))))
         cell_parts.append(cells)
-        _plugins(run, plugins, notes)
+        _merged(run, entries, plugins, notes)
         runs.append(run)
     cells = pa.concat_tables(cell_parts).sort_by([(c, "ascending") for c in CELL_ORDER])
     order = ("cell", "stage", "evaluator", "metric", "qualifier", "task_key")

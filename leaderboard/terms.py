@@ -27,6 +27,21 @@ LABELS = {
     "asr_accident_rise": "Rise by accident",
     "c_acc_accident": "C-Acc after accidents",
     "bec": "BEC",
+    "bec_layerwise": "BEC, layers' own ratios",
+    "bec_debiased": "BEC, debiased",
+    "shift_target": "Target shift",
+    "shift_target_clean": "Target shift of clean models",
+    "shift_target_net": "Target shift net",
+    "c_asr_qra": "C-ASR (QRA)",
+    "asr_guaa": "ASR (gUAA)",
+    "r_acc_bba": "R-Acc (BBA)",
+    "r_acc_tba": "R-Acc (TBA)",
+    "lmc_bd_auc": "ASR on the straight path",
+    "lmc_t20": "Last point above 20 % ASR",
+    "lmc_barrier_clean": "Barrier of clean error",
+    "tac": "TAC of chosen channels",
+    "tac_agreement": "Agreement of TAC's kinds",
+    "tac_contrast": "TAC of the top channels",
     "reasr": "REASR",
     "reasr_clean": "REASR clean",
     "apd": "APD",
@@ -36,6 +51,8 @@ LABELS = {
     "p_der": "P-DER",
     "reasr_net": "REASR net",
     "reasr_any": "Labels changed",
+    "reasr_before": "REASR before repair",
+    "reasr_after": "REASR after repair",
     "apd_raw": "APD of masks",
     "mask_iou": "Mask IoU",
     "rir": "RIR",
@@ -65,19 +82,30 @@ LABELS = {
     "label_acc": "Label accuracy",
     "label_tpr": "Label TPR",
     "label_fpr": "Label FPR",
+    "pair_acc": "Pair accuracy",
+    "pair_tpr": "Pair TPR",
+    "pair_fpr": "Pair FPR",
     "input_auroc": "Input AUROC",
     "input_tpr_fpr1": "TPR at 1 % FPR",
     "input_tpr_fpr5": "TPR at 5 % FPR",
+    "input_tpr": "Input TPR",
+    "input_fpr": "Input FPR",
+    "input_acc": "Input accuracy",
     "evidence": "Pictures shown",
     "verdict": "Verdict",
 }
 
+HIGHER = frozenset({"c_acc", "r_acc", "c_acc_ra", "reasr", "der", "p_der"})
+"""Columns of cells in which a larger figure is better for the defender."""
+LOWER = frozenset(
+    {"asr", "o_asr", "p_asr", "p_asr_net", "p_asr_ra", "p_asr_qra", "asr_wba", "asr_bba", "asr_tba", "bec"}
+    | {"apd", "apd_rel"}
+)
+"""Columns of cells in which a smaller figure is better for the defender. BEC is said to rank nothing elsewhere."""
+
 BETTER = {
-    **dict.fromkeys(("c_acc", "r_acc", "c_acc_ra", "reasr", "der", "p_der"), "Higher is better for the defender."),
-    **dict.fromkeys(
-        ("asr", "o_asr", "p_asr", "p_asr_net", "p_asr_ra", "p_asr_qra", "asr_wba", "asr_bba", "asr_tba", "apd"),
-        "Lower is better for the defender.",
-    ),
+    **dict.fromkeys(HIGHER, "Higher is better for the defender."),
+    **dict.fromkeys(LOWER - {"bec"}, "Lower is better for the defender."),
 }
 
 READING = {
@@ -86,8 +114,18 @@ READING = {
     "models. A recovered trigger that works everywhere is a natural weakness of the data, not the backdoor.",
     "reasr": "It counts only beside REASR clean: any model can be fooled by a large enough pattern.",
     "reasr_clean": "What the same trigger does to models that never had the backdoor.",
+    "reasr_after": "Held against REASR before repair: the same triggers, those that the repair was made with. Low says "
+    "that these triggers are gone, not that no other one would be found.",
     "apd_rel": "1 is the distance of an empty answer, which changes no pixel.",
     "mask_iou": "1 is the true place, 0 another one. Empty for triggers that differ from image to image.",
+    "shift_target_net": "0 is what the trigger does to models that never had a backdoor, 1 the whole way to the target "
+    "class further. It needs no attacked model, so models trained anew have one; whether what sleeps wakes it does not "
+    "say, and it ranks nothing.",
+    "shift_target": "0: the trigger moves the features nowhere towards the target class; 1: the whole way.",
+    "shift_target_clean": "What the same trigger does to independent clean models, each in its own features.",
+    "c_asr_qra": "What the perturbation does without the trigger is an attack and no re-activation.",
+    "r_acc_bba": "With ASR it adds up to at most 1; the rest goes to other wrong classes.",
+    "r_acc_tba": "With ASR it adds up to at most 1; the rest goes to other wrong classes.",
     "asr_leak": "Of a source-specific attack: how far its trigger works on classes that it is meant to spare. "
     "High means that the attack is less specific than its name says.",
     "cover_acc": "Cover images carry the trigger, or part of it, and keep their label.",
@@ -110,14 +148,23 @@ READING = {
     "det_acc": "Depends on how many models of either kind there are; balanced accuracy does not.",
     "label_tpr": "Whether the detector names the attacker's label, at the threshold of its verdict.",
     "label_fpr": "Labels that no triggered image is meant to get, and that the detector names all the same.",
+    "pair_acc": "A detector that names no pair is right on most of them: read it with Pair TPR.",
+    "pair_tpr": "Whether the detector names the source classes of the attack, each with its target.",
+    "pair_fpr": "Pairs of classes that no trigger leads from the first to the second of.",
     "input_auroc": "50 % is guessing.",
     "input_tpr_fpr1": "Primary figure of input detection. A score that is the same for all inputs has 0 %.",
     "input_tpr_fpr5": "A score that is the same for all inputs has 0 %.",
+    "input_tpr": "At the threshold that the detector fixed before it saw an input. Read it with Input FPR.",
+    "input_fpr": "At the threshold that the detector fixed before it saw an input.",
+    "input_acc": "At the threshold that the detector fixed before it saw an input. Never calling scores 50 %.",
 }
 """How to read a metric, beside what it is."""
 
 FRACTIONS = frozenset(
-    {"reasr_net", "mask_iou", "label_tpr", "label_fpr", "input_auroc", "input_tpr_fpr1", "input_tpr_fpr5"}
+    {
+        *("reasr_net", "mask_iou", "label_tpr", "label_fpr", "pair_tpr", "pair_fpr"),
+        *("input_auroc", "input_tpr_fpr1", "input_tpr_fpr5", "input_tpr", "input_fpr", "input_acc"),
+    }
 )
 """Fractions that no column of the tables has a unit for; an evaluator's own word goes before."""
 SIGNED = frozenset({"reasr_net"})
@@ -141,9 +188,12 @@ REASONS = {
     "control_missing": "a control that this figure is compared with has none",
     "no_verdict": "the method gives no verdict on the model",
     "no_label_scores": "the method gives no score per label",
+    "no_pairs": "the method names no pairs of source and target",
     "no_scores": "the method gives no scores of inputs",
+    "no_alarm": "the method has no threshold of its own for inputs",
     "no_evidence": "the method shows no curves or pictures of its own",
     "no_inversion": "the method recovers no triggers",
+    "no_repair": "the method repairs no model with recovered triggers",
     "no_claim": "the method recovers triggers, but claims none for this label",
     "no_mask": "the recovered trigger is a change of the image without a mask",
     "needs_stamp": "a recovered trigger has neither mask nor change that could be put on images",
@@ -152,6 +202,7 @@ REASONS = {
     "no_candidate_keeps_accuracy": "every candidate loses more accuracy than the rule allows",
     "no_such_rows": "the attack spares no class, or has no cover images",
     "no_other_class": "every class is a target, so none could be named wrongly",
+    "no_other_pair": "every pair of classes is one of source and target, so none could be named wrongly",
     "no_surrogates": "the suite names no model to transfer from, or none that may be used",
     "same_model": "the surrogate is the model itself",
     "never_reached": "no effort that was tried reaches half of the images",
@@ -187,7 +238,7 @@ STATUS_WORDS = {
 FLAG_WORDS = {
     "weak": "the attack did not reach the implant gate",
     "tuned": "a setting of this row was found by trying; its suite says which",
-    "collapsed": "the defense ruined the model: its figures count as the undefended model's in every mean",
+    "collapsed": "the defense ruined the model: means take the worse of its own and the undefended model's figure",
     "snapshot": "trained with control of the batches; the training set that this defense got stands in for it",
     "reduced": "fewer images, steps or draws than the protocol asks for",
     "stale": "measured with an earlier version of the method",

@@ -9,18 +9,24 @@ from typing import Any
 
 from sleeperbench.schema import HEADLINE_METRICS, JUDGES
 
-MEASURED = ("input_tpr_fpr1", "input_auroc", "input_tpr_fpr5", "label_tpr", "label_fpr", "mask_iou")
+ANSWERED = (
+    *("input_tpr_fpr1", "input_auroc", "input_tpr_fpr5", "input_tpr", "input_fpr", "input_acc"),
+    *("label_tpr", "label_fpr", "pair_tpr", "pair_fpr", "mask_iou"),
+)
+"""Metrics of a defense's answers that cells.parquet has no column for."""
+MEASURED = (*ANSWERED, "shift_target_net")
 """Metrics of single cells that cells.parquet has no column for."""
-LEADING = ("c_acc", "asr", "p_asr", "der", "p_der", "o_asr", "p_asr_net", "bec", "r_acc")
+LEADING = ("c_acc", "asr", "p_asr", "der", "p_der", "o_asr", "p_asr_net", "bec", "shift_target_net", "r_acc")
 """What a reader looks for first."""
 METRICS = (*LEADING, *(m for m in (*HEADLINE_METRICS, "reasr_net", *MEASURED) if m not in LEADING))
 """All that a cell may show and a board may average, in the order of columns."""
-ANSWERS = frozenset({"det_score", "reasr", "reasr_clean", "reasr_net", "apd", "apd_rel", *MEASURED})
+ANSWERS = frozenset({"det_score", "reasr", "reasr_clean", "reasr_net", "apd", "apd_rel", *ANSWERED})
 """Metrics of a defense's answers; the others are of the model that it leaves behind."""
 NOTHING: Mapping[str, float] = {
-    **dict.fromkeys(("input_tpr_fpr1", "input_tpr_fpr5", "label_tpr", "label_fpr", "mask_iou"), 0.0),
+    **dict.fromkeys(("input_tpr_fpr1", "input_tpr_fpr5", "input_tpr", "input_fpr"), 0.0),
+    **dict.fromkeys(("label_tpr", "label_fpr", "pair_tpr", "pair_fpr", "mask_iou"), 0.0),
     **dict.fromkeys(("reasr", "reasr_clean", "reasr_net"), 0.0),
-    "input_auroc": 0.5,
+    **dict.fromkeys(("input_auroc", "input_acc"), 0.5),
     "apd_rel": 1.0,
 }
 """Figures of an answer that says nothing: one score for all inputs, no label named, an empty trigger."""
@@ -43,17 +49,19 @@ TRACKS = (
         "model",
         "Model detection",
         "Is this model backdoored, and towards which label? AUROC, TPR, FPR and balanced accuracy are over the suite's "
-        "backdoored and clean models, at the threshold that the detector fixed beforehand; beneath AUROC stands its "
-        "95 % score interval, beneath TPR and FPR their 95 % Wilson intervals, over models. The label columns are "
-        "means over attack settings.",
-        (*ZOO[:4], "label_tpr", "label_fpr"),
+        "backdoored and clean models, at the threshold that the detector fixed beforehand; beneath each stands its "
+        "95 % interval over models: a score interval for AUROC, Wilson's for TPR and FPR, and for balanced accuracy "
+        "what theirs give. The columns of labels and pairs are means over attack "
+        "settings.",
+        (*ZOO[:4], "label_tpr", "label_fpr", "pair_tpr", "pair_fpr"),
     ),
     Track(
         "input",
         "Input detection",
         "Does this input carry a trigger? Scores of triggered against clean test images, which the detector gets "
-        "shuffled and without labels. Means over attack settings of means over seeds.",
-        ("input_tpr_fpr1", "input_auroc", "input_tpr_fpr5"),
+        "shuffled and without labels; and its calls at the threshold that it fixed beforehand, if it has one. Means "
+        "over attack settings of means over seeds.",
+        ("input_tpr_fpr1", "input_auroc", "input_tpr_fpr5", "input_tpr", "input_fpr", "input_acc"),
     ),
     Track(
         "inversion",

@@ -11,11 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sleeperbench.leaderboard import about, terms, words
+from sleeperbench.leaderboard import about, charts, terms, words
 from sleeperbench.leaderboard.names import digest12, file_name, plugin_id
 from sleeperbench.leaderboard.stats import Estimate
 from sleeperbench.leaderboard.summary import (
     BOARD,
+    NONE,
     TRACKS,
     Board,
     Cell,
@@ -39,6 +40,10 @@ from sleeperbench.leaderboard.words import Shown
 
 TOOK = ("seconds", "cpu_seconds", "peak_mb", "forwards", "backwards", "queries")
 """What a defense took, as the rows of evaluator `cost` carry it."""
+CARRIED = {"p_asr_qra": "on", "asr_tba": "source"}
+"""Metrics of perturbations that are tried on other models, and the part of a qualifier that names the other one."""
+MOST_CARRIED = 16
+"""Most names at a side of a picture of these."""
 MEASURED_AS = {"o_asr": "asr"}
 """Headline columns whose measurement has another name."""
 
@@ -106,6 +111,20 @@ def estimate_note(e: Estimate, share: bool) -> str:
     return f"{'range ' if e.kind == 'range' else ''}{words.span(e.low, e.high, share)}"
 
 
+def lost_words(mean: Mean) -> tuple[str, str]:
+    """How many cells of a mean are no success and whose figure they count with: in a few words, and in full."""
+    nothing = mean.metric in NOTHING
+    what = "as an answer that says nothing" if nothing else "with the undefended model's figure"
+    brief, full = [], []
+    if mean.as_none:
+        brief.append(f"{mean.as_none} as {'nothing' if nothing else 'none'}")
+        full.append(f"{mean.as_none} failed or collapsed cells count {what}")
+    if mean.ruined:
+        brief.append(f"{mean.ruined} collapsed")
+        full.append(f"{mean.ruined} collapsed cells count with their own figure")
+    return "; ".join(brief), "; ".join(full)
+
+
 def mean_shown(mean: Mean, share: bool) -> Shown:
     """A mean with its interval, or why there is none."""
     e = mean.estimate
@@ -113,11 +132,9 @@ def mean_shown(mean: Mean, share: bool) -> Shown:
         return words.missing(mean.metric, mean.reason)
     note = estimate_note(e, share)
     title = f"mean over {e.attacks} attack settings, {e.cells} cells; {INTERVALS.get(e.kind, 'a single cell')}"
-    if mean.as_none:
-        nothing = mean.metric in NOTHING
-        note += f"; {mean.as_none} as {'nothing' if nothing else 'none'}"
-        what = "as an answer that says nothing" if nothing else "with the undefended model's figure"
-        title += f"; {mean.as_none} failed or collapsed cells count {what}"
+    brief, full = lost_words(mean)
+    note += f"; {brief}" if brief else ""
+    title += f"; {full}" if full else ""
     return Shown(mean.metric, words.number(e.value, share), repr(e.value), title, note)
 
 
@@ -259,6 +276,51 @@ class Views:
         return tuple((f.replace("_", " "), terms.FLAG_WORDS.get(f, "")) for f in names)
 
     @cached_property
+    def _carried(self) -> Mapping[tuple[str, str], Mapping[str, float]]:
+        """(metric, cell) -> name of another model, empty for the cell's own -> success of a perturbation."""
+        table = self.results.measurements.select(["cell", "metric", "qualifier", "value"])
+        wanted = pc.is_in(table["metric"], value_set=pa.array([*CARRIED]))
+        found: dict[tuple[str, str], dict[str, float]] = {}
+        for m in table.filter(pc.and_(wanted, pc.is_valid(table["value"]))).to_pylist():
+            key, _, name = (m["qualifier"] or "").partition("=")
+            if key in ("", CARRIED[m["metric"]]) and ";" not in name and 0 <= m["value"] <= 1:
+                found.setdefault((m["metric"], m["cell"]), {})[name] = m["value"]
+        return found
+
+    def transfers(self, row: Row, siblings: Sequence[Row]) -> list[tuple[str, str, charts.Matrix]]:
+        """(id, metric, picture) of what perturbations of one model of an attack do to the others.
+
+        Drawn where two models or more have such figures, on their pages and on that of the undefended model.
+
+        Args:
+            row: The cell whose page it is.
+            siblings: All cells of its attacked model.
+        """
+        made = []
+        for metric, key in CARRIED.items():
+            shares: dict[tuple[str, str], tuple[float, str, str]] = {}
+            measuring = set()
+            for r in siblings:
+                own = r.cell["defense"]
+                for name, value in self._carried.get((metric, r.cell["cell"]), {}).items():
+                    if not name and key == "source":
+                        continue  # of all sources together
+                    if name:
+                        measuring.add(own)
+                    source, to = (own, name or own) if key == "on" else (name, own)
+                    what = f"learnt on {source}, tried on {to}: {words.label(metric)} {words.number(value, True)}"
+                    shares[source, to] = value, r.href, what
+            pages = {r.cell["defense"]: r.href for r in siblings}
+            sources, targets = (sorted({pair[i] for pair in shares})[:MOST_CARRIED] for i in (0, 1))
+            if len(measuring) < 2 or row.cell["defense"] not in {*measuring, NONE}:
+                continue
+            rows, columns = (
+                [(n, pages.get(n) or href("defenses", n.partition("@")[0])) for n in x] for x in (sources, targets)
+            )
+            made.append((f"carried-{key}", metric, charts.matrix(rows, columns, shares)))
+        return made
+
+    @cached_property
     def rows(self) -> list[Row]:
         """All cells: contestants first, then controls and oracles."""
         return sorted(map(self._row, self.results.cells), key=lambda r: r.role != "defense")
@@ -341,7 +403,11 @@ class Views:
         count = tally(cells)
         badges = []
         if count["failed"] or count["collapsed"]:
-            what = "they count as an answer that says nothing" if count["judged"] else "they count as undefended"
+            what = (
+                "they count as an answer that says nothing"
+                if count["judged"]
+                else "they count as undefended, or as they are where that is worse"
+            )
             badges.append((f"{count['failed'] + count['collapsed']} failed or collapsed", what))
         if count["not_purified"]:
             badges.append((f"{count['not_purified']} not purified", terms.FLAG_WORDS["not_purified"]))

@@ -47,6 +47,11 @@ def number(value: float, share: bool) -> str:
     return f"{value:.4g}"
 
 
+def points(value: float) -> str:
+    """A difference of two shares as text: it is in percentage points, not in per cent."""
+    return f"{100 * value:.1f} points"
+
+
 def span(low: float, high: float, share: bool) -> str:
     """An interval as text, without a unit."""
     if share:

@@ -25,15 +25,17 @@ from playwright.sync_api import Page, sync_playwright
 
 from sleeperbench.leaderboard.build import build
 
+DRAWN = """const table = document.getElementById('board');
+  const drawn = new Promise((r) => new MutationObserver(r).observe(table, {childList: true, subtree: true}));"""
 FRAME = "await new Promise((r) => requestAnimationFrame(() => setTimeout(r)));"
 CLICK = f"""async (e) => {{
-  const t = performance.now();
-  e.click(); const script = performance.now() - t; {FRAME}
+  {DRAWN} const t = performance.now();
+  e.click(); await drawn; const script = performance.now() - t; {FRAME}
   return [script, performance.now() - t];
 }}"""
 CHOOSE = f"""async (e, value) => {{
-  const t = performance.now();
-  e.value = value; e.dispatchEvent(new Event('change')); const script = performance.now() - t; {FRAME}
+  {DRAWN} const t = performance.now();
+  e.value = value; e.dispatchEvent(new Event('change')); await drawn; const script = performance.now() - t; {FRAME}
   return [script, performance.now() - t];
 }}"""
 TYPE = """async (e, text) => {
@@ -56,17 +58,17 @@ def measure(page: Page, url: str, rounds: int) -> dict[str, list[tuple[float, fl
         page.goto(url)
         page.locator("#board[data-ready]").wait_for()
         note("load until ready", page.evaluate("[NaN, performance.now()]"))
-        metrics = page.locator("#board thead th[data-metric]:not([hidden]) button.sort")
+        metrics = page.locator("#board thead th[data-metric] [role=button]")
         note("sort by a figure, first time", metrics.nth(i % metrics.count()).evaluate(CLICK))
         note("sort the other way", metrics.nth(i % metrics.count()).evaluate(CLICK))
-        note("sort by words (cell)", page.locator("#board thead th button.sort").first.evaluate(CLICK))
+        note("sort by words (cell)", page.locator("#board thead th [role=button]").first.evaluate(CLICK))
         facet = page.locator("select[data-facet=attack]")
         options = facet.locator("option").evaluate_all("all => all.map((o) => o.value).filter(Boolean)")
         note("facet", facet.evaluate(CHOOSE, options[i % len(options)]))
         note("facet off", facet.evaluate(CHOOSE, ""))
         note("search (with its pause of 60 ms)", page.locator("#search").evaluate(TYPE, f"s{i % 3} ft"))
         note("clear", page.locator("#clear").evaluate(CLICK))
-        note("next page", page.locator("#page-on").evaluate(CLICK))
+        note("next page", page.locator("#pager .next").evaluate(CLICK))
     return times
 
 

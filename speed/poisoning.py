@@ -1,10 +1,11 @@
 """What poisoning a training set costs in batches, against a loop over single images.
 
-Each attack poisons CIFAR-shaped noise: the project in batches of 1,000 through `stamp`, which rounds to 8 bit; a loop
-makes a PIL image of each row, puts the same trigger on it with NumPy (WaNet and Refool: as a batch of one) and makes a
-PIL image of the result, as data-set classes with a transform per image do. Preparing the trigger is left out on both
-sides. One thread; rounds run in turn; seconds are core-seconds, medians over the rounds. The loop is timed on
-`--looped` rows and scaled up. Before that, both must agree within one grey level on these rows.
+Each attack that poisons pixels by a rule, with no network, poisons CIFAR-shaped noise: the project through `stamp`, in
+batches of 100 that are rounded to 8 bit; a loop makes a PIL image of each row, puts the same trigger on it with NumPy
+(what warps or draws anew per image, such as WaNet, Refool or HCB: as a batch of one) and makes a PIL image of the
+result, as data-set classes with a transform per image do. Of several triggers it is the first one. Preparing the
+trigger is left out on both sides. One thread; rounds run in turn; seconds are core-seconds, medians over the rounds.
+The loop is timed on `--looped` rows and scaled up. Before that, both must agree within one grey level on these rows.
 
     python speed/poisoning.py [--rows 50000] [--looped 1000] [--rounds 3]
 """
@@ -26,15 +27,21 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sleeperbench import Attack, Role
+from sleeperbench.attacks.adaptive_blend import AdaptiveBlend, Mosaic
+from sleeperbench.attacks.adaptive_patch import AdaptivePatch
 from sleeperbench.attacks.badnets import BadNets, Patch
 from sleeperbench.attacks.blended import Blended, Overlay
 from sleeperbench.attacks.bpp import BppAttack, Quantise
+from sleeperbench.attacks.cassock import Cassock, Varied
 from sleeperbench.attacks.ctrl import CTRL
 from sleeperbench.attacks.ftrojan import FTrojan
+from sleeperbench.attacks.hcb import HCB
 from sleeperbench.attacks.lf import LF
+from sleeperbench.attacks.multi_trigger import MultiTrigger
 from sleeperbench.attacks.refool import Refool
 from sleeperbench.attacks.sig import SIG
 from sleeperbench.attacks.sin_wave import SinWave
+from sleeperbench.attacks.tact import TaCT
 from sleeperbench.attacks.wanet import WaNet
 from sleeperbench.contracts.attack import Trigger
 from sleeperbench.contracts.context import Ctx, Recipe
@@ -46,7 +53,8 @@ Pixels = NDArray[np.float32]
 ATTACKS: dict[str, Attack] = {
     "badnets": BadNets(), "blended": Blended(), "sig": SIG(), "sin_wave": SinWave(), "lf": LF(), "ftrojan": FTrojan(),
     "ctrl": CTRL(), "bpp": BppAttack(), "bpp, dithering": BppAttack(dithering=True),
-    "wanet": WaNet(), "refool": Refool(),
+    "wanet": WaNet(), "refool": Refool(), "adaptive_blend": AdaptiveBlend(), "adaptive_patch": AdaptivePatch(),
+    "tact": TaCT(), "multi_trigger": MultiTrigger(), "cassock": Cassock(), "hcb": HCB(),
 }  # fmt: skip
 DITHERED = 100
 """Rows at most that the pixel loop of error diffusion is timed on."""
@@ -54,6 +62,8 @@ DITHERED = 100
 
 def loop_over(trigger: Trigger) -> Callable[[Pixels], Pixels] | None:
     """The trigger on one image of 0..1, (H, W, C); None where the loop calls the trigger on a batch of one."""
+    if isinstance(trigger, Mosaic | Varied):  # each image its own, as drawn by its id
+        return None
     if isinstance(trigger, Patch):
         mask, pattern = (t.permute(1, 2, 0).numpy() for t in (trigger.mask, trigger.pattern))
         return lambda x: x * (1 - mask) + pattern * mask

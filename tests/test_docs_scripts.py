@@ -48,7 +48,11 @@ def test_measure_asks_the_suite_for_the_method_and_its_controls() -> None:
 
     defense = measure.command("defense", "unlearn:neural_cleanse", "0,1")
     assert values(defense, "--attack") == ["none", "badnets", "blended"]
-    assert values(defense, "--defense") == ["none", "clean_model", "unlearn:neural_cleanse"]
+    assert values(defense, "--defense") == ["none", "clean_model", "bn_refresh", "unlearn:neural_cleanse"]
+    assert values(defense, "--set") == []
+    for name, beside in (("bn_refresh", []), ("clean_model", []), ("abl", []), ("fst", ["bn_refresh"])):
+        expected = dict.fromkeys(["none", "clean_model", *beside, name])
+        assert values(measure.command("defense", name, "0"), "--defense") == [*expected]
     attack = measure.command("attack", "wanet", "0")
     assert values(attack, "--attack")[-1] == "wanet"
     assert (values(attack, "--defense"), values(attack, "--evaluator")) == (["none"], ["accuracy", "stealth"])
@@ -56,10 +60,36 @@ def test_measure_asks_the_suite_for_the_method_and_its_controls() -> None:
     for name, supplied in (
         ("ra", ["ft"]),
         ("detection", ["neural_cleanse", "strip"]),
-        ("inversion", ["neural_cleanse"]),
+        ("inversion", ["ft", "neural_cleanse"]),
         ("stealth", []),
     ):
         assert values(measure.command("evaluator", name, "0"), "--defense") == ["none", *supplied]
+
+
+def test_measure_takes_the_preset_of_a_dear_defense() -> None:
+    measure = script("measure")
+    for name in ("pam", "retrain:ct"):
+        argv = measure.command("defense", name, "0")
+        assert argv[-2:] == ["--set", f"defense.{name}.preset=reduced"]
+        assert measure.command("defense", name, "0", published=True) == argv[:-2]
+    assert "--set" not in measure.command("defense", "fst", "0")
+
+
+def test_measure_takes_the_rows_of_the_method_and_of_its_control(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = script("measure")
+    names = ("none", "bn_refresh", "pam~0a1b2c", "pam", "ft")
+    found = [row("c_acc", 0.5, defense=d, cell=d) for d in names]
+    cells = [{"cell": "pam", "flag": "collapsed;tuned"}]
+    monkeypatch.setattr(measure, "read_table", lambda path: cells if path.stem == "cells" else found)
+    monkeypatch.setattr(measure, "provenance", lambda run, rows: {})
+    rows = measure.collect(tmp_path, "defense", "pam")[1]
+    assert [r["defense"] for r in rows] == ["bn_refresh", "pam~0a1b2c", "pam"]
+    assert [r["flag"] for r in rows] == ["", "", "collapsed;tuned"]
+    assert [r["defense"] for r in measure.collect(tmp_path, "defense", "none")[1]] == ["none"]
+    with pytest.raises(SystemExit, match="no rows of defense `fst`"):
+        measure.collect(tmp_path, "defense", "fst")
 
 
 def test_measure_lists_every_candidate() -> None:
@@ -80,8 +110,8 @@ def test_attacks_stand_with_what_they_declare_and_a_figure_per_seed() -> None:
         row("linf", 0.2, defense="none"),
     ]
     cells = [
-        {"attack": "badnets", "flag": "weak", "status": "ok", "reason": ""},
-        {"attack": "sig", "flag": "", "status": "failed", "reason": "raised: E"},
+        {"attack": "badnets", "rate": 0.1, "flag": "weak", "status": "ok", "reason": ""},
+        {"attack": "sig", "rate": 0.1, "flag": "", "status": "failed", "reason": "raised: E"},
     ]
     text = attacks.lines(rows, cells, Registry.discover("none"))
     found = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text[2:]}
@@ -90,9 +120,83 @@ def test_attacks_stand_with_what_they_declare_and_a_figure_per_seed() -> None:
     assert found["badnets"][7] == "51"  # of 255
     assert found["badnets"][-1] == "weak |"
     assert found["sig"][-1] == "failed: raised: E |"
-    assert attacks.published({"published_asr": {"value": 0.999, "setting": "s", "source": "t"}}) == "99.9 (s; t)"
-    assert attacks.published({}) == ""
+    apart = attacks.lines(rows, [cells[0], cells[1] | {"rate": 0.05}], Registry.discover("none"))
+    assert apart[0].startswith("| attack | rate, % | declared |")
+    assert [line.split(" | ")[1] for line in apart[2:]] == ["10", "5"]
+    printed = {"value": 0.999, "setting": "s", "source": "t"}
+    assert attacks.published([{"published_asr": printed}]) == "99.9 (s; t)"
+    assert attacks.published([{}, {"published_asr": printed}], "sig") == "", "the wrapped attack's is another figure"
+    of = {"published_asr": {"badnets": printed}}
+    assert [attacks.published([of, {}], inner) for inner in ("badnets", "blended")] == ["99.9 (s; t)", ""]
+    assert attacks.declared([{"implant_asr": 0.9}, {"implant_asr": 0.5}, {}]) == "50"
     assert attacks.weak([c | {"rate": 0.1} for c in cells]) == "badnets (1 of 2)"
+
+
+def test_attacks_of_an_earlier_version_are_named() -> None:
+    registry = Registry.discover("none")
+    now = registry.get("attack", "cassock").blueprint.info["version"]
+    plugins = [
+        {
+            "kind": "attack",
+            "id": "badnets",
+            "method_version": registry.get("attack", "badnets").blueprint.info["version"],
+        },
+        {"kind": "attack", "id": "cassock", "method_version": now - 1},
+        {"kind": "defense", "id": "cassock", "method_version": now - 1},
+        {"kind": "attack", "id": "gone", "method_version": 1},
+    ]
+    assert script("attacks").older(plugins, registry) == [f"`cassock` ({now - 1}, now {now})"]
+
+
+def test_attacks_keep_success_apart_by_images_triggers_covers_and_classes() -> None:
+    attacks = script("attacks")
+
+    def of(attack: str, metric: str, value: float, qualifier: str = "", seed: int = 0) -> dict[str, Any]:
+        return row(metric, value, qualifier, attack=attack, defense="none", seed=seed)
+
+    rows = [
+        *(of("tact", "asr", v, seed=s) for s, v in enumerate((1.0, 0.9))),
+        *(of("tact", "asr_leak", v, seed=s) for s, v in enumerate((0.01, 0.02))),
+        *(
+            of("tact", "asr_leak", v, q, s)
+            for q, s, v in (("class=1", 0, 0.03), ("class=2", 0, 0.0), ("class=1", 1, 0.05))
+        ),
+        *(
+            of("hybrid", "asr", v, q)
+            for q, v in (("", 0.75), ("trigger=0", 1.0), ("trigger=1", 0.5), ("stat=min", 0.5))
+        ),
+        *(of("hybrid", "asr_leak", v, q) for q, v in (("", 0.2), ("trigger=1", 0.2), ("class=3;trigger=1", 0.9))),
+        *(of("belt:sig", m, v) for m, v in (("asr", 1.0), ("cover_acc", 0.6), ("cover_asr", 0.4), ("c_acc", 0.9))),
+        *(of("badnets~1a", m, v, q) for m, v, q in (("c_acc", 0.9, ""), ("asr", 0.8, ""), ("asr", 0.7, "class=10"))),
+        of("badnets~1a", "asr", 0.9, "class=2"),
+    ]
+    found = attacks.figures(rows)
+    assert attacks.sparing(found)[2:] == ["| tact | 100.0, 90.0 | 1.0, 2.0 | 3.0, 5.0 |  |  |"]
+    assert attacks.triggers(found, {"hybrid": ["cassock", "hcb"]})[2:] == [
+        "| hybrid | mean | 75.0 | 20.0 |",
+        "| hybrid | worst | 50.0 | 20.0 |",
+        "| hybrid | 0: cassock | 100.0 |  |",
+        "| hybrid | 1: hcb | 50.0 | 20.0 |",
+    ]
+    assert attacks.covers(found)[2:] == ["| belt:sig | 60.0 | 40.0 | 90.0 | 100.0 |"]
+    assert attacks.classes(found)[2:] == ["| badnets | 90.0 | 80.0 | 70.0 | 2: 90.0, 10: 70.0 |"]
+    assert any("hcb at 50.0 %" in p for p in attacks.prose(found, {"hybrid": ["cassock", "hcb"]}))
+
+
+def test_verdicts_on_separability_follow_the_figures() -> None:
+    attacks = script("attacks")
+
+    def text(values: dict[str, float]) -> str:
+        rows = [row("silhouette", v, attack=a, defense="none") for a, v in values.items()]
+        cells = [{"attack": a, "flag": "weak" if a == "badnets" else ""} for a in values]
+        return "\n".join(attacks.separability(attacks.figures(rows), cells))
+
+    kept = {"badnets": 0.4, "belt:badnets": 0.5, "beltpp:badnets": 0.1, "adaptive_blend": 0.2}
+    assert "«++» lies below «+» in 1 of 1 attacks: that order is seen here" in text(kept)
+    assert "adaptive_blend, 0.20: below badnets's 0.40; 1 of the 2 other" in text(kept)
+    assert "| badnets | 0.40 (weak) | 0.50 | 0.10 |" in text(kept)
+    assert "0 of 1 attacks: that order is not seen" in text(kept | {"beltpp:badnets": 0.6})
+    assert "not below badnets's" in text(kept | {"adaptive_blend": 0.45})
 
 
 # ---- zoo.py ----------------------------------------------------------------------------------------------------------
@@ -125,6 +229,17 @@ def test_the_zoo_names_kinds_of_clean_models_and_what_was_left_out() -> None:
     assert zoo.absent(cells) == "wanet on digits (mean ASR 0.80 below 0.9)"
     assert zoo.share(row("det_tpr", 0.5, lower=0.1, upper=0.9)) == "50.0 (10 to 90)"
     assert zoo.share(row("det_tpr", None)) == zoo.share(None) == ""
+
+
+def test_the_zoo_takes_bounds_from_rows_of_their_own() -> None:
+    zoo = script("zoo")
+    values = {"": 0.9, "stat=lower": 0.8, "stat=upper": 0.97, "attack=a": 0.5, "attack=b": 0.7}
+    values |= {"attack=a;stat=lower": 0.25, "attack=a;stat=upper": 0.75}
+    found = {("det_auroc", q): row("det_auroc", v, q, lower=None, upper=None) for q, v in values.items()}
+    assert zoo.bounded(found, "det_auroc") == "90.0 (80 to 97)"
+    assert zoo.bounded(found, "det_auroc", "attack=a") == "50.0 (25 to 75)"
+    assert zoo.bounded(found, "det_auroc", "attack=b") == "70.0", "of a table without bounds"
+    assert zoo.bounded(found, "det_bacc") == ""
 
 
 # ---- record.py -------------------------------------------------------------------------------------------------------

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
-from scripts import script
+from scipy.stats import spearmanr, t
+from scripts import DOCS, script
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,7 @@ def cell(asr: float | None, p_asr: float | None, control: float = 0.05, *flags: 
         (cell(0.05, 0.25), "comes back"),  # 5 times the clean model's
         (cell(0.05, 0.24), "stays"),
         (cell(0.05, 0.0, 0.0), "stays"),  # 5 times nothing is nothing
-        (cell(0.05, 0.99, 0.05, "collapsed"), "collapsed"),
+        (cell(0.05, 0.99, 0.05, "collapsed"), "comes back (collapsed)"),
         (cell(0.05, None) | {"reasons": {"p_asr_ra": "no_valid_budget"}}, "no figure (no_valid_budget)"),
     ],
 )
@@ -51,4 +55,169 @@ def test_rank_is_spearmans(findings: Any) -> None:
     pairs = [(1.0, 0.1), (2.0, 0.3), (3.0, 0.2), (4.0, 0.9)]
     # 1 - 6 sum d^2 / (n (n^2 - 1)) with d = 0, 1, 1, 0.
     assert findings.rank([at(*p) for p in pairs], ("bec", "")) == pytest.approx(1 - 6 * 2 / (4 * 15))
+    tied = [(1.0, 0.1), (2.0, 0.3), (2.0, 0.3), (2.0, 0.2), (0.5, 0.9)]
+    assert findings.rank([at(*p) for p in tied], ("bec", "")) == pytest.approx(spearmanr(tied).statistic)
     assert math.isnan(findings.rank([at(1, 0.1), at(1, 0.2), at(1, 0.3)], ("bec", "")))
+    assert math.isnan(findings.rank([at(1, 0.1), at(2, 0.2)], ("bec", "")))
+
+
+# ---- BEC beside its controls -----------------------------------------------------------------------------------------
+def model(attack: str, defense: str, seed: int, reasons: Any = None, **figures: float) -> dict[str, Any]:
+    """A cell; `bec__control_random` stands for (bec, control=random)."""
+    told = {}
+    for name, value in figures.items():
+        metric, _, qualifier = name.partition("__")
+        told[metric, qualifier.replace("control_", "control=").replace("_model", ";model=")] = value
+    where = {"dataset": "d", "arch": "a", "attack": attack, "defense": defense, "seed": seed}
+    return (
+        where
+        | {"cell": f"{attack}/{defense}/{seed}", "flags": {"tuned"}, "reasons": reasons or {}, "room": 0.01}
+        | {"figures": told}
+    )
+
+
+def family(seed: int, gap: float) -> list[dict[str, Any]]:
+    """An attacked model with three repaired ones; one has its weights, of two BEC is `gap` above random channels."""
+    kept = model(
+        "badnets", "rnp", seed, bec=1.0, bec__control_random=1.0, bec__control_weights=1.0, asr=1.0, p_asr_ra=1
+    )
+    moved = [
+        model(
+            *("badnets", name, seed),
+            bec=bec,
+            bec__control_random=bec - gap,
+            bec__control_weights=w,
+            asr=asr,
+            p_asr_ra=p,
+        )
+        for name, bec, w, asr, p in (("ft", 0.8, 0.98, 0.9, 0.3), ("fst", 0.2, 0.3, 0.1, 0.4 + seed / 100))
+    ]
+    return [kept, *moved]
+
+
+def test_cells_come_back_from_the_stored_ones(findings: Any) -> None:
+    of = [model("badnets", "ft", 0, {"tac": "no_trigger"}, bec=0.5, bec__control_random=0.25)]
+    again = findings.restored(json.loads(json.dumps(findings.stored(of))))
+    assert again == of
+
+
+def test_the_page_is_that_of_the_stored_figures(findings: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    names = [
+        p for p in (DOCS / "measured").glob("*.json") if f"measured/{p.name}" in (DOCS / "findings.md").read_text()
+    ]
+    (data,) = names
+    (tmp_path / "measured").mkdir()
+    (tmp_path / "measured" / data.name).write_text(data.read_text())
+    monkeypatch.setattr(findings, "DOCS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["findings.py", "--again", data.stem])
+    assert findings.main() == 0
+    assert (tmp_path / "findings.md").read_text() == (DOCS / "findings.md").read_text()
+
+
+def test_models_with_the_attacked_models_weights_are_taken_out(findings: Any) -> None:
+    of = family(0, 0.1) + family(1, 0.3)
+    assert [findings.changed(c) for c in of[:3]] == [False, True, True]
+    assert findings.changed(model("badnets", "x", 0, bec__control_weights=0.99)) is False
+    head, _, *lines = findings.predictions(of)
+    assert "all 6" in head and "weights changed, 4" in head and "changed and purified, 2" in head
+    bec = next(line for line in lines if line.startswith("| BEC |")).strip("| ").split(" | ")
+    every, moved = (findings.rank(c, findings.BEC) for c in (of, [c for c in of if findings.changed(c)]))
+    assert every > 0.3 > 0 > moved
+    assert (bec[1], bec[2]) == (f"{every:.2f}", f"{moved:.2f}")
+    (said,) = findings.about_rank(of)
+    assert said.startswith("2 of the 6") and f"BEC {moved:.2f} instead of {every:.2f}" in said
+
+
+def test_the_gap_to_a_placebo_is_a_mean_over_attacked_models(findings: Any) -> None:
+    random = findings.PLACEBOS["BEC, random channels"]
+    of = family(0, 0.1) + family(1, 0.2) + family(2, 0.3)
+    of[1]["figures"]["bec", "control=random"] -= 0.1  # one of the two models of one attacked model
+    moved = findings.compared(of, random)
+    assert len(moved) == 6
+    assert findings.gaps(moved, random) == pytest.approx([0.15, 0.2, 0.3])
+    room = t.ppf(0.975, 2) * 0.0763762615825973 / math.sqrt(3)
+    assert findings.interval([0.15, 0.2, 0.3]) == f"0.22 ± {room:.2f}"
+    assert "BEC is higher" in findings.about_placebos(of)[0]
+    of[-1]["figures"]["bec", "control=random"] += 2
+    assert "no difference is shown" in findings.about_placebos(of)[0]
+
+
+@pytest.mark.parametrize(
+    ("twin", "words"),
+    [
+        ((0.5, 0.5), "recognises the same backdoor trained anew: 0.50, 0.50"),
+        ((0.5, 0.1), "does not reliably recognise"),
+        ((0.2, -0.3), "does not recognise"),  # equal to the largest clean one is not above it
+    ],
+)
+def test_a_twin_is_recognised_above_all_clean_models(findings: Any, twin: tuple[float, float], words: str) -> None:
+    clean = {"bec__control_clean_model0": -0.1, "bec__control_clean_model1": 0.2}
+    of = [model("badnets", "none", i, bec__control_twin=v, **clean) for i, v in enumerate(twin)]
+    (said,) = findings.about_twins(of)
+    assert words in said
+    assert findings.twins(of)[2].split(" | ")[3] == "-0.10 to 0.20"
+
+
+def test_chance_alone_reaches_a_correlation(findings: Any) -> None:
+    # Spearman's exact two-sided critical values: none for four points, 1 for five, 0.886 for six, 0.786 for seven.
+    assert math.isnan(findings.needed(4)) and math.isnan(findings.needed(9))
+    assert [round(findings.needed(n), 3) for n in (5, 6, 7)] == [1.0, 0.886, 0.786]
+
+
+def test_no_interval_of_fewer_groups_than_five(findings: Any) -> None:
+    of = [
+        model("badnets", f"d{i}", seed, bec=i + seed / 10, p_asr_ra=[0.1, 0.3, 0.2, 0.5, 0.4][i])
+        for i in range(5)
+        for seed in (0, 1)
+    ]
+    assert findings.bootstrap(findings.grouped(of, findings.attacked), findings.BEC) == ""
+    low, high = map(float, findings.bootstrap(findings.grouped(of, findings.defense), findings.BEC).split(" to "))
+    assert low < findings.rank(of, findings.BEC) < high
+
+
+def test_what_is_said_of_purified_models(findings: Any) -> None:
+    of = [
+        model(
+            *("badnets", f"d{i}", 0),
+            bec=bec,
+            bec__control_weights=0.5,
+            asr=0.1,
+            p_asr_ra=p,
+            shift_target_net=p,
+        )
+        for i, (bec, p) in enumerate([(0.1, 0.6), (0.2, 0.5), (0.3, 0.4), (0.5, 0.2), (0.4, 0.3)])
+    ]
+    none, first, second = findings.about_sleepers(of)
+    assert none.startswith("Of the 5 purified models 0 collapsed")
+    assert "Among the 5 purified models BEC ranks P-ASR with -1.00" in first
+    assert "reach 1.00 in size" in first and "that of BEC, target shift, net of clean models does" in first
+    assert "at least 50 %: 2, BEC 0.10 to 0.20" in second and "The 3 below it: BEC 0.30 to 0.50" in second
+    of[0]["figures"]["bec", ""] = 0.25
+    assert "that of target shift, net of clean models does" in findings.about_sleepers(of)[1]
+    assert "too few" in findings.about_sleepers(of[:2])[1]
+    for c in of[:3]:
+        c["flags"].add("collapsed")
+    assert "3 collapsed" in findings.about_sleepers(of)[0] and "are 1 of d3, 1 of d4" in findings.about_sleepers(of)[0]
+    assert "| badnets | d0 (collapsed) | 0 |" in "\n".join(findings.asleep(of))
+
+
+def test_a_collapse_stands_in_the_table_of_cells_alone(findings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"cell": "a", "dataset": "d", "arch": "n", "attack": "badnets", "defense": "fst", "seed": 0}
+    row = own | {"scope": "cell", "qualifier": "", "reason": "", "lower": None, "upper": None, "flag": "tuned"}
+    rows = [row | {"metric": m, "value": v} for m, v in (("asr", 0.0), ("p_asr_ra", 0.1))]
+    files = {"measurements.parquet": rows, "cells.parquet": [own | {"flag": "collapsed;tuned"}]}
+    monkeypatch.setattr(findings, "read_table", lambda path: files[path.name])
+    (found,) = findings.cells([Path("run")])
+    assert found["flags"] == {"collapsed", "tuned"}
+    assert findings.pattern([found]) == "1 stays (collapsed)"
+
+
+def test_what_is_said_of_the_shift(findings: Any) -> None:
+    clean = {("shift_target_clean", f"model={i}"): v for i, v in enumerate((0.1, 0.2))}
+    of = [model("badnets", "none", 0, shift_target=0.9, asr=1.0), model("lc", "none", 0, shift_target=0.2, asr=1.0)]
+    of += [model("badnets", "ft", 0, shift_target=0.8, asr=0.9), model("badnets", "fst", 0, shift_target=0.1, asr=0.0)]
+    for c in of:
+        c["figures"] |= clean
+    (said,) = findings.about_shift(of)
+    assert "in 1 of 2 attacked models" in said
+    assert "in 1 of 1 repaired models that still answer" in said and "in 0 of 1 purified models" in said

@@ -49,6 +49,21 @@ def test_a_changed_method_must_raise_its_version() -> None:
     assert versions.differences(old, {}) == ([], ["defense/a is gone"])
 
 
+def test_a_changed_module_of_the_kit_must_be_looked_at() -> None:
+    old = {"kit/masks": {"digest": "x"}}
+    assert versions.differences(old, {"kit/masks": {"digest": "x"}}) == ([], [])
+    wrong, unwritten = versions.differences(old, {"kit/masks": {"digest": "y"}})
+    assert not wrong
+    assert unwritten == ["kit/masks changed: raise the version of every method whose figures move"]
+
+
+def test_a_module_of_the_kit_knows_whom_it_reaches() -> None:
+    reached = versions.shared()
+    assert "defense/neural_cleanse" in reached["sleeperbench.kit.masks"]
+    assert "defense/anp" in reached["sleeperbench.kit.select"], "through kit.candidates"
+    assert "defense/ft" not in reached["sleeperbench.kit.masks"]
+
+
 def test_the_digest_of_a_plugin_is_that_of_its_file() -> None:
     assert of_plugin("sleeperbench.attacks.badnets:BadNets") == fingerprint(Path(badnets.__file__).read_text())
     assert of_plugin("no.such.module:Thing") == ""

@@ -12,6 +12,7 @@ from typing import Any
 import sleeperbench
 from sleeperbench.engine.plugin import Plugin
 from sleeperbench.engine.registry import Registry
+from sleeperbench.errors import BadInput, nearest
 
 KINDS = {
     "attacks": "attack",
@@ -28,15 +29,20 @@ TITLE_WIDTH = 50
 def add_parser(subparsers: Any) -> None:
     """Add `list` to the command's parsers."""
     parser = subparsers.add_parser("list", help="plugins and suites: what there is, and what is broken")
-    parser.add_argument("what", nargs="?", choices=[*KINDS], help="one kind; default: all")
+    kinds = ", ".join(KINDS)
+    parser.add_argument(
+        "what", nargs="?", help=f"{kinds}, or the id of a method: its parameters and presets; default: all"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON array of rows")
     parser.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the list; broken plugins are part of it, so they don't make it fail."""
-    wanted = {args.what: KINDS[args.what]} if args.what else KINDS
     registry = Registry.discover()
+    if args.what and args.what not in KINDS:
+        return _methods(registry, args.what, as_json=args.json)
+    wanted = {args.what: KINDS[args.what]} if args.what else KINDS
     rows = [_row(p) for p in registry.plugins if p.kind in wanted.values()]
     if "suites" in wanted:
         rows += _suites()
@@ -50,6 +56,35 @@ def main(args: argparse.Namespace) -> int:
         print("not usable:")
         for r in refused:
             print(_clean(f"  {r['kind']} {r['id']} ({_dist(r)}): {r['reason']}"))
+    return 0
+
+
+def _methods(registry: Registry, name: str, *, as_json: bool) -> int:
+    """Print what the methods of this id declare; several kinds may have one."""
+    found = [p for p in registry.plugins if p.id == name.rstrip(":")]
+    if not found:
+        known = [*KINDS, *sorted({p.id for p in registry.plugins})]
+        raise BadInput(f"`list {name}` is neither a kind nor a method: {nearest(name, known)}")
+    rows = []
+    for plugin in found:
+        seen = plugin.declared
+        fields = seen.fields if seen else {}
+        told = {k: {"default": f.default, "doc": f.doc, "type": f.annotation} for k, f in fields.items()}
+        presets = seen.info.get("presets", {}) if seen else {}
+        rows.append(_row(plugin) | {"parameters": told, "presets": presets})
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    for r in rows:
+        head = [f"version {r['method_version']}" if r["method_version"] else "", str(r["access"] or ""), _dist(r)]
+        print(_clean(f"{r['kind']} {r['id']}: {r['title']} ({', '.join(h for h in head if h)})"))
+        if r["status"] != "ok":
+            print(_clean(f"  not usable: {r['reason']}"))
+        width = max((len(k) for k in r["parameters"]), default=0)
+        for k, f in r["parameters"].items():
+            print(_clean(f"  {k.ljust(width)}  {json.dumps(f['default'])}  {f['doc']}".rstrip()))
+        for k, values in r["presets"].items():
+            print(_clean(f"  preset {k}: " + ", ".join(f"{n} = {json.dumps(v)}" for n, v in values.items())))
     return 0
 
 

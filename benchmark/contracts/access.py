@@ -49,8 +49,9 @@ class Needs:
 
     Args:
         scope: `attack` (once per attacked model), `cell` (per defense) or `zoo` (over all cells of a suite).
-        outcome: Parts of the defense's outcome it reads: `model`, `verdict`, `inverted`, `keep`, `scores`, and `cost`,
-            what its tasks spent. One that reads `scores` alone is not applicable to defenses without a second phase.
+        outcome: Parts of the defense's outcome it reads: `model`, `verdict`, `inverted` (and with it the outcome that a
+            wrapper wraps), `keep`, `scores`, and `cost`, what its tasks spent. One that reads `scores` alone is not
+            applicable to defenses without a second phase.
         white_box: Needs weights and activations, so an opaque model has no such figure.
         clean_models: Independent clean models (replicas 0, 1, ... of attack `none`).
         controls: Defenses on whose cells (same attack and seed) it reads its own findings: `none`, `clean_model`.

@@ -142,6 +142,9 @@ class TrainHooks:
         """Networks trained beside the classifier (generators); their states are stored with the backdoor."""
         self.augments = False
         """`batch` gets the images as they are and does the recipe's crop and flip itself, after its trigger."""
+        self.places: Tensor | None = None
+        """Where the rows of the batch at hand stand in the training set; the trainer sets it before `batch`. Rows that
+        an attack added beside their clean copies share their ids."""
 
     def batch(self, x: Tensor, y: Tensor, ids: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Images [0, 1], labels and marks to train on, from a batch of training rows, augmented unless `augments`."""

@@ -91,6 +91,7 @@ class Outcome:
         verdict: Is the model backdoored.
         inverted: Recovered triggers.
         state: (tensors, JSON) that the second phase reads.
+        alarm: The method's own threshold for inputs: a second-phase score above it calls the input triggered.
         chosen: What was chosen on the defender's own data, as JSON; evaluator `evidence` shows it on the cell page. Of
             its names `curves` (as `Findings.curves`) and `pictures` (of tensors of `state`) are drawn, see
             docs/plugins.md, and `claimed` says that an inverter claims these labels, or none.
@@ -105,6 +106,7 @@ class Outcome:
     verdict: Verdict | None = None
     inverted: tuple[Inverted, ...] = ()
     state: tuple[Mapping[str, Tensor], Any] | None = None
+    alarm: float | None = None
     chosen: Mapping[str, Any] = field(default_factory=dict)
     path: Mapping[str, Model] = field(default_factory=dict)
 

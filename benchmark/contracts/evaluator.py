@@ -115,7 +115,8 @@ class EvalCase(Protocol):
     an input detector's second-phase scores, `beside` (N, S) the statistics that it gave with them (None without any),
     `asked` (N,) says which of those images were triggered; all are None where the defense has no second phase or the
     attack no trigger. `stamps` are uint8 images with recovered triggers that are
-    the inverter's own code: `<i>.test` and `<i>.probe`, like `test` and `probe`, for `outcome.inverted[i]`. `spent` is
+    the inverter's own code: `<i>.test` and `<i>.probe`, like `test` and `probe`, for `outcome.inverted[i]`. `inner` is
+    what the defense answered that a wrapper wraps, None where nothing is wrapped; it comes with `inverted`. `spent` is
     what the defense's tasks counted: `run`, `prepare`, `wrapped` (`wrapped2`, ... where a wrapper wraps another),
     `wrapped_prepare` and `score`.
     """
@@ -126,6 +127,7 @@ class EvalCase(Protocol):
     twin: nn.Module | None
     descends: bool
     outcome: Outcome
+    inner: Outcome | None
     test: ImageSet
     probe: ImageSet
     bd_test: Rendered | None

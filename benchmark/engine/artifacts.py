@@ -135,6 +135,8 @@ def write_outcome(folder: Path, o: Outcome) -> None:
         for name in ("mask", "pattern", "delta"):
             if (value := getattr(inv, name)) is not None:
                 tensors[f"inverted.{i}.{name}"] = value
+    if o.alarm is not None:
+        about["alarm"] = float(o.alarm)
     if o.state is not None:
         about["state"] = o.state[1]
         tensors |= {f"state.{k}": v for k, v in o.state[0].items()}
@@ -174,6 +176,7 @@ def read_outcome(folder: Path) -> Outcome:
         verdict=verdict,
         inverted=inverted,
         state=state,
+        alarm=about.get("alarm"),
         chosen=about["chosen"],
         path={name: read_model(folder / f"path{i}") for i, name in enumerate(about["path"])},
     )

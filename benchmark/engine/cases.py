@@ -55,6 +55,7 @@ EVAL_PARTS = (
     "twin",
     "descends",
     "outcome",
+    "inner",
     "test",
     "probe",
     "bd_test",

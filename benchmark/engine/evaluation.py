@@ -94,6 +94,9 @@ def opened(work: Work, task: Task, values: Mapping[str, str], scratch: Path, cos
             if "stamps" in inputs
             else {}
         )
+        parts["inner"] = lambda: (
+            artifacts.read_outcome(work.store.fetch(inputs["wrapped"])) if "wrapped" in inputs else None
+        )
     if part("peer."):
         parts["peers"] = lambda: peers("peer.")
     if needs["surrogates"] or p["method"].get("surrogates"):

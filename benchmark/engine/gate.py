@@ -7,10 +7,9 @@ from typing import Any
 from sleeperbench.engine.plan import Plan
 from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.rows import ROUNDING
+from sleeperbench.schema import implant_bar
 
 FIGURES = ("asr", "c_acc")
-LOW_RATE = 0.01
-"""At most this poison rate, or with clean labels, the lower bar counts."""
 
 
 class Gate:
@@ -27,10 +26,10 @@ class Gate:
             if cell.is_control and cell.attack_group:
                 clean = cell.clean_cell if cell.clean_cell in clean_cells else ""
                 self.groups.setdefault(cell.attack_group, []).append((cell.name, clean))
-                info = registry.chain("attack", plan.tasks[cell.attack_key].name)[-1].blueprint.info
-                low = bool(info.get("clean_label")) or cell.identity["rate"] <= LOW_RATE
-                gate = plan.suite.gate
-                self.bars[cell.attack_group] = gate["implant_asr_low"] if low else gate["implant_asr"]
+                task = plan.tasks[cell.attack_key]
+                infos = [p.blueprint.info for p in registry.chain("attack", task.name)]
+                params = task.params["method"]
+                self.bars[cell.attack_group] = implant_bar(infos, params, cell.identity["rate"], plan.suite.gate)
         self.measures = "asr" in metrics
         self.deciders = _deciders(plan, registry, self.groups)
         self._verdicts: dict[str, str | None] = {}

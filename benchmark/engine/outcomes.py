@@ -41,6 +41,8 @@ def checked(o: Any, spec: ModelSpec, access: Mapping[str, Any], folder: Path) ->
     figures = [o.suspicion, *(getattr(i, n) for i in o.inverted for n in ("mask", "pattern", "delta"))]
     if o.verdict is not None:
         figures += [torch.tensor([o.verdict.score, o.verdict.threshold]), o.verdict.label_scores]
+    if o.alarm is not None:
+        figures.append(torch.tensor(o.alarm))
     if any(f is not None and f.is_floating_point() and not bool(f.isfinite().all()) for f in figures):
         raise Failed("failed", "nan: a figure of the answer is not finite")
     for name in ("keep", "relabel", "suspicion"):

@@ -279,6 +279,8 @@ class Planner:
             inputs["answer"] = self.answer(ds, arch, seed, at)
         if "inverted" in needs.outcome and self.second_phase(at.variant.id, "stamps"):
             inputs["stamps"] = self.answer(ds, arch, seed, at, phase="stamp")
+        if "inverted" in needs.outcome:
+            inputs |= {r: k for r, k in self.parts(at.defense).items() if r == "wrapped"}
         if "cost" in needs.outcome:
             inputs |= self.parts(at.defense)
         for peer in (*needs.peers, *v.params.get("peers", ())):
@@ -403,7 +405,7 @@ class Planner:
         for ds in s.datasets:
             for arch in s.archs:
                 for v in s.attacks:
-                    for rate in (0.0,) if v.id == "none" else s.rates:
+                    for rate in (0.0,) if v.id == "none" else s.attack_rates.get(v.id, s.rates):
                         for seed in s.seeds:
                             self._attacked(ds, arch, v, rate, seed)
                 self._zoos(ds, arch)

@@ -27,7 +27,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 INJECT_LR = 0.01
 """Learning rate at which a backdoor is tuned into a clean model: that of fine-tuning, a tenth of recipe `s3`'s."""
-_TABLES: dict[str, dict[str, tuple[type, ...]]] = {
+TABLES: dict[str, dict[str, tuple[type, ...]]] = {
     "matrix": {
         "datasets": (list,),
         "archs": (list,),
@@ -62,7 +62,7 @@ _TABLES: dict[str, dict[str, tuple[type, ...]]] = {
         "clean_drop_points": (float, int),
     },
 }
-_DEFAULTS: dict[str, dict[str, Any]] = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "matrix": {"rates": [0.05], "evaluators": ["accuracy"], "seeds": [0]},
     "train": {"recipe": "s3", "precision": "fp32", "curves": False, "inject": "scratch"},
     "access": {"clean": 0.05, "clean_source": "heldout"},
@@ -73,14 +73,16 @@ _PLUGIN_TABLES = ("attack", "defense", "evaluator", "dataset", "model")
 _DATASET_KEYS = {"train": (int,), "test": (int,)}
 _INNER = "inner."
 """Before the name of a wrapped plugin's parameter, where the wrapper has one of that name too."""
-_CHOICES = {
+_PRESET = "preset"
+"""The key of a plugin's table that names one of INFO's `presets`."""
+CHOICES = {
     ("train", "schedule"): ("cosine", "constant"),
     ("train", "precision"): ("fp32", "bf16"),
     ("train", "recipe"): tuple(RECIPES),
     ("train", "inject"): ("scratch", "finetune"),
     ("access", "clean_source"): ("heldout", "training"),
 }
-_RANGES: dict[tuple[str, str], tuple[float, float]] = {
+RANGES: dict[tuple[str, str], tuple[float, float]] = {
     ("train", "epochs"): (1, 100_000),
     ("train", "lr"): (1e-9, 100),
     ("train", "batch"): (1, 1_000_000),
@@ -124,6 +126,8 @@ class Suite:
     arch_args: dict[str, dict[str, Any]]
     attacks: tuple[Variant, ...]
     rates: tuple[float, ...]
+    attack_rates: dict[str, tuple[float, ...]]
+    """Attack -> rates of its own in place of the matrix's."""
     defenses: tuple[Variant, ...]
     evaluators: tuple[Variant, ...]
     seeds: tuple[int, ...]
@@ -229,26 +233,46 @@ def _typed(where: str, table: str, key: str, value: Any, types: tuple[type, ...]
     if not isinstance(value, types) or wrong_bool:
         want = " or ".join(t.__name__ for t in types)
         raise BadInput(f"{where}: [{table}] {key} = {_shown(value)} is not {want}; correct it")
-    if (table, key) in _CHOICES and value not in _CHOICES[table, key]:
-        raise BadInput(f"{where}: [{table}] {key} = {_shown(value)}: {nearest(str(value), _CHOICES[table, key])}")
-    if (table, key) in _RANGES:
-        low, high = _RANGES[table, key]
+    if (table, key) in CHOICES and value not in CHOICES[table, key]:
+        raise BadInput(f"{where}: [{table}] {key} = {_shown(value)}: {nearest(str(value), CHOICES[table, key])}")
+    if (table, key) in RANGES:
+        low, high = RANGES[table, key]
         if not low <= cast(float, value) <= high:
             raise BadInput(f"{where}: [{table}] {key} = {value} is outside {low:g} to {high:g}; correct it")
     return value
 
 
+def _rates(where: str, name: str, values: Any) -> tuple[float, ...]:
+    """Poison rates, looked at."""
+    if not isinstance(values, list):
+        raise BadInput(f"{where}: {name} = {_shown(values)}: give a list such as [0.05]")
+    _items(where, name, values, float)
+    for rate in values:
+        if not 0 < rate <= 1:
+            raise BadInput(f"{where}: poison rate {rate} is outside 0 (excluded) to 1; clean models are attack `none`")
+    return tuple(float(r) for r in values)
+
+
+def _own_rates(where: str, raw: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Take `rates`, which is no parameter, out of the tables of attacks."""
+    return {
+        plugin: _rates(where, f"[attack.{plugin}] rates", params.pop("rates"))
+        for plugin, params in _plugin_table(where, raw, "attack").items()
+        if "rates" in params
+    }
+
+
 def _items(where: str, key: str, values: Sequence[Any], want: type) -> list[Any]:
     for v in values:
         if isinstance(v, bool) or not isinstance(v, (int, float) if want is float else want):
-            raise BadInput(f"{where}: [matrix] {key} holds {_shown(v)}, which is not {want.__name__}; correct it")
+            raise BadInput(f"{where}: {key} holds {_shown(v)}, which is not {want.__name__}; correct it")
     if not values:
-        raise BadInput(f"{where}: [matrix] {key} is empty, so there is nothing to run; name at least one")
+        raise BadInput(f"{where}: {key} is empty, so there is nothing to run; name at least one")
     # Cells show rates with six digits, so rates that agree in these would share a name.
     names = [f"{v:g}" if want is float else v for v in values]
     doubles = [n for i, n in enumerate(names) if n in names[:i]]
     if doubles:
-        raise BadInput(f"{where}: [matrix] {key} names {doubles[0]} twice; once is enough")
+        raise BadInput(f"{where}: {key} names {doubles[0]} twice; once is enough")
     return list(values)
 
 
@@ -291,6 +315,35 @@ def _flat(raw: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]
             yield before + key, value
 
 
+def _preset(registry: Registry, kind: Kind, plugin: str, flat: dict[str, Any]) -> dict[str, Any]:
+    """Flat keys and values with those of the preset that they name; what stands beside it counts more.
+
+    Of a wrapper and what it wraps, each that has a preset of this name takes its own.
+    """
+    chain = registry.chain(kind, plugin)
+    if _PRESET not in flat or any(_PRESET in p.blueprint.fields for p in chain):
+        return flat
+    name = flat.pop(_PRESET)
+    known = [n for p in chain for n in p.blueprint.info.get("presets", {})]
+    if name not in known:
+        has = nearest(str(name), known) if known else "it has none"
+        raise BadInput(f"[{kind}.{plugin}] preset = {_shown(name)}: {has}")
+    whose = {
+        _INNER * n + k: (depth, k)
+        for depth, p in reversed(list(enumerate(chain)))
+        for k in p.blueprint.fields
+        for n in range(depth + 1)
+    }
+    given = {whose.get(k) for k in flat}
+    found = {
+        _INNER * depth + k: v
+        for depth, p in enumerate(chain)
+        for k, v in p.blueprint.info.get("presets", {}).get(name, {}).items()
+        if (depth, k) not in given
+    }
+    return found | flat
+
+
 def _sweep(registry: Registry, kind: Kind, plugin: str, raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Parameter sets of a plugin: a list where the parameter is not one is swept."""
     fields = {
@@ -300,7 +353,7 @@ def _sweep(registry: Registry, kind: Kind, plugin: str, raw: Mapping[str, Any]) 
         for n in range(depth + 1)
     }
     axes: list[list[tuple[str, Any]]] = []
-    for key, value in _flat(raw):
+    for key, value in _preset(registry, kind, plugin, dict(_flat(raw))).items():
         kinds = fields[key].annotation if key in fields else ""
         many = isinstance(value, list) and not any(t in kinds for t in ("tuple", "list", "Sequence"))
         if many and not value:
@@ -366,7 +419,7 @@ def build(name: str, registry: Registry, changes: Changes = Changes()) -> tuple[
     for setting in changes.settings:
         _set(raw, setting)
     where = f"suite {name}"
-    top = ("schema", "name", "title", "secret", "tuned", *_TABLES, *_PLUGIN_TABLES)
+    top = ("schema", "name", "title", "secret", "tuned", *TABLES, *_PLUGIN_TABLES)
     for key in raw:
         if key not in top:
             raise BadInput(f"{where}: unknown key `{key}`: {nearest(key, top)}")
@@ -379,7 +432,7 @@ def build(name: str, registry: Registry, changes: Changes = Changes()) -> tuple[
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", title):  # it becomes a folder
         raise BadInput(f"{where}: name = {_shown(title)}: use letters, digits, `.`, `_` and `-`")
     t: dict[str, dict[str, Any]] = {}
-    for table, keys in _TABLES.items():
+    for table, keys in TABLES.items():
         given = raw.get(table, {})
         if not isinstance(given, dict):
             raise BadInput(f"{where}: `{table}` must be a table, [{table}]")
@@ -387,7 +440,7 @@ def build(name: str, registry: Registry, changes: Changes = Changes()) -> tuple[
             if key not in keys:
                 raise BadInput(f"{where}: unknown key `{key}` in [{table}]: {nearest(key, keys)}")
             _typed(where, table, key, value, keys[key])
-        t[table] = _DEFAULTS.get(table, {}) | given
+        t[table] = DEFAULTS.get(table, {}) | given
     m = t["matrix"]
     for key in ("datasets", "archs", "attacks", "defenses"):
         if key not in m:
@@ -404,12 +457,13 @@ def build(name: str, registry: Registry, changes: Changes = Changes()) -> tuple[
     calibration = m["seeds"][0] if m["seeds"] else 0
     m["seeds"] = list(changes.seeds) or m["seeds"]
     for key in ("datasets", "archs", "attacks", "defenses", "evaluators"):
-        _items(where, key, m[key], str)
-    _items(where, "rates", m["rates"], float)
-    _items(where, "seeds", m["seeds"], int)
-    for rate in m["rates"]:
-        if not 0 < rate <= 1:
-            raise BadInput(f"{where}: poison rate {rate} is outside 0 (excluded) to 1; clean models are attack `none`")
+        _items(where, f"[matrix] {key}", m[key], str)
+    _rates(where, "[matrix] rates", m["rates"])
+    own_rates = _own_rates(where, raw)
+    _own_rates(where, base)
+    if changes.rates:  # they are for all attacks
+        own_rates = {}
+    _items(where, "[matrix] seeds", m["seeds"], int)
     for seed in m["seeds"]:
         if seed < 0:
             raise BadInput(f"{where}: seed {seed} is negative; seeds start at 0")
@@ -456,6 +510,7 @@ def build(name: str, registry: Registry, changes: Changes = Changes()) -> tuple[
         arch_args={k: dict(v) for k, v in models.items()},
         attacks=tuple(variants["attack"]),
         rates=tuple(float(r) for r in m["rates"]),
+        attack_rates=own_rates,
         defenses=tuple(variants["defense"]),
         evaluators=tuple(variants["evaluator"]),
         seeds=tuple(m["seeds"]),

@@ -227,7 +227,8 @@ class Work:
             save_model(pack(net), out)
             artifacts.write_set(out, poisoned)
             result: dict[str, Any] = {
-                "rate_actual": poisoned.rate(),
+                # Where training itself poisons, no row is marked beforehand.
+                "rate_actual": poisoned.rate() or history.dirty,
                 "loss": history.losses[-1] if history.losses else None,
             }
             if b.triggers:

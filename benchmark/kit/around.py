@@ -34,6 +34,7 @@ class Around(TrainHooks):
 
     def batch(self, x: Tensor, y: Tensor, ids: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """The inner batch."""
+        self.inner.places = self.places
         return self.inner.batch(x, y, ids, step)
 
     def loss(self, net: nn.Module, x: Tensor, y: Tensor, mark: Tensor) -> Tensor:
@@ -50,25 +51,25 @@ class Around(TrainHooks):
 
 
 class MarkedBatches(Around):
-    """Says of each row of a poisoned set what it is, by its id."""
+    """Says of each row of a poisoned set what it is, by its place there."""
 
     def __init__(self, inner: TrainHooks, p: PoisonedSet, device: torch.device) -> None:
         super().__init__(inner)
-        table = torch.zeros(int(p.data.ids.max()) + 1, dtype=torch.int64)
-        table[p.data.ids.cpu()] = p.mark.cpu()
-        self.table = table.to(device)
+        self.table = p.mark.to(device)
 
     def batch(self, x: Tensor, y: Tensor, ids: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """The inner batch with marks; those that it sets itself stand."""
         x, y, mark = super().batch(x, y, ids, step)
-        return x, y, torch.where(mark == Mark.CLEAN, self.table[ids], mark)
+        assert self.places is not None, "the trainer says which rows of the set a batch has"
+        return x, y, torch.where(mark == Mark.CLEAN, self.table[self.places], mark)
 
 
 class CoveredBatches(Around):
     """Adds covers to the batches of an attack that controls training, beside its own dirty and cover rows.
 
     Of step i, `ratio` times as many rows as round((i + 1) r B) - round(i r B), among those that are eligible and that
-    the attack left clean. The attack's hooks must keep the rows of a batch in their places.
+    the attack left clean. The attack's hooks must keep the rows of a batch in their places; rows that they add, such as
+    triggered copies, come behind these and stay as they are.
 
     Args:
         inner: The attack's hooks.
@@ -99,11 +100,11 @@ class CoveredBatches(Around):
     def batch(self, x: Tensor, y: Tensor, ids: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """The inner batch, in which covers take the place of clean rows."""
         made, labels, mark = super().batch(x, y, ids, step)
-        if len(made) != len(x):
+        if len(made) < len(x):
             raise ValueError(f"covers need batches that keep their rows; {len(x)} rows became {len(made)}")
         share = self.rate * len(x)
         dirty = round((step + 1) * share) - round(step * share)
-        free = self.free[ids] & (mark == Mark.CLEAN)
+        free = self.free[ids] & (mark[: len(x)] == Mark.CLEAN)
         rows = (~free).long().argsort(stable=True)[: round(self.ratio * dirty)]
         trigger = self.triggers[step % len(self.triggers)]
         with torch.no_grad():

@@ -66,6 +66,7 @@ class Settings:
         slices: `topdown`, the largest pixels of the map; `adaptive`, the middle slice of eq. 7; `fixed`, that of FIXED.
         delta: What a window changes: the row's own `steps`, or `invert` its pixels.
         labels: Labels sliced at most, those most turned into.
+        batched: Many rows in one pass through a net; False sends one at a time, at the same result but for rounding.
     """
 
     steps: int = 20
@@ -75,6 +76,7 @@ class Settings:
     slices: Literal["topdown", "adaptive", "fixed"] = "topdown"
     delta: Literal["steps", "invert"] = "steps"
     labels: int = 10
+    batched: bool = True
 
     @classmethod
     def of(cls, method: object) -> Settings:
@@ -182,6 +184,7 @@ def climb(
     ctx: Ctx,
     towards: bool = False,
     where: Tensor | None = None,
+    at_once: int = _BATCH,
 ) -> Tensor:
     """Steps: T <- clip(x + T + step sign(g) M, 0, 1) - x from T = 0, g the gradient of CE(f(x + T), aim) in x.
 
@@ -196,6 +199,7 @@ def climb(
         ctx: Costs.
         towards: Descend to the aims instead of leaving them.
         where: M, bool (H, W); None for the whole image.
+        at_once: Rows in one pass through the net.
 
     Returns:
         T, (N, C, H, W).
@@ -205,7 +209,7 @@ def climb(
     sign = -1.0 if towards else 1.0
     mask = torch.ones_like(x[:1, 0]) if where is None else where.to(x)
     parts = []
-    for rows, wanted in zip(x.split(_BATCH), aims.split(_BATCH), strict=True):
+    for rows, wanted in zip(x.split(at_once), aims.split(at_once), strict=True):
 
         def loss(t: Tensor, rows: Tensor = rows, wanted: Tensor = wanted) -> Tensor:
             return sign * F.cross_entropy(net(rows + t * mask), wanted, reduction="sum")
@@ -377,6 +381,7 @@ class _Look:
         self.net, self.ctx, self.settings = case.net, case.ctx, settings
         self.classes = case.spec.classes
         self.fitted = len(case.tune)
+        self.at_once = _BATCH if settings.batched else 1
         device = case.ctx.device
         self.x = to_float(torch.cat([case.tune.images, case.val.images]).to(device))
         self.y = torch.cat([case.tune.labels, case.val.labels]).to(device)
@@ -384,13 +389,22 @@ class _Look:
     def answers(self, net: nn.Module, x: Tensor) -> Tensor:
         self.ctx.cost.forwards += len(x)
         with torch.no_grad():
-            return torch.cat([net(part).argmax(1) for part in x.split(_BATCH)]) if len(x) else self.y[:0]
+            return torch.cat([net(part).argmax(1) for part in x.split(self.at_once)]) if len(x) else self.y[:0]
 
     def climb(self, net: nn.Module, rows: Tensor, label: int = -1) -> Tensor:
         """Steps on these rows in the whole image: away from their labels, or with `targeted` to `label`."""
         s = self.settings
         aims = torch.full_like(rows, label) if s.targeted else self.y[rows]
-        return climb(net, self.x[rows], aims, steps=s.steps, step=s.step, towards=s.targeted, ctx=self.ctx)
+        return climb(
+            net,
+            self.x[rows],
+            aims,
+            steps=s.steps,
+            step=s.step,
+            towards=s.targeted,
+            at_once=self.at_once,
+            ctx=self.ctx,
+        )
 
     def within(self, rows: Tensor, label: int, where: Tensor) -> Tensor:
         """Steps on these rows inside a slice."""
@@ -404,6 +418,7 @@ class _Look:
             step=_INNER_STEP,
             towards=towards,
             where=where,
+            at_once=self.at_once,
             ctx=self.ctx,
         )
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sleeperbench.contracts.attack import TrainHooks
+from sleeperbench.contracts.attack import Mark, TrainHooks
 from sleeperbench.contracts.context import Cost, Ctx, Recipe
 from sleeperbench.contracts.models import Model
 from sleeperbench.data.images import ImageSet
@@ -28,11 +28,13 @@ class FitLog:
     Args:
         losses: Mean training loss of each epoch.
         steps: Updates done.
+        dirty: Rows that the hooks marked DIRTY per row drawn.
         models: The model after each epoch, when asked for.
     """
 
     losses: tuple[float, ...]
     steps: int
+    dirty: float
     models: tuple[Model, ...] = ()
 
 
@@ -110,7 +112,8 @@ def fit(
     opt = _optimiser(optimiser, weights, recipe)
     losses: list[float] = []
     models: list[Model] = []
-    step = 0
+    step, drawn = 0, 0
+    dirty = torch.zeros((), dtype=torch.int64, device=ctx.device)
     with _seeded(ctx.derive("net"), ctx.device), _autocast(hooks, recipe.precision, ctx.device):
         for epoch in range(epochs):
             net.train()  # anew in each epoch: `epoch_end` may have looked at the net in eval mode
@@ -129,7 +132,10 @@ def fit(
                     rows = order[part]
                     seen = look(images, rows, views.rows(part), pad)
                     x = to_float(seen.contiguous(memory_format=torch.channels_last))
+                    hooks.places = rows
                     x, y, mark = hooks.batch(x, labels[rows], ids[rows], step)
+                    dirty += (mark == Mark.DIRTY).sum()
+                    drawn += len(rows)
                     summed += hooks.step(net, opt, x, y, mark).detach()
                     step += 1
             losses.append(float(summed) / now)  # the only place where the host waits for the device
@@ -145,7 +151,7 @@ def fit(
     if not all(torch.stack([w.isfinite().all() for w in weights]).tolist()):
         raise FloatingPointError(f"weights are not finite after epoch {len(losses)}: lower lr (now {recipe.lr:g})")
     net.eval()
-    return FitLog(losses=tuple(losses), steps=step, models=tuple(models))
+    return FitLog(losses=tuple(losses), steps=step, dirty=int(dirty) / drawn, models=tuple(models))
 
 
 def _optimiser(name: str, weights: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:

@@ -87,10 +87,10 @@ def _beside(
         for a in results.labels("attack", attack, here):
             for d in results.labels("defense", f.defense or Ref(id="none"), [u for u in here if u.attack == a]):
                 unit = Unit(dataset, arch, a, rate, d)
-                ours = results.series(unit, f.metric, "")
+                ours = results.series(unit, f.metric, f.qualifier)
                 yield {
                     "unit": str(unit),
-                    "metric": f.metric,
+                    "metric": f"{f.metric}[{f.qualifier}]" if f.qualifier else f.metric,
                     "ours": summary(ours),
                     "published": f.value,
                     "table": table.id,
@@ -257,7 +257,8 @@ def _quoted(claim: Claim, paper: Paper, dataset: str, arch: str, choice: Choice)
     for table in (paper.tables[t] for t in claim.tables):
         if (table.setting["dataset"], table.setting["arch"]) == (dataset, arch):
             for f in table.figures:
-                if (f.metric, f.attack, f.defense) == (choice.metric, choice.attacks[0], choice.defenses[0]):
+                printed = (f.metric, f.qualifier, f.attack, f.defense)
+                if printed == (choice.metric, choice.qualifier or "", choice.attacks[0], choice.defenses[0]):
                     return f.value
     return None
 
@@ -449,17 +450,24 @@ def _with_paper(line: Line, claim: Claim, unit: Unit, paper: Paper, results: Res
         return line
     left, than = claim.compared.left, claim.compared.than
     published: dict[str, Any] = {"table": table.id, "unconfirmed": table.unconfirmed}
-    published["left"] = _printed(table, unit, left.metric or "", results)
+    own = (left.metric or "", left.qualifier or "")
+    published["left"] = _printed(table, unit, own, results)
     if than is not None and not than.pool:
         attack, defense = (r[0] if r else None for r in (than.attacks, than.defenses))
-        published["right"] = _printed(table, unit, than.metric or left.metric or "", results, attack, defense)
+        other = (than.metric or own[0], _qualifier(than, own[1]))
+        published["right"] = _printed(table, unit, other, results, attack, defense)
     return replace(line, published=published, differs=tuple(differences(table.setting, unit, results, about)))
 
 
 def _printed(
-    table: Table, unit: Unit, metric: str, results: Results, attack: Ref | None = None, defense: Ref | None = None
+    table: Table,
+    unit: Unit,
+    measure: tuple[str, str],
+    results: Results,
+    attack: Ref | None = None,
+    defense: Ref | None = None,
 ) -> float | None:
-    """The table's figure for a unit, where `attack` and `defense` stand in for the unit's own."""
+    """The table's figure of a metric and qualifier for a unit; `attack` and `defense` stand in for the unit's own."""
 
     def same(kind: str, printed: Ref | None, instead: Ref | None, label: str) -> bool:
         if instead is not None:
@@ -468,7 +476,7 @@ def _printed(
 
     for f in table.figures:
         if (
-            f.metric == metric
+            (f.metric, f.qualifier) == measure
             and same("attack", f.attack, attack, unit.attack)
             and same("defense", f.defense, defense, unit.defense)
         ):

@@ -132,7 +132,10 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One printed figure; `value` is in the unit of our tables, so fractions for what is printed in %."""
+    """One printed figure; `value` is in the unit of our tables, so fractions for what is printed in %.
+
+    `metric` and `qualifier` name our row; a file writes them `metric[qualifier]`.
+    """
 
     table: str
     row: str
@@ -140,6 +143,7 @@ class Figure:
     attack: Ref | None
     defense: Ref | None
     metric: str
+    qualifier: str
     value: float
 
 
@@ -285,13 +289,15 @@ def _figures(where: str, raw: Mapping[str, Any]) -> Iterator[Figure]:
                     value = float(part)
                 except ValueError:
                     raise Faulty(f"{where}: {row}, {column} is `{cell}`; wanted numbers or -") from None
+                name, _, qualifier = metric.removesuffix("]").partition("[")
                 yield Figure(
                     table=str(raw["id"]),
                     row=row,
                     column=column,
                     attack=named.get("attack"),
                     defense=named.get("defense"),
-                    metric=metric,
+                    metric=name,
+                    qualifier=qualifier,
                     value=value / 100 if raw["unit"] == "%" else value,
                 )
 

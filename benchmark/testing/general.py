@@ -31,10 +31,27 @@ def _blueprint(s: Subject) -> Blueprint:
         raise Failed(str(e)) from e
 
 
+def _presets(b: Blueprint, effort: list[str]) -> None:
+    """Each of INFO's presets lowers parameters that `effort` names, and nothing else."""
+    presets = b.info.get("presets", {})
+    hold(type(presets) is dict, f"INFO['presets'] is {presets!r}, not a dict")
+    for name, preset in presets.items():
+        where = f"INFO['presets'][{name!r}]"
+        hold(type(preset) is dict and preset, f"{where} is {preset!r}, not a dict with at least one parameter")
+        for key, value in preset.items():
+            hold(key in b.fields, f"{where} names {key!r}, which is no parameter")
+            hold(key in effort, f"{where} sets {key!r}, which INFO['effort'] does not name")
+            fits = type(value) is int and 1 <= value <= b.fields[key].default
+            hold(fits, f"{where} sets {key} to {value!r}: give a whole number from 1 to the default")
+        lower = any(value < b.fields[key].default for key, value in preset.items())
+        hold(lower, f"{where} lowers nothing")
+
+
 @check(
     "metadata",
     ALL,
     what="INFO, ACCESS, NEEDS, METRICS and the parameters are literal; INFO is complete; each parameter is explained; "
+    "presets lower nothing but `effort`; "
     "a defense that judges says whether it traverses classes and what it presumes.",
     remedy="Write what is named out as a literal in the class body (docs/plugins.md has the forms); a published method "
     "has `paper`, `bibtex` and an `Args:` line per parameter; one of kind detection, inversion or cleansing has "
@@ -61,6 +78,7 @@ def metadata(s: Subject) -> None:
     for name in effort:
         known = name in b.fields and type(b.fields[name].default) is int
         hold(known, f"INFO['effort'] names {name!r}, which is no whole-number parameter")
+    _presets(b, effort)
     if s.kind == "defense" and b.info["kind"] in JUDGES:
         traverses, presumes = b.info.get("traverses"), b.info.get("presumes")
         words = "True where it looks at every class in turn as a possible target, else False"

@@ -41,6 +41,7 @@ def invented(at: Stage) -> Outcome:
         verdict=Verdict(score=2.5, threshold=2.0, label_scores=scores, pairs=torch.tensor([[0, TARGET]])),
         inverted=(Inverted(target=TARGET, mask=mask, pattern=patch), Inverted(target=0, delta=0.1 * (patch - 0.5))),
         state=({"overlay": at.micro.pool.images[:4]}, {"weight": 0.5}),
+        alarm=0.5,
         chosen={"threshold": 2.0},
         path={"t=0.10": at.model(at.attacked), "t=0.20": tuned},
     )
@@ -111,7 +112,7 @@ def _cell(subject: Subject, needs: Needs, at: Stage, situation: str) -> dict[str
         inputs[f"evaluator.{other}"] = reads.findings(at, "no_trigger" if quiet else reads.situation)
     if "scores" in needs.outcome and attack == at.attacked:
         inputs["answer"] = at.kept("answer", {"attack": attack}, lambda f: _answer(at, f))
-    if "cost" in needs.outcome:
+    if "cost" in needs.outcome or ("inverted" in needs.outcome and situation not in CONTROLS):
         inputs["wrapped"] = _outcome(at, "repaired", attack)
     for name in (*needs.peers, *subject.params.get("peers", ())):
         inputs[f"peer.{name}"] = _outcome(at, "repaired", attack)

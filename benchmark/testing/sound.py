@@ -100,6 +100,9 @@ def _defense(s: Subject, variant: Variant) -> None:
         hold(not bool(bad.any()), f"Outcome.relabel is outside 0..{variant.classes - 1}")
     if o.keep is not None:
         hold(bool(o.keep.any()), "Outcome.keep keeps no row at all")
+    if o.alarm is not None:
+        good = isinstance(o.alarm, int | float) and math.isfinite(o.alarm)
+        hold(good, f"Outcome.alarm is {o.alarm!r}, not a finite float")
     if o.verdict is not None:
         _verdict(o.verdict, variant)
     for inv in o.inverted:
@@ -161,6 +164,7 @@ def _fits(s: Subject, o: Outcome) -> None:
     early = bool(s.info.get("prepares"))
     hold(early == ("prepare" in own), "INFO['prepares'] is True if and only if prepare() is written")
     hold("score" not in own or o.state is not None, "score() is written, but the outcome gives it no state")
+    hold("score" in own or o.alarm is None, "Outcome.alarm is a threshold of scores, but score() is not written")
     hold(not o.opaque or "predict" in own, "the outcome is opaque, but predict() is not written")
     hold(bool(s.info.get("stamps")) == ("stamp" in own), "INFO['stamps'] is True if and only if stamp() is written")
     uses = any(inv.uses_apply for inv in o.inverted)

@@ -25,11 +25,7 @@
       });
       body.append(...keyed.map((e) => e.row));
     }
-    mark(table, column, down);
-  }
-
-  // Say in the headings which column the table is sorted by; -1 is none.
-  function mark(table, column, down) {
+    // Say in the headings which column the table is sorted by.
     [...table.tHead.rows[0].cells].forEach((th, i) => {
       const on = i === column;
       if (on) th.setAttribute("aria-sort", down ? "descending" : "ascending");
@@ -39,8 +35,8 @@
     });
   }
 
-  // A button per heading; `chosen` is called with the column and the direction.
-  function headings(table, chosen) {
+  // A button per heading.
+  function headings(table) {
     [...table.tHead.rows[0].cells].forEach((th, column) => {
       const button = document.createElement("button");
       button.type = "button";
@@ -50,7 +46,7 @@
       button.addEventListener("click", () => {
         // Figures start with the largest, words with the first; a second click turns the order.
         const now = th.getAttribute("aria-sort");
-        chosen(column, now ? now === "ascending" : th.classList.contains("num"));
+        sort(table, column, now ? now === "ascending" : th.classList.contains("num"));
       });
       th.append(" ", button);
     });
@@ -93,7 +89,6 @@
   if (switcher) theme(switcher);
   copies();
   for (const table of document.querySelectorAll("table.sortable")) {
-    if (table.id !== "board") headings(table, (column, down) => sort(table, column, down));
+    headings(table);
   }
-  window.sleeperbench = { headings, mark };
 })();

@@ -61,10 +61,22 @@ const pairing = (() => {
     return given.toString();
   }
 
+  // Of every model that both have a score on: 1 won, -1 lost, 0 even; a failure loses a tie against what is none.
+  function duels(group, a, b) {
+    const found = [];
+    group.units.forEach((_, u) => {
+      const x = group.scores[a][u], y = group.scores[b][u];
+      if (x === null || y === null) return;
+      found.push(Math.abs(x - y) > SAME ? Math.sign(x - y) : group.lost[b].includes(u) - group.lost[a].includes(u));
+    });
+    return found;
+  }
+
+  const points = (x) => `${(100 * x).toFixed(1)} points`;
   const percent = (x) => `${(100 * x).toFixed(1)} %`;
   const span = (p) => (p.kind === "single" ? "1 model" : `${p.kind === "range" ? "range " : ""}${(100 * p.low).toFixed(1)} to ${(100 * p.high).toFixed(1)}`);
 
-  return { averageRanks, bySetting, critical, format, pair, parse, percent, place, span };
+  return { averageRanks, bySetting, critical, duels, format, pair, parse, percent, place, points, span };
 })();
 
 if (typeof module !== "undefined") module.exports = pairing;
@@ -102,11 +114,10 @@ else (() => {
     const rows = [];
     chosen.forEach((a, i) => chosen.slice(i + 1).forEach((b) => {
       const p = pairing.pair(g, a, b);
-      const both = g.units.map((_, u) => [g.scores[a][u], g.scores[b][u]]).filter(([x, y]) => x !== null && y !== null);
-      const won = both.filter(([x, y]) => x > y + 1e-9).length, lost = both.filter(([x, y]) => x < y - 1e-9).length;
+      const duels = pairing.duels(g, a, b), won = duels.filter((x) => x > 0).length, lost = duels.filter((x) => x < 0).length;
       rows.push(element("tr", {}, element("th", { scope: "row" }, link(g, a)), element("td", {}, link(g, b)),
-        number(...(p ? [pairing.percent(p.value), " ", element("small", {}, pairing.span(p))] : ["no common model"])),
-        number(String(both.length)), number(String(won)), number(String(lost)), number(String(both.length - won - lost))));
+        number(...(p ? [pairing.points(p.value), " ", element("small", {}, pairing.span(p))] : ["no common model"])),
+        number(String(duels.length)), number(String(won)), number(String(lost)), number(String(duels.length - won - lost))));
     }));
     return table("compared", `${g.score} of the first minus the second, in percentage points, with its 95 % t interval over seeds within attacks, or the range with fewer than 3 seeds`,
       [["First"], ["Second"], ["Difference", "num"], ["Attacked models", "num"], ["Won", "num"], ["Lost", "num"], ["Even", "num"]], rows);
@@ -117,9 +128,14 @@ else (() => {
       const scores = chosen.map((d) => g.scores[d][u]);
       const fields = scores.map((s, i) => {
         const page = g.pages[chosen[i]].slice(12 * u, 12 * u + 12), text = s === null ? "no score" : pairing.percent(s);
-        return number(page.startsWith("-") ? text : element("a", { href: `cells/${page}.html` }, text));
+        const made = number(page.startsWith("-") ? text : element("a", { href: `cells/${page}.html` }, text));
+        if (g.lost[chosen[i]].includes(u)) {
+          made.classList.add("lost");
+          made.append(" ", element("small", {}, "failed or collapsed"));
+        }
+        return made;
       });
-      const gaps = scores.slice(1).map((s) => number(s === null || scores[0] === null ? "none" : pairing.percent(s - scores[0])));
+      const gaps = scores.slice(1).map((s) => number(s === null || scores[0] === null ? "none" : pairing.points(s - scores[0])));
       return element("tr", {}, element("th", { scope: "row" }, element("bdi", {}, g.settings[setting])), number(String(seed)), ...fields, ...gaps);
     });
     const names = chosen.map((d) => [g.names[d], "num"]);

@@ -1,13 +1,13 @@
 // The table of all cells: search, facets, sort, columns, CSV and BibTeX, over all rows of the board and not one page.
-// The pages show every row without it. What is chosen lives in the URL's hash. Text enters the page as text alone.
+// The pages show every row without it. DataTables holds what is chosen and draws; which rows, in which order, is ours.
+// What is chosen lives in the URL's hash. Text enters the page as text alone.
 "use strict";
 
 // What can be worked out without a page.
 const cellTable = (() => {
-  const PER_PAGE = 30;
+  const PER_PAGE = 25;
   const FACETS = ["dataset", "arch", "attack", "rate", "defense", "access", "status"];
   const IDENTITY = ["cell", "dataset", "arch", "attack", "rate", "defense", "access", "seed", "status"];
-  const MAIN = ["c_acc", "asr", "asr_attacked", "o_asr", "p_asr", "der", "p_asr_net", "bec", "p_der", "det_score", "verdict", "input_tpr_fpr1", "reasr_net"];
 
   // A share in per cent with one decimal; halves go to the even digit, as on the pages made beforehand.
   function percent(value) {
@@ -34,7 +34,6 @@ const cellTable = (() => {
       this.off = new Set(data.off);
       this.usual = this.columns.filter((c) => !this.off.has(c));
       this.opened = new Map();
-      this.ranks = new Map();
     }
 
     // A metric's figures: NaN where a row has none, `why` the index of the reason, `at` the place among the figures.
@@ -85,30 +84,6 @@ const cellTable = (() => {
       return { empty: false, text: shown, note, title, order: String(value) };
     }
 
-    // Numbers to sort a column by; NaN comes last.
-    keys(column) {
-      if (this.metrics.has(column)) return this.open(column).value;
-      if (this.ranks.has(column)) return this.ranks.get(column);
-      const keys = new Float64Array(this.count);
-      if (column === "cell") {
-        // As it reads: by defense, then by attack.
-        const defense = this.keys("defense"), attack = this.keys("attack");
-        for (let i = 0; i < keys.length; i++) keys[i] = defense[i] * this.count + attack[i];
-      } else {
-        const t = this.data.text[column];
-        const number = (v) => (v === null ? NaN : Number(v));
-        let rank = t.sort.map(number);
-        if (t.sort.some((v) => typeof v === "string")) {
-          const order = [...t.sort.keys()].sort((a, b) => (t.sort[a] < t.sort[b] ? -1 : t.sort[a] > t.sort[b] ? 1 : 0));
-          rank = [];
-          order.forEach((i, r) => { rank[i] = r && t.sort[order[r - 1]] === t.sort[i] ? rank[order[r - 1]] : r; });
-        }
-        for (let i = 0; i < keys.length; i++) keys[i] = rank[t.at[i]];
-      }
-      this.ranks.set(column, keys);
-      return keys;
-    }
-
     // What a reader can search: identity and status, not every figure.
     words() {
       if (!this.searched) {
@@ -120,11 +95,19 @@ const cellTable = (() => {
       return this.searched;
     }
 
-    // The rows that a state shows, in its order, and per facet how many rows each of its values would show.
+    // The rows that a state shows, in its order, and per facet how many rows each of its values would show. The last
+    // answer is kept, since another order, page or set of columns asks for the same rows.
     select(state) {
+      const asked = JSON.stringify([state.q, state.facets]), order = `${state.sort} ${state.down}`;
+      if (asked !== this.asked) [this.asked, this.narrowed, this.order] = [asked, this.narrow(state), ""];
+      if (order !== this.order) [this.order, this.found] = [order, state.sort ? this.sorted(this.narrowed.found, state.sort, state.down) : this.narrowed.found];
+      return { found: this.found, counts: this.narrowed.counts };
+    }
+
+    narrow(state) {
       const n = this.count, wanted = state.q.toLowerCase().split(/\s+/).filter(Boolean);
       const words = wanted.length ? this.words() : null;
-      const at = FACETS.map((f) => this.places(f));
+      const at = FACETS.map((f) => this.data.text[f].at);
       const chosen = FACETS.map((f) => (f in state.facets ? this.data.text[f].values.indexOf(state.facets[f]) : -1));
       const asked = [...chosen.keys()].filter((k) => chosen[k] >= 0);
       const counts = FACETS.map((f) => new Int32Array(this.data.text[f].values.length));
@@ -138,64 +121,33 @@ const cellTable = (() => {
           for (let k = 0; k < at.length; k++) counts[k][at[k][i]]++;
         } else if (misses === 1) counts[missed][at[missed][i]]++;
       }
-      return { found: state.sort ? this.sorted(found, state.sort, state.down) : found, counts };
+      return { found, counts };
     }
 
-    // The index of each row's word, in an array that is quick to read.
-    places(column) {
-      const name = `at ${column}`;
-      if (!this.opened.has(name)) this.opened.set(name, new Int32Array(this.data.text[column].at));
-      return this.opened.get(name);
-    }
-
-    // Ranks of a column's values, -1 for an empty field; equal values share one.
+    // The place of each row's value among all rows; equal values share one, and an empty field has none.
     ranked(column) {
-      const name = `rank ${column}`;
+      const name = `rank ${column}`, n = this.count, { text } = this.data, word = (c) => (i) => text[c].rank[text[c].at[i]] ?? NaN;
       if (!this.opened.has(name)) {
-        const keys = this.keys(column), values = keys.slice().sort();
-        let size = 0, filled = values.length;
-        // NaN sorts last
-        while (filled && values[filled - 1] !== values[filled - 1]) filled--;
-        for (let i = 0; i < filled; i++) if (!i || values[i] !== values[i - 1]) values[size++] = values[i];
-        const rank = new Int32Array(keys.length).fill(-1);
-        for (let i = 0; i < keys.length; i++) {
-          if (keys[i] !== keys[i]) continue;
-          let low = 0, high = size - 1;
-          while (low < high) {
-            const mid = (low + high) >> 1;
-            if (values[mid] < keys[i]) low = mid + 1;
-            else high = mid;
-          }
-          rank[i] = low;
-        }
-        this.opened.set(name, { rank, size });
+        // A cell reads by defense, then by attack.
+        const key = column !== "cell" ? word(column) : (i) => word("defense")(i) * n + word("attack")(i);
+        const keys = this.metrics.has(column) ? this.open(column).value : Float64Array.from({ length: n }, (_, i) => key(i));
+        const place = new Map();
+        for (const v of keys.slice().sort()) if (v === v && !place.has(v)) place.set(v, place.size);
+        this.opened.set(name, Int32Array.from(keys, (v) => place.get(v) ?? -1));
       }
       return this.opened.get(name);
     }
 
-    // 1 where a row's figures are no success: the attack did not implant, or the defense failed or ruined the model.
-    voids() {
-      if (!this.opened.has("voids")) {
-        const { css, at } = this.data.text.status;
-        const is = css.map((names) => /\b(weak|lost)\b/.test(names));
-        const found = new Uint8Array(this.count);
-        for (let i = 0; i < found.length; i++) if (is[at[i]]) found[i] = 1;
-        this.opened.set("voids", found);
-      }
-      return this.opened.get("voids");
-    }
-
-    // Rows, given in their first order, by rank: contestants before controls and oracles; figures that are no success
-    // after those that count, and empty fields last, in either direction.
+    // Rows, given in their first order: contestants before controls and oracles; figures that are no success after those
+    // that count, and empty fields last, in either direction. Numbers alone are sorted the quickest, so each row is one.
     sorted(rows, column, down) {
-      const { rank, size } = this.ranked(column), first = this.data.contestants, width = 2 * size + 1;
-      const voids = this.metrics.has(column) ? this.voids() : new Uint8Array(this.count);
-      const place = (i) => (i < first ? 0 : width) + (rank[i] < 0 ? 2 * size : voids[i] * size + (down ? size - 1 - rank[i] : rank[i]));
-      const start = new Int32Array(2 * width + 1), order = new Array(rows.length);
-      for (const i of rows) start[place(i) + 1]++;
-      for (let k = 1; k < start.length; k++) start[k] += start[k - 1];
-      for (const i of rows) order[start[place(i)]++] = i;
-      return order;
+      const n = this.count, rank = this.ranked(column), figures = this.metrics.has(column), { status } = this.data.text;
+      const places = new Float64Array(rows.length);
+      rows.forEach((i, k) => {
+        const late = (i < this.data.contestants ? 0 : 3) + (rank[i] < 0 ? 2 : figures && status.void[status.at[i]]);
+        places[k] = (late * n + (rank[i] < 0 ? 0 : down ? n - 1 - rank[i] : rank[i])) * n + k;
+      });
+      return Array.from(places.sort(), (place) => rows[place % n]);
     }
 
     // The rows as CSV: raw values, the ends of intervals, and in the last column the reasons of empty fields.
@@ -234,8 +186,7 @@ const cellTable = (() => {
 
     csvWord(column, i) {
       const t = this.data.text[column], k = t.at[i];
-      if (column === "rate") return t.sort[k] === null ? "" : String(t.sort[k]);
-      return column === "status" ? t.sort[k] : String(t.values[k]);
+      return String((t.raw || t.values)[k] ?? "");
     }
 
     // BibTeX of the benchmark and of all that these rows use, each entry once.
@@ -274,159 +225,155 @@ const cellTable = (() => {
     }
   }
 
-  return { Cells, FACETS, IDENTITY, MAIN, PER_PAGE, percent, quote, span };
+  return { Cells, FACETS, IDENTITY, PER_PAGE, percent, quote, span };
 })();
 
 if (typeof module !== "undefined") module.exports = cellTable;
 else (() => {
-  const { Cells, FACETS, MAIN, PER_PAGE } = cellTable;
-  const table = document.getElementById("board"), box = document.getElementById("filters");
-  if (!table || !box) return;
-  const $ = (id) => document.getElementById(id);
-  let cells = null, state = null, found = [], taken = false, waiting = null, timer = 0;
+  const { Cells, FACETS, IDENTITY, PER_PAGE } = cellTable;
+  const board = document.getElementById("board"), $ = (id) => document.getElementById(id);
+  if (!board || !$("filters")) return;
+  const heads = [...board.tHead.rows[0].cells], off = heads.map((th) => th.hasAttribute("data-off"));
+  const selects = [...document.querySelectorAll("select[data-facet]")];
+  // `rows` are those of the page as it is shown, `columns` says which are, `focus` is the button that asked for it.
+  let cells = null, waiting = [], rows = [], columns = [], taken = false, focus;
 
-  function element(name, attributes = {}, ...children) {
-    const made = document.createElement(name);
-    for (const [k, v] of Object.entries(attributes)) if (v !== "" || k.startsWith("data-")) made.setAttribute(k, v);
-    made.append(...children);
-    return made;
+  const ready = (then) => (cells ? then() : waiting.push(then));
+
+  function set(node, attributes, ...children) {
+    for (const [k, v] of Object.entries(attributes)) if (v !== "" || k.startsWith("data-")) node.setAttribute(k, v);
+    node.append(...children);
+    return node;
   }
+  const element = (name, ...rest) => set(document.createElement(name), ...rest);
 
-  const link = (column, i) => {
-    const t = cells.data.text[column], k = t.at[i];
-    return element("a", { href: t.hrefs[k] }, element("bdi", {}, t.values[k]));
-  };
-
-  function field(column, i) {
-    const t = cells.data.text;
+  // Fill a row's field, which the library made.
+  function fill(td, column, i) {
+    const badge = (name, word) => [" ", element("span", { class: `badge ${name}`.trim() }, word)];
     if (column === "cell") {
-      const named = [element("bdi", {}, cells.word("defense", i)), " against ", element("bdi", {}, cells.word("attack", i))];
-      const role = cells.word("role", i);
-      return element("th", { scope: "row" }, element("a", { href: `cells/${cells.page(i)}.html` }, ...named), ...(role ? [" ", element("span", { class: `badge ${role}` }, role)] : []));
+      const role = cells.word("role", i), named = [element("bdi", {}, cells.word("defense", i)), " against ", element("bdi", {}, cells.word("attack", i))];
+      set(td, { scope: "row" }, element("a", { href: `cells/${cells.page(i)}.html` }, ...named), ...(role ? badge(role, role) : []));
+    } else if (cells.metrics.has(column)) {
+      const f = cells.figure(column, i);
+      set(td, { class: f.empty ? "empty" : "", "data-metric": column, "data-order": f.order, title: f.title }, f.text, ...(f.note ? [" ", element("small", {}, f.note)] : []));
+    } else {
+      const t = cells.data.text[column], k = t.at[i], word = String((t.words || t.values)[k]) || "none";
+      const css = { rate: "num", seed: "num", status: "status" }[column] || "";
+      set(td, { class: css }, t.hrefs ? element("a", { href: t.hrefs[k] }, element("bdi", {}, word)) : word, ...(t.badges ? t.badges[k].flatMap((b) => badge("", b)) : []));
     }
-    if (column === "dataset" || column === "attack" || column === "defense") return element("td", {}, link(column, i));
-    if (column === "status") {
-      const k = t.status.at[i], badges = t.status.badges[k].flatMap((b) => [" ", element("span", { class: "badge" }, b)]);
-      return element("td", { class: "status", "data-order": t.status.sort[k] }, t.status.words[k], ...badges);
-    }
-    if (column === "rate" || column === "seed") {
-      const raw = t[column].sort[t[column].at[i]];
-      return element("td", { class: "num", "data-order": raw === null ? "" : String(raw) }, String(cells.word(column, i)));
-    }
-    if (!cells.metrics.has(column)) return element("td", {}, String(cells.word(column, i)) || "none");
-    const f = cells.figure(column, i);
-    const td = element("td", { class: f.empty ? "empty" : "", "data-metric": column, "data-order": f.order, title: f.title }, f.text);
-    if (f.note) td.append(" ", element("small", {}, f.note));
-    return td;
   }
 
-  function row(i) {
-    const status = cells.data.text.status;
-    const made = element("tr", { "data-cell": cells.name(i), "data-attack": cells.word("attack", i), "data-defense": cells.word("defense", i) });
-    const css = status.css[status.at[i]];
-    if (css) made.className = css;
-    for (const c of state.columns) made.append(field(c, i));
-    return made;
-  }
-
-  function legend(rows) {
-    const words = new Set();
-    for (const c of state.columns) if (cells.metrics.has(c)) for (const i of rows) { const why = cells.open(c).why[i]; if (why >= 0) words.add(cells.data.reasons[why][0]); }
-    $("words").replaceChildren(...[...words].sort().map((w) => element("div", {}, element("dt", {}, w), element("dd", {}, cells.data.meanings[w] || "as the method or the engine worded it"))));
-  }
-
-  function draw() {
-    const pages = Math.max(1, Math.ceil(found.length / PER_PAGE));
-    state.page = Math.min(state.page, pages);
-    const rows = found.slice((state.page - 1) * PER_PAGE, state.page * PER_PAGE);
-    const first = cells.data.contestants;
-    const contestants = rows.filter((i) => i < first), others = rows.filter((i) => i >= first);
-    const bodies = [];
-    if (contestants.length) bodies.push(element("tbody", {}, ...contestants.map(row)));
-    if (others.length) {
-      const words = element("span", {}, "Controls and oracles: not contestants");
-      const group = element("tr", { class: "group" }, element("th", { colspan: String(state.columns.length), scope: "rowgroup" }, words));
-      bodies.push(element("tbody", { class: "controls" }, group, ...others.map(row)));
+  // What is chosen, as the library holds it.
+  function state() {
+    const facets = {}, [by] = table.order();
+    for (const f of FACETS) {
+      const wanted = table.column(IDENTITY.indexOf(f)).search();
+      if (wanted) facets[f] = wanted.slice(1);
     }
-    if (!rows.length) bodies.push(element("tbody", {}, element("tr", {}, element("td", { colspan: String(state.columns.length) }, "No cell fits these choices."))));
-    for (const body of [...table.tBodies]) body.remove();
-    table.append(...bodies);
-    legend(rows);
-    if (!taken && $("static-pages")) $("static-pages").hidden = true;
-    taken = true;
-    $("pager").hidden = pages < 2;
-    $("page-now").textContent = `Page ${state.page} of ${pages}`;
-    $("page-back").disabled = state.page <= 1;
-    $("page-on").disabled = state.page >= pages;
+    const shown = table.columns().visible().toArray();
+    return { q: table.search(), facets, sort: by ? cells.columns[by[0]] : "", down: Boolean(by) && by[1] === "desc", columns: cells.columns.filter((_, k) => shown[k]), page: table.page() + 1 };
   }
 
-  function choose() {
-    const { found: rows, counts } = cells.select(state);
-    found = rows;
-    for (const select of box.querySelectorAll("select[data-facet]")) {
-      const f = select.dataset.facet, t = cells.data.text[f], count = counts[FACETS.indexOf(f)];
+  // The library asks for a page of rows, as it would ask a server.
+  function answer(request, give) {
+    ready(() => {
+      const now = state(), { found, counts } = cells.select(now), { status } = cells.data.text;
+      focus = $("pager").querySelector(":focus")?.dataset.dtIdx;
+      rows = found.slice(request.start, request.start + request.length);
+      columns = cells.columns.map((c) => now.columns.includes(c));
+      if (!taken && $("static-pages")) $("static-pages").hidden = true;
+      taken = true;
+      while (board.tBodies.length > 1) board.tBodies[1].remove();
+      count(counts);
+      legend(now.columns);
+      for (const input of $("column-list").querySelectorAll("input")) input.checked = now.columns.includes(input.value);
+      $("pager").hidden = found.length <= PER_PAGE;
+      const hash = cells.format(now);
+      history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
+      give({
+        draw: request.draw, recordsTotal: cells.count, recordsFiltered: found.length,
+        data: rows.map((i) => ({
+          i, DT_RowClass: status.css[status.at[i]],
+          DT_RowAttr: { "data-cell": cells.name(i), "data-attack": cells.word("attack", i), "data-defense": cells.word("defense", i) },
+        })),
+      });
+    });
+  }
+
+  // The library draws into one body; controls and oracles move to a second one, under a heading of their own.
+  function drawn() {
+    const [body] = board.tBodies;
+    // Before the first choice the library has no rows, and the page's own stand.
+    if (!taken) return body.replaceChildren();
+    // The library makes its buttons anew, and DataTables 3.1.5 loses the focus on the way.
+    if (focus) $("pager").querySelector(`[data-dt-idx="${focus}"]`)?.focus();
+    const first = rows.findIndex((i) => i >= cells.data.contestants);
+    if (first < 0) return;
+    const heading = element("th", { colspan: String(columns.filter(Boolean).length), scope: "rowgroup" }, element("span", {}, "Controls and oracles: not contestants"));
+    board.append(element("tbody", { class: "controls" }, element("tr", { class: "group" }, heading), ...[...body.rows].slice(first)));
+  }
+
+  function count(counts) {
+    for (const select of selects) {
+      const f = select.dataset.facet, { values } = cells.data.text[f], found = counts[FACETS.indexOf(f)];
       for (const option of select.options) {
-        const k = t.values.indexOf(option.value.slice(1));
-        const text = `${t.values[k] || "none"} (${count[k]})`;
+        const k = values.indexOf(option.value.slice(1)), text = `${values[k] || "none"} (${found[k]})`;
         if (option.value && option.textContent !== text) option.textContent = text;
       }
-      select.value = f in state.facets ? `=${state.facets[f]}` : "";
     }
   }
 
-  // What is chosen, drawn; rows are chosen again unless only the page or the columns changed.
-  function show(same = false) {
-    if (!same) choose();
-    if ($("search").value !== state.q) $("search").value = state.q;
-    for (const input of $("column-list").querySelectorAll("input")) input.checked = state.columns.includes(input.value);
-    [...table.tHead.rows[0].cells].forEach((th, k) => { th.hidden = !state.columns.includes(cells.columns[k]); });
-    window.sleeperbench.mark(table, cells.columns.indexOf(state.sort), state.down);
-    $("shown").textContent = `${found.length} of ${cells.count} cells`;
-    draw();
+  // The words in the empty fields of the page.
+  function legend(shown) {
+    const words = new Set();
+    for (const c of shown) if (cells.metrics.has(c)) for (const i of rows) { const why = cells.open(c).why[i]; if (why >= 0) words.add(cells.data.reasons[why][0]); }
+    $("words").replaceChildren(...[...(words.size ? words : ["none"])].sort().map((w) => element("div", {}, element("dt", {}, w), element("dd", {}, cells.data.meanings[w] || "as the method or the engine worded it"))));
   }
 
-  function change(how) {
-    ready(() => {
-      // What is being typed counts already, though its own turn has not come.
-      const given = { ...(timer ? { q: $("search").value } : {}), ...how(state) };
-      clearTimeout(timer);
-      timer = 0;
-      Object.assign(state, { page: 1 }, given);
-      show(taken && !["q", "facets", "sort"].some((k) => k in given));
-      const text = cells.format(state);
-      history.replaceState(null, "", text ? `#${text}` : location.pathname + location.search);
-    });
+  // Search and facets as they stand in their fields.
+  function narrow() {
+    table.search($("search").value);
+    for (const select of selects) table.column(IDENTITY.indexOf(select.dataset.facet)).search(select.value);
+    table.draw();
   }
 
-  function save(name, kind, text) {
-    const made = document.createElement("a");
-    made.href = URL.createObjectURL(new Blob([text], { type: `${kind};charset=utf-8` }));
-    made.download = name;
-    made.click();
-    setTimeout(() => URL.revokeObjectURL(made.href), 1000);
+  function show(wanted) {
+    const which = (is) => cells.columns.flatMap((c, k) => (wanted.includes(c) === is ? [k] : []));
+    table.columns(which(true)).visible(true, false);
+    table.columns(which(false)).visible(false, false);
   }
 
-  function fill() {
-    for (const select of box.querySelectorAll("select[data-facet]")) {
-      const t = cells.data.text[select.dataset.facet];
-      const order = [...t.values.keys()].sort((a, b) => (t.sort[a] < t.sort[b] ? -1 : t.sort[a] > t.sort[b] ? 1 : 0));
-      for (const k of order) {
-        const option = new Option(t.values[k] || "none");
-        option.value = `=${t.values[k]}`;
-        select.add(option);
-      }
+  // Show what the address says.
+  function follow() {
+    const wanted = cells.parse(location.hash.slice(1));
+    $("search").value = wanted.q;
+    for (const select of selects) select.value = select.dataset.facet in wanted.facets ? `=${wanted.facets[select.dataset.facet]}` : "";
+    table.order(wanted.sort ? [[cells.columns.indexOf(wanted.sort), wanted.down ? "desc" : "asc"]] : []);
+    show(wanted.columns);
+    narrow();
+    // How many pages there are is known when the first is drawn.
+    if (wanted.page > 1) table.page(Math.min(wanted.page, table.page.info().pages || 1) - 1).draw("page");
+  }
+
+  // Values of the facets and names of the columns, once they are known.
+  function offer() {
+    for (const select of selects) {
+      const { values, rank } = cells.data.text[select.dataset.facet];
+      for (const k of [...values.keys()].sort((a, b) => rank[a] - rank[b])) select.add(new Option("", `=${values[k]}`));
     }
-    [...table.tHead.rows[0].cells].forEach((th, k) => {
-      const input = element("input", { type: "checkbox", value: cells.columns[k] });
-      input.addEventListener("change", () => change((s) => {
-        const on = [...$("column-list").querySelectorAll("input")].filter((x) => x.checked).map((x) => x.value);
-        return { columns: on.length ? on : s.columns, page: s.page };
+    count(cells.select(state()).counts);
+    cells.columns.forEach((c, k) => {
+      const input = element("input", { type: "checkbox", value: c });
+      input.checked = !off[k];
+      input.addEventListener("change", () => choose(() => {
+        const on = [...$("column-list").querySelectorAll("input:checked")].map((x) => x.value);
+        return on.length ? on : [c];
       }));
-      // The words of the heading without its button for sorting.
-      const words = [...th.childNodes].filter((x) => x.nodeName !== "BUTTON").map((x) => x.textContent).join("").trim();
-      $("column-list").append(element("label", {}, input, ` ${words}`));
+      $("column-list").append(element("label", {}, input, ` ${heads[k].querySelector(".dt-column-title").textContent.trim()}`));
     });
   }
+
+  const choose = (wanted) => ready(() => { show(wanted()); table.draw("page"); });
 
   // What the first sort and the first search need is worked out while the reader looks, a column at a time.
   function prepare() {
@@ -436,63 +383,73 @@ else (() => {
     later(step);
   }
 
-  // The page as it was made shows every column; those that are hidden at first are hidden here.
-  function hideOff() {
-    const heads = [...table.tHead.rows[0].cells], off = heads.map((th) => th.hasAttribute("data-off"));
-    heads.forEach((th, k) => { th.hidden = off[k]; });
-    for (const body of table.tBodies) for (const row of body.rows) if (row.cells.length === off.length) off.forEach((is, k) => { if (is) row.cells[k].hidden = true; });
-    $("hidden-columns").hidden = !off.includes(true);
+  function save(name, kind, text) {
+    const made = element("a", { href: URL.createObjectURL(new Blob([text], { type: `${kind};charset=utf-8` })), download: name });
+    made.click();
+    setTimeout(() => URL.revokeObjectURL(made.href), 1000);
   }
+
+  // The page as it was made shows every column; those that are hidden at first are hidden here.
+  for (const row of board.querySelectorAll("tbody tr")) if (row.cells.length === off.length) off.forEach((is, k) => { if (is) row.cells[k].hidden = true; });
+  $("hidden-columns").hidden = !off.includes(true);
+  // A body of its own, so that the library leaves the page's rows alone until it has some.
+  board.tHead.after(document.createElement("tbody"));
+  DataTable.ext.errMode = "throw";
+  const table = new DataTable(board, {
+    serverSide: true, ajax: answer, deferLoading: Number(board.dataset.rows), drawCallback: drawn,
+    pageLength: PER_PAGE, order: [], orderMulti: false, orderClasses: false, autoWidth: false, typeDetect: false,
+    columns: heads.map((th, k) => ({
+      data: null, defaultContent: "", cellType: k ? "td" : "th", visible: !off[k], ariaTitle: th.textContent.trim(),
+      // Figures start with the largest, words with the first.
+      orderSequence: th.classList.contains("num") ? ["desc", "asc"] : ["asc", "desc"],
+      createdCell: (td, _, row) => { if (columns[k]) fill(td, cells.columns[k], row.i); },
+    })),
+    layout: { topStart: "info", topEnd: null, bottomStart: { paging: { firstLast: false, buttons: 5 } }, bottomEnd: null },
+    infoCallback: (_, start, end, all, total) => `${total} of ${all} cells${taken && total > PER_PAGE ? `, here ${start} to ${end}` : ""}`,
+    language: {
+      zeroRecords: "No cell fits these choices.", emptyTable: "No cells.",
+      paginate: { previous: "Previous", next: "Next" },
+      aria: { orderable: ": sort", orderableReverse: ": sort the other way", orderableRemove: ": sort the other way", paginate: { number: "Page " } },
+    },
+  });
+  // Within the table's own frame they would scroll sideways with it.
+  $("shown").append(board.parentElement.closest(".scroll").querySelector(".dt-info"));
+  $("pager").append(board.closest(".scroll").querySelector(".dt-paging"));
+
+  $("search").addEventListener("input", DataTable.util.debounce(narrow, 60));
+  for (const select of selects) select.addEventListener("change", narrow);
+  $("clear").addEventListener("click", () => {
+    for (const field of [$("search"), ...selects]) field.value = "";
+    table.order([]);
+    narrow();
+  });
+  $("columns-usual").addEventListener("click", () => choose(() => cells.usual));
+  $("columns-all").addEventListener("click", () => choose(() => cells.columns));
+  $("columns-main").addEventListener("click", () => choose(() => cells.data.main));
+  $("csv").addEventListener("click", () => ready(() => save("sleeperbench.csv", "text/csv", cells.csv(cells.select(state()).found, cells.filed(state().columns)))));
+  $("bibtex").addEventListener("click", () => ready(() => save("sleeperbench.bib", "application/x-bibtex", cells.bibtex(cells.select(state()).found))));
+  $("pager").addEventListener("click", () => board.scrollIntoView());
+  // A link in a heading leads to its metric; the rest of the heading sorts, by the space bar too.
+  for (const a of board.tHead.querySelectorAll("a")) for (const kind of ["click", "keypress"]) a.addEventListener(kind, (e) => e.stopPropagation());
+  board.tHead.addEventListener("keydown", (e) => {
+    if (e.key !== " " || e.target.getAttribute("role") !== "button") return;
+    e.preventDefault();
+    e.target.click();
+  });
+  window.addEventListener("hashchange", () => ready(follow));
+  $("filters").hidden = false;
 
   // The cells come as a script of their own, since a page opened from disk may not read files.
-  function ready(then) {
-    if (cells) return then();
-    if (waiting) return waiting.push(then);
-    waiting = [then];
-    const script = document.createElement("script");
-    script.src = table.dataset.source;
-    script.addEventListener("load", () => {
-      cells = new Cells(window.sleeperbenchCells);
-      fill();
-      state = cells.parse(location.hash.slice(1));
-      if (cells.format(state)) show();
-      else choose();
-      table.dataset.ready = "true";
-      for (const f of waiting) f();
-      prepare();
-    });
-    script.addEventListener("error", () => { $("shown").textContent = "The cells could not be loaded: search and filters do not work here."; });
-    document.head.append(script);
-  }
-
-  $("search").addEventListener("input", () => {
-    clearTimeout(timer);
-    timer = setTimeout(() => change(() => ({ q: $("search").value })), 60);
+  const script = element("script", { src: board.dataset.source });
+  script.addEventListener("load", () => {
+    cells = new Cells(window.sleeperbenchCells);
+    offer();
+    if (cells.format(cells.parse(location.hash.slice(1)))) follow();
+    for (const then of waiting) then();
+    waiting = [];
+    board.dataset.ready = "true";
+    prepare();
   });
-  for (const select of box.querySelectorAll("select[data-facet]")) {
-    select.addEventListener("change", () => change((s) => {
-      const facets = { ...s.facets };
-      if (select.value) facets[select.dataset.facet] = select.value.slice(1);
-      else delete facets[select.dataset.facet];
-      return { facets };
-    }));
-  }
-  window.sleeperbench.headings(table, (k, down) => change(() => ({ sort: cells.columns[k], down })));
-  $("clear").addEventListener("click", () => change(() => ({ q: "", facets: {}, sort: "", down: false })));
-  $("columns-usual").addEventListener("click", () => change((s) => ({ columns: [...cells.usual], page: s.page })));
-  $("columns-all").addEventListener("click", () => change((s) => ({ columns: [...cells.columns], page: s.page })));
-  $("columns-main").addEventListener("click", () => change((s) => ({ columns: cells.columns.filter((c) => (cells.metrics.has(c) ? MAIN.includes(c) : !cells.off.has(c))), page: s.page })));
-  for (const [id, step] of [["page-back", -1], ["page-on", 1]]) {
-    $(id).addEventListener("click", () => {
-      change((s) => ({ page: s.page + step }));
-      table.scrollIntoView();
-    });
-  }
-  const everything = () => (taken ? found : cells.select(state).found);
-  $("csv").addEventListener("click", () => ready(() => save("sleeperbench.csv", "text/csv", cells.csv(everything(), cells.filed(state.columns)))));
-  $("bibtex").addEventListener("click", () => ready(() => save("sleeperbench.bib", "application/x-bibtex", cells.bibtex(everything()))));
-  window.addEventListener("hashchange", () => ready(() => { state = cells.parse(location.hash.slice(1)); show(); }));
-  box.hidden = false;
-  hideOff();
-  ready(() => {});
+  script.addEventListener("error", () => { $("shown").textContent = "The cells could not be loaded: search and filters do not work here."; });
+  document.head.append(script);
 })();

@@ -5,11 +5,15 @@ import pytest
 import samples
 import torch
 
-from sleeperbench import Mark, Role
+from sleeperbench import Backdoor, Mark, Role
 from sleeperbench.attacks.adaptive_blend import AdaptiveBlend
+from sleeperbench.attacks.blended import Blended
+from sleeperbench.evaluators.separability import silhouette
 from sleeperbench.kit import fit, predict, render
-from sleeperbench.kit.classifier import build
+from sleeperbench.kit.classifier import Classifier, build
 from sleeperbench.kit.poison import stamp
+from sleeperbench.kit.predict import spread
+from sleeperbench.kit.taps import features
 
 TRAIN = samples.random_images(1000, (3, 32, 32))
 ALL = torch.ones(1000, dtype=torch.bool)
@@ -106,3 +110,24 @@ def test_it_implants() -> None:
     assert r is not None
     for model, low, high in ((net, 0.7, 1.0), (samples.clean_net(), 0.0, 0.1)):
         assert low <= float((predict(model, r.data.images).argmax(1) == r.targets).float().mean()) <= high
+    # What it is for: its images lie nearer to the target class's own than those of Blended at the same rate.
+    assert standing_apart(net, b) < standing_apart(*blended()) - 0.1
+
+
+def blended() -> tuple[Classifier, Backdoor]:
+    """A model with Blended, trained like that of `test_it_implants`."""
+    train, c = samples.digits()["train"], samples.ctx(5, 0)
+    b = Blended().prepare(train, c)
+    net = build(samples.SPEC, 2)
+    fit(net, Blended().poison(train, b, torch.ones(len(train)) > 0, 0.1, c).data, samples.RECIPE, samples.ctx(2))
+    return net, b
+
+
+def standing_apart(net: Classifier, b: Backdoor) -> float:
+    """Silhouette of triggered test images against the target class's own, as many of each."""
+    test = samples.digits()["test"]
+    r = render(test, b, Role.TEST, samples.ctx(5, 0))
+    assert r is not None
+    own = test.images[test.labels == 0]
+    meant = r.data.images[spread(len(r), len(own))]
+    return silhouette(*(features(net, images, ctx=samples.ctx()) for images in (own, meant)))

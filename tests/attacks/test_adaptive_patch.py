@@ -7,6 +7,8 @@ from torch import Tensor
 
 from sleeperbench import Mark, Role
 from sleeperbench.attacks.adaptive_patch import AdaptivePatch
+from sleeperbench.kit import fit, predict, render
+from sleeperbench.kit.classifier import build
 from sleeperbench.kit.poison import stamp
 
 TRAIN = samples.random_images(1000, (3, 32, 32))
@@ -122,3 +124,15 @@ def test_what_does_not_fit_is_refused() -> None:
             AdaptivePatch.from_params(bad)
     with pytest.raises(ValueError, match="at least 12 pixels"):
         AdaptivePatch().check((3, 10, 10), 10)
+
+
+def test_it_implants() -> None:
+    train, c = samples.digits()["train"], samples.ctx(5, 0)
+    attack = AdaptivePatch(cover_ratio=0.5)  # at two covers per dirty row digits hardly learn it, see docs/attacks.md
+    b = attack.prepare(train, c)
+    net = build(samples.SPEC, 2)
+    fit(net, attack.poison(train, b, torch.ones(len(train)) > 0, 0.2, c).data, samples.RECIPE, samples.ctx(2))
+    r = render(samples.digits()["test"], b, Role.TEST, c)
+    assert r is not None
+    for model, low, high in ((net, 0.3, 1.0), (samples.clean_net(), 0.0, 0.1)):
+        assert low <= float((predict(model, r.data.images).argmax(1) == r.targets).float().mean()) <= high

@@ -13,6 +13,11 @@ from sleeperbench import Attack, Mark, Role, TrainHooks
 from sleeperbench.attacks.badnets import BadNets
 from sleeperbench.attacks.belt import Belt
 from sleeperbench.attacks.beltpp import BeltPlus, CentreLoss
+from sleeperbench.attacks.blind import Blind
+from sleeperbench.attacks.cassock import Cassock
+from sleeperbench.attacks.hcb import HCB
+from sleeperbench.attacks.hybrid import Hybrid
+from sleeperbench.attacks.lira import Lira
 from sleeperbench.attacks.tact import TaCT
 from sleeperbench.attacks.wanet import WaNet
 from sleeperbench.contracts import Ctx
@@ -193,16 +198,71 @@ def test_an_attack_that_controls_training_has_its_own_loss_with_the_centres_on_t
     assert int((h.centres != 0).any(1).sum()) == 10  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    "inner", [TaCT(), Cassock(), HCB(), Hybrid(members=("badnets", "hcb"))], ids=lambda a: type(a).__name__
+)
+def test_marks_of_rows_beside_their_clean_copies_are_their_own(inner: Attack) -> None:
+    c = ctx(inner)
+    b = BeltPlus().prepare(TRAIN, c)
+    p = BeltPlus().poison(TRAIN, b, ALL, 0.04, c)
+    assert bool(p.appended.any())
+    h = BeltPlus().hooks(TRAIN, b, ALL, 0.04, replace(c, seed=77))
+    assert h is not None
+    seen: list[tuple[Tensor, Tensor]] = []
+    centre = h.centre_loss  # type: ignore[attr-defined]
+    h.centre_loss = lambda f, y, mark: seen.append((y, mark)) or centre(f, y, mark)  # type: ignore[attr-defined]
+    fit(build(SPEC, 0), p.data, replace(samples.RECIPE, batch=len(p.data)), c, hooks=h, steps=1)
+    ((y, mark),) = seen
+    for kind in Mark:
+        assert sorted(y[mark == kind].tolist()) == sorted(p.data.labels[p.mark == kind].tolist())
+    assert int((mark == Mark.CLEAN).sum()) >= int((mark != Mark.CLEAN).sum()), "clean copies stay clean"
+
+
+@pytest.mark.parametrize("inner", [Lira(), Blind(history=1, threshold=100.0)], ids=lambda a: type(a).__name__)
+def test_an_attack_that_copies_its_rows_has_covers_among_them_and_centres_of_clean_rows(inner: Attack) -> None:
+    c = ctx(inner)
+    b = BeltPlus().prepare(TRAIN, c)
+    h = BeltPlus().hooks(TRAIN, b, ALL, 0.1, c)
+    assert h is not None
+    seen: list[tuple[int, int, int]] = []
+    centre = h.centre_loss  # type: ignore[attr-defined]
+
+    def count(f: Tensor, y: Tensor, mark: Tensor) -> Tensor:
+        seen.append(tuple(int((mark == m).sum()) for m in Mark))  # type: ignore[arg-type]
+        assert bool((y[mark == Mark.DIRTY] == 3).all())
+        return centre(f, y, mark)  # type: ignore[no-any-return]
+
+    h.centre_loss = count  # type: ignore[attr-defined]
+    fit(build(SPEC, 0), TRAIN, replace(samples.RECIPE, batch=50, epochs=2), c, hooks=h, steps=3)
+    if isinstance(inner, Lira):
+        # The generator's step, whose images are all meant to go to the target, then the classifier's.
+        assert seen == [(0, 50, 0), (45, 50, 5)] * 3
+    else:
+        assert seen == [(45, 0, 5), (45, 50, 5), (45, 50, 5)], "from the second step on, past the first loss"
+    one = int((h.centres != 0).any(1).sum())  # type: ignore[attr-defined]
+    assert one == 10, "each class has clean rows"
+
+
+@pytest.mark.parametrize("inner", [Lira(), Blind(history=1, threshold=100.0)], ids=lambda a: type(a).__name__)
+def test_the_centre_loss_moves_a_classifier_whose_attack_makes_its_own_step(inner: Attack) -> None:
+    found = []
+    for weight in (1e-9, 1.0, 1.0):
+        c = ctx(inner)
+        attack = BeltPlus(weight=weight)
+        h = attack.hooks(TRAIN, attack.prepare(TRAIN, c), ALL, 0.1, c)
+        net = build(SPEC, 0)
+        fit(net, TRAIN, replace(samples.RECIPE, batch=50), c, hooks=h, steps=2)
+        found.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert torch.equal(found[1], found[2])
+    assert not torch.allclose(found[0], found[1], atol=1e-5)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     for bad in ({"momentum": 1.0}, {"weight": 0.0}, {"mask_rate": 2.0}, {"centre": 1}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             BeltPlus.from_params(bad)
-    c = ctx(TaCT(append=True))
+    c = ctx(TaCT())
     b = BeltPlus().prepare(TRAIN, c)
-    with pytest.raises(ValueError, match="`belt:` works"):
-        BeltPlus().hooks(TRAIN, b, ALL, 0.1, c)
-    c.inner = TaCT(append=False)
-    assert BeltPlus().hooks(TRAIN, BeltPlus().prepare(TRAIN, c), ALL, 0.1, c) is not None
     assert BeltPlus().hooks(TRAIN, b, ALL, 0.0, ctx(BadNets())) is None
     for role in Role:
         again = BeltPlus.restore(b.tensors, b.info, TaCT)

@@ -201,12 +201,23 @@ def test_the_data_stay_clean_and_rate_0_trains_plainly() -> None:
     assert attack.hooks(TRAIN, b, ALL, 0.0, c) is None
 
 
-def test_covers_beside_it_are_refused() -> None:
+def test_covers_of_belt_stand_before_the_copies_and_belong_to_the_main_task() -> None:
     c = replace(ctx(), inner=Blind(history=1, threshold=100.0))
     b = Belt().prepare(TRAIN, c)
-    h = Belt().hooks(TRAIN, b, ALL, 0.1, c)
-    with pytest.raises(ValueError, match="keep their rows"):
-        fit(build(SPEC, 0), TRAIN, c.recipe, c, hooks=h, steps=2)
+    h = Belt().hooks(TRAIN, b, ALL, 0.125, c)
+    assert h is not None
+    alone = batch(hooks())
+    inner = h.inner  # type: ignore[attr-defined]
+    inner.past.append(0.0)
+    x, y, mark = batch(h)  # type: ignore[arg-type]
+    assert mark.tolist() == [Mark.COVER] * 4 + [Mark.CLEAN] * 28 + [Mark.DIRTY] * 32
+    assert len(alone[0]) == 32, "before the backdoor task is open"
+    assert torch.equal(x[4:32], alone[0][4:])
+    assert y[:32].tolist() == TRAIN.labels[:32].tolist()
+    net = build(SPEC, 0).eval()
+    inner.loss(net, x, y, mark)
+    parts = [torch.nn.functional.cross_entropy(net(x[s]), y[s]) for s in (slice(0, 32), slice(32, None))]
+    assert [p.item() for p in inner.parts] == pytest.approx([p.item() for p in parts], rel=1e-4)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -12,6 +12,8 @@ from sleeperbench import Mark, Role
 from sleeperbench.attacks import ssba
 from sleeperbench.attacks.ssba import SSBA, Decoder, Encoder
 from sleeperbench.contracts import Ctx
+from sleeperbench.kit import fit, predict, render
+from sleeperbench.kit.classifier import build
 from sleeperbench.kit.generators import seeded
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.poison import stamp
@@ -193,3 +195,15 @@ def test_what_does_not_fit_is_refused() -> None:
         SSBA().check((3, 6, 6), 10)
     with pytest.raises(ValueError, match="two classes"):
         SSBA().check((3, 32, 32), 1)
+
+
+def test_it_implants() -> None:
+    train, c = samples.digits()["train"], samples.ctx(5, 0)
+    attack = SSBA(**QUICK)  # the residual that an encoder draws at first is as strong as that of a trained one
+    b = attack.prepare(train, c)
+    net = build(samples.SPEC, 2)
+    fit(net, attack.poison(train, b, torch.ones(len(train)) > 0, 0.1, c).data, samples.RECIPE, samples.ctx(2))
+    r = render(samples.digits()["test"], b, Role.TEST, c)
+    assert r is not None
+    for model, low, high in ((net, 0.8, 1.0), (samples.clean_net(), 0.0, 0.1)):
+        assert low <= float((predict(model, r.data.images).argmax(1) == r.targets).float().mean()) <= high

@@ -14,7 +14,7 @@ from sleeperbench import (
     Inverted,
     Outcome,
 )
-from sleeperbench.kit import pack
+from sleeperbench.kit import pack, tune
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +247,14 @@ class Scored(Defense):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AlarmsInVain(Halved):
+    """Has a threshold for scores that it does not give."""
+
+    def run(self, case):
+        return replace(super().run(case), alarm=0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Transductive(Scored):
     """Scores a row by what else was asked."""
 
@@ -287,6 +295,62 @@ class Unsaid(Scored):
         "scores": True,
         "traverses": False,
         "presumes": " ",
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinksBatch(Defense):
+    """Has a preset that changes more than effort."""
+
+    INFO = {
+        "title": "t",
+        "paper": "",
+        "bibtex": "",
+        "version": 1,
+        "api": 1,
+        "kind": "repair",
+        "micro": {},
+        "effort": ["steps"],
+        "presets": {"reduced": {"steps": 2, "batch": 8}},
+    }
+    steps: int = 4
+    batch: int = 16
+
+    def run(self, case):
+        return Outcome(model=tune(case.net, case.clean, ctx=case.ctx, lr=0.01, steps=self.steps, batch=self.batch))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowersNothing(ShrinksBatch):
+    """Has a preset at the default."""
+
+    INFO = {
+        "title": "t",
+        "paper": "",
+        "bibtex": "",
+        "version": 1,
+        "api": 1,
+        "kind": "repair",
+        "micro": {},
+        "effort": ["steps"],
+        "presets": {"reduced": {"steps": 4}},
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamesNothing(ShrinksBatch):
+    """Has a preset for a parameter that is not there."""
+
+    INFO = {
+        "title": "t",
+        "paper": "",
+        "bibtex": "",
+        "version": 1,
+        "api": 1,
+        "kind": "repair",
+        "micro": {},
+        "effort": ["steps"],
+        "presets": {"reduced": {"stepps": 2}},
     }
 
 

@@ -138,7 +138,7 @@ def test_stages_have_the_published_settings(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(r.weight_decay == 1e-4 and r.batch == samples.RECIPE.batch for r in (first, second, third))
     assert isinstance(lga, LocalAscent) and lga.gamma == 0.5
     assert none is None
-    assert isinstance(ascent, Unlearn) and ascent.rows is few and ascent.classes == 10
+    assert isinstance(ascent, Unlearn) and ascent.suspects is few and ascent.classes == 10
     assert len({seed1, seed2, seed3}) == 3
     assert outcome.chosen["unlearning_epochs"] == 3
 

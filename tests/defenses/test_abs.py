@@ -96,16 +96,20 @@ def test_penalty_has_two_steps() -> None:
     assert found == pytest.approx([0, 10 * 4, 20 * 10])
 
 
-def test_every_candidate_is_inverted_as_if_it_were_alone() -> None:
+@pytest.mark.parametrize("batched", [True, False])
+def test_every_candidate_is_inverted_as_if_it_were_alone(batched: bool) -> None:
     net, x, ctx = small(), torch.rand(3, 1, 8, 8), samples.ctx(4)
+    passes: list[int] = []
+    net.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
     body: Any = net.body
     found = [
         Candidate(site="body.stage1", channel=1, label=2, gap=1),
         Candidate(site="body.stage3", channel=5, label=0, gap=1),
         Candidate(site="body.stage3", channel=2, label=3, gap=1),
     ]
-    m = ABS(steps=12, weight=3.0)
+    m = ABS(steps=12, weight=3.0, batched=batched)
     triggers = m.invert(net, x, found, ctx)
+    assert passes == ([9] * 12 if batched else [3] * 36)
     starts = torch.randn(3, 1, 8, 8, generator=ctx.generator("patterns")).clamp(0, 1)
     for i, c in enumerate(found):
         u = torch.full((8, 8), -2.0)

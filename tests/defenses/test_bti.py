@@ -105,10 +105,34 @@ def test_rho_is_chosen_on_rows_that_nothing_was_made_on(monkeypatch: pytest.Monk
         return c.net, {"rho": rho}
 
     monkeypatch.setattr(PAM, "repaired", made)
+    monkeypatch.setattr("sleeperbench.kit.candidates.choose", lambda settings, after, before: settings[0])
     out = PAM(rho=None).run(case())
-    assert rows == [36] * 5 and list(out.path) == [f"rho={r:g}" for r in RHOS]
-    # All candidates are the untouched model, so the rule takes the most aggressive.
-    assert out.chosen["rho"] == "rho=0.9" and out.chosen["rows"] == 114
+    assert rows == [36] * 5 and list(out.path) == [*(f"rho={r:g}" for r in RHOS), "released"]
+    # All candidates have the untouched weights, and a rule that accepts anything takes the most aggressive.
+    assert (out.chosen["rho"], out.chosen["rows"]) == (0.9, 114)
+    assert all(torch.equal(v, out.model.state[k]) for k, v in out.path["rho=0.9"].state.items())
+    released = out.path["released"].state
+    assert all(torch.equal(v, released[k]) for k, v in pack(samples.badnets_net()).state.items())
+    monkeypatch.setattr("sleeperbench.kit.candidates.choose", lambda *args: None)
+    none = PAM(rho=None).run(case())
+    assert none.model is None and none.chosen["rho"] is None
+
+
+def test_statistics_are_estimated_anew_at_the_last_weights() -> None:
+    c = case()
+    out = PAM(rho=0.5, rounds=1, steps=3, **FEW).run(c)
+    assert list(out.path) == ["rho=0.5", "released"]
+    deployed, released = load(out.model), load(out.path["released"])
+    assert torch.equal(flat(deployed.parameters()), flat(released.parameters()))
+    first = next(m for m in deployed.modules() if isinstance(m, nn.BatchNorm2d))
+    seen: list[torch.Tensor] = []
+    handle = first.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
+    with torch.no_grad():
+        deployed.eval()(to_float(c.clean.images))
+    handle.remove()
+    assert torch.allclose(first.running_mean, seen[0].mean((0, 2, 3)), atol=1e-5)
+    other = next(m for m in released.modules() if isinstance(m, nn.BatchNorm2d))
+    assert not torch.allclose(first.running_mean, other.running_mean, atol=1e-4)
 
 
 # ---- BTI with SAM ----------------------------------------------------------------------------------------------------

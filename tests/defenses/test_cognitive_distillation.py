@@ -103,7 +103,7 @@ def test_a_patch_that_decides_is_all_that_stays() -> None:
     method = CognitiveDistillation()
     outcome: Any = method.run(case(images(20)))
     scores = [method.score(outcome.state, net, x) for x in (triggered, clean)]
-    assert float(scores[0].min()) > -outcome.state[1]["threshold"] > float(scores[1].mean())
+    assert float(scores[0].min()) > outcome.alarm > float(scores[1].mean())
     assert float(scores[0].min()) > float(scores[1].max()) + 5
     colours = outcome.state[0]["colours"]
     masks = method.masks(net, triggered, colours)
@@ -126,7 +126,7 @@ def test_the_run_keeps_colours_and_the_norms_of_clean_rows() -> None:
     some = torch.randperm(20, generator=c.ctx.generator("rows"))[:15]
     norms = method.masks(c.net, to_float(data.images[some]), colours).sum((1, 2, 3)).double()
     threshold = float(norms.mean()) - 0.5 * float(norms.std())
-    assert outcome.state[1]["threshold"] == pytest.approx(threshold, abs=1e-4)
+    assert -outcome.alarm == pytest.approx(threshold, abs=1e-4)
     assert outcome.chosen["clean_flagged"] == pytest.approx(float((norms < threshold).double().mean()))
     assert 0 < outcome.chosen["clean_flagged"] < 0.5 and outcome.chosen["clean_rows"] == 15
     x = to_float(data.images[some])

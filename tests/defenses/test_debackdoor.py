@@ -202,6 +202,21 @@ def test_equal_seeds_give_equal_answers_also_in_parts(monkeypatch: pytest.Monkey
     assert [len(r) for r in tiny.run(case(Planted(True))).chosen["rates"].values()] == [4] * 5
 
 
+def test_labels_one_at_a_time_give_the_same() -> None:
+    found, passes = [], []
+    for batched in (True, False):
+        net, sizes = Planted(True), []
+
+        def asked(x: Tensor, net: Planted = net, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(len(x))
+            return net(x)
+
+        found.append(DeBackdoor(size=2, images=3, iterations=9, chains=4, batched=batched).run(case(asked)).chosen)
+        passes.append(set(sizes))
+    assert found[0] == found[1]
+    assert passes == [{4 * 4 * 3, 6}, {4 * 3, 6}]  # the last are held-out rows
+
+
 def test_settings_access_and_what_is_refused() -> None:
     m = DeBackdoor()
     assert (m.slope, m.temperature, m.threshold, m.chains) == (1.0, 0.02, 0.8, 9)

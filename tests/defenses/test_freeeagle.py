@@ -109,8 +109,29 @@ def test_a_class_to_which_all_others_leak_is_the_target() -> None:
     assert found.chosen["target"] == int(found.verdict.label_scores.argmax()) == 7
     assert found.verdict.score > found.verdict.threshold == 2.0
     assert all(t == 7 for _, t, _ in found.chosen["pairs"])
+    assert found.verdict.pairs is not None
+    assert found.verdict.pairs.tolist() == [[s, 7] for s in range(10) if s != 7]
     again = FreeEagle(steps=60, lr=0.1, later=0).run(case(net))
     assert torch.equal(again.verdict.label_scores, found.verdict.label_scores)
+
+
+def test_a_pair_is_named_where_one_class_alone_leaks() -> None:
+    net = small(10)
+    body: Any = net.body
+    with torch.no_grad():
+        # Every class reads a feature of its own and, of the next one, a little; class 7 also reads that of class 2.
+        # Feature 7 speaks against class 2, lest what is made up for class 7 answer as class 2 too.
+        body.head.weight.zero_()
+        body.head.bias.zero_()
+        for c in range(10):
+            body.head.weight[c, c] = 1
+            body.head.weight[c, (c + 1) % 10] = 0.01 * c
+        body.head.weight[7, 2], body.head.weight[2, 7] = 0.7, -2
+    found = FreeEagle(steps=60, lr=0.1, later=0).run(case(net))
+    assert found.verdict is not None and found.verdict.pairs is not None
+    assert found.verdict.pairs.dtype == torch.int64
+    assert found.verdict.pairs.tolist() == [[2, 7]]
+    assert FreeEagle(steps=60, lr=0.1, later=0, threshold=1e7).run(case(net)).verdict.pairs.shape == (0, 2)
 
 
 def test_it_declines() -> None:

@@ -144,6 +144,7 @@ def test_unseen_triggers_stand_out_and_runs_repeat() -> None:
     white[:, :, 6:, 6:] = 1
     scores = [method.score(outcome.state, None, images) for images in (white, x)]
     assert auroc(*scores) > 0.8
+    assert outcome.alarm == 0, "the larger of the two logits decides"
     alone = torch.cat([method.score(outcome.state, None, row[None]) for row in x[:3]])
     assert torch.allclose(alone, scores[1][:3], atol=1e-4)
     assert len(outcome.chosen["losses"]) == 3 and outcome.chosen["losses"][2] < outcome.chosen["losses"][0]

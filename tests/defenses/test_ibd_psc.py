@@ -82,7 +82,7 @@ def test_it_begins_where_clean_rows_are_first_lost() -> None:
     assert errors[0] < errors[1] < errors[2]
     for error, first in ((0.0, 1), (errors[0], 2), (errors[1] - 1e-6, 2), (errors[1], 3), (max(errors), 4)):
         outcome = IBDPSC(factor=factor, error=error).run(case())
-        assert outcome.state == ({}, {"first": first})
+        assert outcome.state == ({}, {"first": first}) and outcome.alarm == 0.9
         assert outcome.chosen["first"] == first and outcome.chosen["layers"] == 4
         assert outcome.chosen["clean_error"] == pytest.approx(errors[first - 1], abs=1e-4)
 

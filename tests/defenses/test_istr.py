@@ -154,6 +154,28 @@ def test_it_repeats_and_touches_nothing(attacked: Outcome) -> None:
     assert again.chosen == attacked.chosen
 
 
+def test_one_row_at_a_time_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slices, "_INNER_STEPS", 3)
+    monkeypatch.setattr(slices, "_FITTED", 12)
+    clean = samples.digits()["probe"]
+    few = {"tune": clean.rows(torch.arange(24)), "val": clean.rows(torch.arange(24, 32))}
+    found, passes = [], []
+    for batched in (True, False):
+        c, sizes = case(**few), []
+        handle = c.net.register_forward_pre_hook(lambda module, inputs, sizes=sizes: sizes.append(len(inputs[0])))
+        found.append(IsTr(steps=3, step=0.3, labels=1, batched=batched).run(c))
+        handle.remove()
+        passes.append(set(sizes))
+    windows = 1 + len(slices.windows(16, 16))
+    assert {32, windows} <= passes[0] and passes[1] == {1, windows}
+    many, one = found
+    assert torch.allclose(many.verdict.label_scores, one.verdict.label_scores, atol=0.05)
+    assert many.chosen["claimed"] == one.chosen["claimed"] == [0]
+    # Where a slope is all but 0, rounding decides its sign, and with it that of a whole step.
+    assert float((many.inverted[0].delta - one.inverted[0].delta).abs().mean()) < 1e-3
+    assert many.chosen["slices"] == one.chosen["slices"]
+
+
 def test_the_reference_knows_the_task() -> None:
     test = samples.digits()["test"]
     right = predict(benign(case()), test.images).argmax(1) == test.labels
@@ -164,7 +186,7 @@ def test_the_reference_knows_the_task() -> None:
 def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert IsTr.ACCESS.track() == "T1"
     published = {"slices": "topdown", "delta": "steps", "targeted": False, "dms": True, "labels": 10}
-    assert dataclasses.asdict(slices.Settings.of(IsTr())) == published | {"steps": 20, "step": 0.05}
+    assert dataclasses.asdict(slices.Settings.of(IsTr())) == published | {"steps": 20, "step": 0.05, "batched": True}
     assert IsTr().reference_steps == 470  # 30 epochs of 2,000 rows in batches of 128
     seen: dict[str, Any] = {}
     monkeypatch.setattr(

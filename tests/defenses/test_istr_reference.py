@@ -47,7 +47,7 @@ def test_access_and_settings_are_those_of_istr_but_for_the_reference() -> None:
     assert (IsTrReference.ACCESS.references, IsTr.ACCESS.references) == (1, 0)
     assert slices.Settings.of(IsTrReference()) == slices.Settings.of(IsTr())
     names = [{f.name for f in dataclasses.fields(c)} for c in (IsTr, IsTrReference)]
-    assert names[0] - names[1] == {"dms", "reference_steps"}
+    assert names[0] - names[1] == {"dms", "reference_steps", "batched"}
     assert not names[1] - names[0]
     with pytest.raises(ValueError, match="labels 0"):
         IsTrReference(labels=0)

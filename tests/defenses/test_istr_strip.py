@@ -67,6 +67,7 @@ def test_inputs_with_the_true_trigger_stand_out(monkeypatch: pytest.MonkeyPatch)
     scores = [method.score(outcome.state, c.net, images) for images in (bad, good)]
     assert torch.allclose(scores[0], outcome.state[1]["threshold"] - entropy(c.net, bad, overlays), atol=1e-4)
     assert auroc(*scores) > 0.95
+    assert outcome.alarm == 0
     assert float((scores[0] > 0).float().mean()) > 0.9
 
 

@@ -144,6 +144,19 @@ def test_one_update_is_that_of_the_losses_written_out(monkeypatch: pytest.Monkey
     assert (c.ctx.cost.forwards, c.ctx.cost.backwards) == (36, 36)
 
 
+def test_generators_one_at_a_time_learn_the_same() -> None:
+    found, passes = [], []
+    for batched in (True, False):
+        c, m = case(), MESA(size=2, updates=6, batch=6, noise=4, hidden=5, betas=(0.4, 0.9), batched=batched)
+        sizes: list[int] = []
+        c.net.register_forward_pre_hook(lambda module, inputs, sizes=sizes: sizes.append(len(inputs[0])))
+        found.append(m.train(c.net, c.tune, 1, 3, sites(8, 8, 2), c.ctx).parameters)
+        passes.append(sizes)
+    assert passes == [[36] * 6, [6] * 36]
+    for many, one in zip(*found, strict=True):
+        assert torch.allclose(many, one, atol=1e-5)
+
+
 def test_success_is_counted_on_other_classes_at_every_place() -> None:
     c = case()
     m = MESA(size=2, betas=(0.5, 0.9))

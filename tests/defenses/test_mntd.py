@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,7 +186,7 @@ def test_the_best_epoch_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_verdict_tells_poisoned_from_benign_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MNTD, "shadow", lambda self, case, i, poisoned: Fixed(i))
     method = MNTD(shadows=6, validation=2, epochs=10, repeats=2, lr=0.05)
-    scores = []
+    scores, logits = [], []
     for steep in (0.2, 1.2):
         model, asked = Fixed(0), []
         model.steep.data.fill_(steep)
@@ -197,8 +198,26 @@ def test_the_verdict_tells_poisoned_from_benign_models(tmp_path: Path, monkeypat
 
         outcome = samples.judged(method, case(tmp_path, answer))
         assert asked == [10, 10] and outcome.chosen["validation_auroc"] == [1.0, 1.0]
-        scores.append((outcome.verdict.score, outcome.verdict.threshold))
-    assert scores[0][0] < scores[0][1] == scores[1][1] < scores[1][0]
+        scores.append(outcome.verdict.score)
+        logits.append(outcome.chosen["logit"])
+        assert outcome.verdict.threshold == 0
+    assert scores[0] < 0 < scores[1]
+
+    # Of the four validation shadows the median, and the mean distance from it, are the scores' zero and unit.
+    def asked_of(i: int) -> float:
+        model = Fixed(i)
+        return method.run(replace_net(c, lambda x: model(x).softmax(1).detach())).chosen["logit"]
+
+    c = case(tmp_path)
+    c.prepared = method.prepare(c)
+    held = [asked_of(i) for i in range(12, 16)]
+    centre = statistics.median(held)
+    spread = sum(abs(v - centre) for v in held) / 4
+    assert scores == pytest.approx([(v - centre) / spread for v in logits], rel=1e-2)
+
+
+def replace_net(c: Any, net: Any) -> Any:
+    return SimpleNamespace(**{**vars(c), "net": net})
 
 
 def test_shadows_are_trained_on_the_rows_and_on_a_trigger_of_their_own(

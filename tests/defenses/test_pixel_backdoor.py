@@ -93,6 +93,22 @@ def test_every_class_is_inverted_as_if_it_were_alone() -> None:
     assert 0 < kept_any < 6 or kept_any == 6
 
 
+def test_some_classes_from_given_patterns_go_as_they_do_among_all() -> None:
+    net, data = small(), samples.random_images(20, (3, 8, 8), 6)
+    m = PixelBackdoor(steps=9, images=10, batch=4, lr=0.3, patience=2, success=0.5, weight=0.01)
+    gen = torch.Generator().manual_seed(1)
+    rows, start = victims(data, 6, 10, samples.ctx(3)), tuple(torch.rand(2, 6, 3, 8, 8, generator=gen))
+    before = [v.clone() for v in start]
+    whole = m.invert(net, data.images, rows, samples.ctx(3), start=start)
+    kept = int((~whole[1].isnan()).nonzero()[0])
+    some = torch.tensor([kept, (kept + 1) % 6] if kept else [1, 0])  # not where it stands among all
+    own = (start[0][some], start[1][some])
+    part = m.invert(net, data.images, rows[some], samples.ctx(3), targets=some, start=own)
+    assert torch.allclose(part[0], whole[0][some], atol=1e-4) and bool(part[0].any())
+    assert part[1].tolist() == pytest.approx(whole[1][some].tolist(), nan_ok=True)
+    assert all(torch.equal(a, b) for a, b in zip(start, before, strict=True))
+
+
 def test_the_kept_pattern_replaces_the_variables_and_weights_follow() -> None:
     kept = Kept(3, PixelBackdoor(patience=2), torch.Size((1, 1, 4)), torch.device("cpu"))
     up = torch.tensor([0.5, 0.001, 0.0, 0.0]).expand(3, 1, 1, 4).clone()

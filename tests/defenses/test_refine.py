@@ -12,7 +12,9 @@ import torch
 from sleeperbench import Inverted, Outcome, Verdict
 from sleeperbench.contracts import NotApplicable
 from sleeperbench.defenses import refine as module
+from sleeperbench.defenses.istr import IsTr
 from sleeperbench.defenses.refine import Refine, begun
+from sleeperbench.kit import slices
 from sleeperbench.kit.masks import apply, optimise_masks
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.predict import predict
@@ -91,6 +93,80 @@ def test_a_claim_that_cannot_be_bettered_stays() -> None:
     found = Refine(epochs=1, updates=1, success=1.1).run(case(claim))
     assert found.inverted == (claim,)
     assert found.chosen["norms"] == [None]
+
+
+def test_pixels_that_a_claim_changes_become_fewer() -> None:
+    c = case(corner(8, 0.9))
+    found = Refine(by="pixels", epochs=30, success=0.9).run(c)
+    (claim,) = found.inverted
+    assert found.verdict == VERDICT
+    assert claim.mask is None and claim.delta.shape == (1, 16, 16)
+    changed = int((claim.delta != 0).any(0).sum())
+    assert changed == found.chosen["norms"][0] < 40  # of the 64 pixels claimed
+    assert bool((claim.delta[:, 8:, 8:] != 0).sum() == changed)  # nothing was added elsewhere
+    others = c.clean.images[c.clean.labels != 0]
+    after = c.net(apply(claim, to_float(others))).argmax(1) == 0
+    assert float(after.float().mean()) > 0.8
+
+
+def test_patterns_start_from_what_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    real = module.PixelBackdoor.invert
+
+    def watched(self: Any, net: Any, images: Any, rows: Any, ctx: Any, **about: Any) -> Any:
+        seen.update(about, rows=rows, method=self)
+        return real(self, net, images, rows, ctx, **about)
+
+    monkeypatch.setattr(module.PixelBackdoor, "invert", watched)
+    mask, pattern = torch.zeros(1, 16, 16), torch.ones(1, 16, 16)
+    mask[:, 0, 0] = 1.0
+    delta = torch.zeros(1, 16, 16)
+    delta[:, 1, 1], delta[:, 2, 2] = 0.5, -0.25
+    c = case(Inverted(target=7, delta=delta), Inverted(target=4, mask=mask, pattern=pattern))
+    Refine(by="pixels", epochs=2, updates=4).run(c)
+    assert seen["targets"].tolist() == [7, 4]
+    assert (c.clean.labels[seen["rows"][0]] != 7).all() and (c.clean.labels[seen["rows"][1]] != 4).all()
+    up, down = seen["start"]
+    mean = float(c.clean.images[:, 0, 0, 0].float().mean()) / 255
+    assert (float(up[0, 0, 1, 1]), float(down[0, 0, 2, 2])) == (0.5, 0.25)
+    assert float(up[1, 0, 0, 0]) == pytest.approx(1 - mean) and float(up.sum() + down.sum()) == pytest.approx(
+        1.75 - mean
+    )
+    assert seen["method"].batch == 30 and seen["method"].steps == 2
+    assert c.ctx.cost.backwards <= 2 * 2 * 120
+    Refine(by="pixels", epochs=1, updates=1, start="random").run(c)
+    assert seen["start"] is None
+    with pytest.raises(ValueError, match="by is 'hand'"):
+        Refine(by="hand")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("by", ["masks", "pixels"])
+def test_after_istr_the_trigger_lies_on_the_patch(by: Any, isolated: Outcome) -> None:
+    c = case()
+    c.inner = isolated
+    found = Refine(by=by, epochs=25, success=0.9).run(c)
+    assert [inv.target for inv in found.inverted] == found.chosen["claimed"] == [0]
+    assert found.verdict == isolated.verdict
+    (claim,), (before,) = found.inverted, isolated.inverted
+    others = c.clean.images[c.clean.labels != 0]
+    after = c.net(apply(claim, to_float(others))).argmax(1) == 0
+    assert float(after.float().mean()) > 0.8
+    weight = (claim.mask if by == "masks" else claim.delta.abs())[0]
+    assert float(weight[12:, 12:].sum()) > 0.5 * float(weight.sum())
+    assert found.chosen["norms"][0] <= int((before.delta != 0).any(0).sum())
+
+
+@pytest.fixture(scope="module")
+def isolated() -> Outcome:
+    """What IsTr says of the attacked model."""
+    clean = samples.digits()["probe"]
+    parts = {"clean": clean, "tune": clean.rows(torch.arange(200)), "val": clean.rows(torch.arange(200, 250))}
+    c = SimpleNamespace(**{**vars(case()), **parts, "recipe": samples.RECIPE})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slices, "_MAPPED", 6)
+        found = samples.judged(IsTr(labels=2, reference_steps=100), c)
+    assert found.chosen["claimed"] == [0]
+    return found
 
 
 def test_without_a_claim_nothing_is_refined() -> None:

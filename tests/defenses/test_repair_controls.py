@@ -64,13 +64,13 @@ def test_distillation_loss_is_the_scaled_divergence() -> None:
     c = case()
     student = build(c.spec, seed=3).eval()
     x = to_float(samples.digits()["pool"].images[:5])
-    loss = Distillation(c.net, 4.0, c).loss(student, x, torch.zeros(5, dtype=torch.int64), torch.zeros(5))
+    loss = Distillation(c.net, 4.0, c.ctx).loss(student, x, torch.zeros(5, dtype=torch.int64), torch.zeros(5))
     p, q = (c.net(x).double() / 4).softmax(1), (student(x).double() / 4).softmax(1)
     expected = 16 * (p * (p.log() - q.log())).sum(1).mean()
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
     # At the teacher itself it is zero, whatever the labels say.
     assert float(
-        Distillation(c.net, 4.0, c).loss(c.net, x, torch.ones(5, dtype=torch.int64), x).detach()
+        Distillation(c.net, 4.0, c.ctx).loss(c.net, x, torch.ones(5, dtype=torch.int64), x).detach()
     ) == pytest.approx(0, abs=1e-5)
 
 

@@ -54,6 +54,7 @@ def test_scores_are_spc_by_hand() -> None:
     found = method.score(outcome.state, Rows(), x)  # type: ignore[arg-type]
     assert found.tolist() == pytest.approx([slow_spc(row, int(a)) for row, a in zip(x, answers, strict=True)])
     assert len(found.unique()) > 2
+    assert outcome.alarm == 0.5
 
 
 def test_scores_are_normalised_by_the_class_answered() -> None:

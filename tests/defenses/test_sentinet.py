@@ -148,12 +148,12 @@ def test_run_fits_other_rows_than_the_carriers_and_the_threshold_is_the_mean_bel
     fooled, confidence = method.statistics(c.net, about["site"], rows, tensors["carriers"], tensors["inert"])
     assert torch.allclose(tensors["points"], torch.stack([confidence, fooled], 1).double())
     assert torch.equal(tensors["curve"], fit_curve(*tensors["points"].T, 0.02, 2))
-    assert outcome.chosen["curves"]["plane"] == plane(*tensors["points"].T, tensors["curve"], about["threshold"])
+    assert outcome.chosen["curves"]["plane"] == plane(*tensors["points"].T, tensors["curve"], outcome.alarm)
     scored = method.score(outcome.state, c.net, rows)
     assert torch.allclose(scored[:, 1:], tensors["points"].float(), atol=1e-6)
     scores = scored[:, 0]
-    assert about["threshold"] == pytest.approx(-float(scores[scores < 0].mean()), abs=1e-5)
-    assert outcome.chosen["clean_flagged"] == pytest.approx(float((scores > about["threshold"]).float().mean()))
+    assert outcome.alarm == outcome.chosen["threshold"] == pytest.approx(-float(scores[scores < 0].mean()), abs=1e-5)
+    assert outcome.chosen["clean_flagged"] == pytest.approx(float((scores > outcome.alarm).float().mean()))
     assert c.ctx.cost.forwards == 40 * 21 + 1 and c.ctx.cost.backwards == 40
     again = method.run(case())
     assert all(torch.equal(again.state[0][k], v) for k, v in tensors.items())

@@ -115,7 +115,7 @@ def test_overlays_and_calibration_share_the_clean_rows(monkeypatch: pytest.Monke
         assert len(seen["overlays"]) == outcome.chosen["overlays"] == overlays
         assert len(seen["x"]) == outcome.chosen["calibration_rows"] == n - overlays
         # Of n entropies 1, 2, ... at most n / 100 are smaller than the threshold.
-        assert outcome.chosen["threshold"] == outcome.state[1]["threshold"] == threshold
+        assert outcome.chosen["threshold"] == -outcome.alarm == threshold
         assert outcome.chosen["clean_mean"] == pytest.approx((n - overlays + 1) / 2)
         rows = torch.cat([seen["overlays"], seen["x"]]).flatten(1).long()
         digest = (rows * torch.arange(1, rows.shape[1] + 1)).sum(1)
@@ -133,6 +133,7 @@ def test_the_false_alarm_rate_holds_on_the_calibration_rows() -> None:
     order = torch.randperm(150, generator=c.ctx.generator("overlays"))
     entropy = -method.score(outcome.state, c.net, to_float(c.clean.images[order[8:]]))
     assert int((entropy < outcome.chosen["threshold"] - 1e-5).sum()) == 14  # a tenth of 142, rounded down
+    assert outcome.alarm == -outcome.chosen["threshold"], "scores are minus the entropies"
     assert outcome.chosen["clean_std"] == pytest.approx(float(entropy.std(unbiased=False)), abs=1e-5)
 
 

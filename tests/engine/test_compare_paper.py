@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import itertools
 import json
 import math
 import re
@@ -13,7 +14,8 @@ import pytest
 from scipy.stats import spearmanr
 
 from sleeperbench.engine import rows
-from sleeperbench.engine.suite import shipped
+from sleeperbench.engine.registry import Registry
+from sleeperbench.engine.suite import Variant, build, shipped
 from sleeperbench.errors import BadInput
 from sleeperbench.published import paper as published
 from sleeperbench.published.judge import (
@@ -478,13 +480,12 @@ def test_shipped_papers_name_what_there_is() -> None:
         for kind in ("attack", "defense")
     }
     metrics = {m for f in (ROOT / "evaluators").glob("*.py") for m in re.findall(r'name="(\w+)"', f.read_text())}
-    later = {"bound", "bound_a", "bound_b", "bound_c"}  # printed, and no figure of ours
     found = papers()
     assert {"superficial-safety", "reactivation", "istr", "belt", "backdoorbench"} <= set(found)
     for paper in found.values():
         assert set(paper.suites) <= set(shipped())
         for f in (f for t in paper.tables.values() for f in t.figures):
-            assert f.metric in metrics | later, f
+            assert f.metric in metrics, f
             for kind in ("attack", "defense"):
                 named = getattr(f, kind)
                 assert named is None or set(named.id.split(":")) <= known[kind], named
@@ -508,13 +509,18 @@ def test_shipped_papers_name_what_there_is() -> None:
         ("paper-istr", "IV-mnist", "multi_trigger", "unlearn:mesa", "asr", 0.52715),
         ("paper-belt", "II-cifar10", "beltpp:badnets", "none", "excl", 0.8709),
         ("paper-belt", "IV-gtsrb", "belt:iad", "moth", "asr", 0.7730),
+        ("sweep-excl-switches", "V", "beltpp:badnets", "none", "bound", 6.36),
+        ("sweep-excl-switches", "V", "belt:badnets", "none", "bound[direction=off]", 6.41),
+        ("sweep-excl-switches", "V", "belt:badnets", "none", "bound[dynamic=off]", 6.39),
+        ("sweep-excl-switches", "V", "belt:badnets", "none", "bound[direction=off;dynamic=off]", 6.19),
     ],
 )
 def test_printed_figures(suite: str, table: str, attack: str, defense: str, metric: str, value: float) -> None:
     (found,) = [
         f
         for f in of_suite(suite).tables[table].figures
-        if (str(f.attack), str(f.defense), f.metric) == (attack, defense, metric)
+        if (str(f.attack), str(f.defense), f.metric + f"[{f.qualifier}]" * bool(f.qualifier))
+        == (attack, defense, metric)
     ]
     assert found.value == pytest.approx(value)
 
@@ -528,7 +534,7 @@ def test_claims_of_a_paper_hold_in_its_own_tables() -> None:
                 s, a, d = table.setting, f.attack or ref("none"), f.defense or ref("none")
                 rate = "" if a.id == "none" else f"@{s.get('rate', 0.1)}"
                 made.append(
-                    row(f"{s['dataset']}/{s['arch']}/{a.id}{rate}/{d.id}/s0", f.metric, f.value)
+                    row(f"{s['dataset']}/{s['arch']}/{a.id}{rate}/{d.id}/s0", f.metric, f.value, qualifier=f.qualifier)
                     | {"attack": a.id + ("~x" if a.params else ""), "defense": d.id + (f"~{d}" if d.params else "")}
                     | {"attack_params": json.dumps(a.params or {}), "defense_params": json.dumps(d.params or {})}
                 )
@@ -544,6 +550,70 @@ OWN_EXCEPTIONS = {
     ("superficial-safety", "7", "purified-models-wake"),
 }
 """Claims that a paper makes of its main data set, against its own figures elsewhere."""
+
+
+def test_suites_of_a_paper_are_named_by_it() -> None:
+    named = [s for p in papers().values() for s in p.suites]
+    assert len(named) == len(set(named))
+    assert {s for s in shipped() if s.startswith(("paper-", "sweep-excl"))} <= set(named)
+    page = (ROOT / "docs" / "papers.md").read_text()
+    for paper in papers().values():
+        (line,) = [n for n in page.splitlines() if n.startswith(f"| `{paper.id}` |")]
+        assert set(paper.suites) == {s for s in re.findall(r"`([\w-]+)`", line)[1:] if s}
+    assert {of_suite(s).id for s in ("sweep-excl", "sweep-excl-covers", "sweep-excl-switches")} == {"belt"}
+
+
+BY_HAND = {f"{what}-{a}" for what in ("exclusivity-lifted", "centre-loss-lifts-further") for a in ("ssba", "iad")}
+"""Claims on attacks of other rates, which suite paper-belt takes with `--attack` and `--rate`."""
+
+
+def test_some_suite_decides_every_claim_of_belt() -> None:
+    registry, paper = Registry.discover("none"), papers()["belt"]
+    wanted = set()
+    for left, than in ((c.compared.left, c.compared.than) for c in paper.claims):
+        wanted |= {(left.metric, left.qualifier or "")}
+        wanted |= {(than.metric or left.metric, than.qualifier or "")} if than is not None else set()
+    decided = set()
+    for name in paper.suites:
+        suite, _ = build(name, registry)
+        there = {m.name for e in suite.evaluators for m in registry.get("evaluator", e.id).blueprint.metrics}
+        switched = any(e.params.get("ablations") for e in suite.evaluators)
+        zoo = [Variant(id="zoo", label="zoo", params={})]
+        made = [
+            row(f"{d}/{arch}/{a.label}{'' if a.id in ('none', 'zoo') else '@0.1'}/{w.label}/s0", m, 0.5, qualifier=q)
+            | {"attack_params": json.dumps(a.params), "defense_params": json.dumps(w.params)}
+            for d, arch in itertools.product(suite.datasets, suite.archs)
+            for a, w in itertools.product([*suite.attacks, *zoo], suite.defenses)
+            for m, q in wanted
+            if m in there and (switched or "=off" not in q)
+        ]
+        decided |= {j.claim.id for j in judge(paper, Results(made), {"suite": {}}) if j.verdict != NOT_RUN}
+    assert {c.id for c in paper.claims} - decided == BY_HAND
+
+
+def test_a_printed_figure_may_be_of_a_variant_of_a_metric() -> None:
+    table = TABLE.replace('column = "attack"', 'column = "metric"').replace(
+        'columns = ["badnets", "blended"]\nmetrics = ["asr", "p_asr_ra"]', 'columns = ["bound", "bound[a=off;b=off]"]'
+    )
+    table = table.replace('["100/-", "99.5/-"]', '["100", "99.5"]').replace('["2/80", "-/60.5"]', '["2", "60.5"]')
+    table = table.replace("[table.rows]", 'attack = "badnets"\n[table.rows]')
+    told = claim(
+        metric="bound",
+        table="1",
+        attack="badnets",
+        defense="ft",
+        test=">",
+        than='{ qualifier = "a=off;b=off" }',
+    )
+    off = seeds("badnets@0.1/ft", "bound", 0.4, qualifier="a=off;b=off")
+    judged = one(told, [*seeds("badnets@0.1/ft", "bound", 0.5), *off], table)
+    assert judged.verdict == HOLDS
+    assert (judged.lines[0].published["left"], judged.lines[0].published["right"]) == (0.02, 0.605)
+    beside = figures(read("p", HEAD + table), Results(off), ABOUT)
+    assert {(f["metric"], f["ours"]["mean"], f["published"]) for f in beside if f["unit"].endswith("ft")} == {
+        ("bound", None, 0.02),
+        ("bound[a=off;b=off]", 0.4, 0.605),
+    }
 
 
 def test_references() -> None:

@@ -20,6 +20,7 @@ from sleeperbench.engine.store import Store
         ("badnets", "unlearn:neural_cleanse", "[defense.neural_cleanse]\nepochs = 3", False),  # another cell's
         ("badnets", "refine:retrain:ct", '[defense."refine:retrain:ct"]\npretrain_epochs = 1', True),
         ("badnets", "ft", "[defense.ft]\nsteps = 3", True),
+        ("badnets", "pam", '[defense.pam]\npreset = "reduced"', True),
         ("lc", "none", "", False),
         ("belt:lc", "none", "", False),
         ("belt:lc", "none", '[attack."belt:lc"]\nsteps = 1', True),

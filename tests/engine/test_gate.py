@@ -99,6 +99,28 @@ def test_small_rates_have_the_low_bar(make_plan: Any, registry: Registry, rate: 
     assert gate.bars == {f"digits/small_cnn/badnets@{rate:g}": bar}
 
 
+@pytest.mark.parametrize(
+    ("attack", "rate", "tail", "bar"),
+    [
+        ("multi_trigger", 0.1, "", 0.85),  # its own, which is lower
+        ("adaptive_blend", 0.01, "", 0.5),
+        ("belt:badnets", 0.1, "", 0.9),
+        ("belt:badnets", 0.01, "", 0.7),
+        ("belt:adaptive_blend", 0.1, "", 0.5),  # of the wrapped attack
+        ("belt:sig", 0.1, "", 0.7),
+        ("refool", 0.1, "", 0.9),
+        ("refool", 0.1, '[attack.refool]\nlabels = "clean"\n', 0.7),
+        ("belt:refool", 0.1, '[attack."belt:refool"]\nlabels = "clean"\n', 0.7),
+        ("badnets", 0.1, "[gate]\nimplant_asr = 0.95\n", 0.9),  # what the attack says of itself holds
+    ],
+)
+def test_an_attacks_own_bar_counts_where_it_is_lower(
+    make_plan: Any, registry: Registry, attack: str, rate: float, tail: str, bar: float
+) -> None:
+    gate = Gate(make_plan(attacks=["none", attack], rates=[rate], tail=tail), registry)
+    assert list(gate.bars.values()) == [bar]
+
+
 def test_clean_label_attacks_have_the_low_bar(
     suite_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_plan: Any
 ) -> None:

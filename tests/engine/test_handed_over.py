@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import samples
 import torch
 
 from sleeperbench.contracts import NotApplicable, Outcome
 from sleeperbench.contracts.access import Access
 from sleeperbench.engine import artifacts
-from sleeperbench.engine.outcomes import Failed
+from sleeperbench.engine.outcomes import Failed, checked
 from sleeperbench.engine.task import Task
 from sleeperbench.engine.work import Work
 from sleeperbench.kit.planted import Planted
@@ -102,3 +103,15 @@ def test_an_attack_may_decline(tmp_path: Path) -> None:
     assert e.value.status == "not_applicable"
     assert not at.store.has(task.key)
     assert torch.is_grad_enabled()
+
+
+def test_a_threshold_for_inputs_is_read_back_and_is_finite(tmp_path: Path) -> None:
+    for alarm in (None, 0.0, -1.25):
+        folder = tmp_path / f"{alarm}"
+        folder.mkdir()
+        artifacts.write_outcome(folder, Outcome(alarm=alarm))
+        assert repr(artifacts.read_outcome(folder).alarm) == repr(alarm)
+        checked(Outcome(alarm=alarm), samples.SPEC, {}, tmp_path)
+    for alarm in (float("inf"), float("nan")):
+        with pytest.raises(Failed, match="a figure of the answer is not finite"):
+            checked(Outcome(alarm=alarm), samples.SPEC, {}, tmp_path)

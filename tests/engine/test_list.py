@@ -9,6 +9,7 @@ import pytest
 from plugins import GENTLE, install
 
 from sleeperbench.cli import list as listing
+from sleeperbench.errors import BadInput
 
 COLUMNS = ("kind", "id", "dist", "dist_version", "method_version", "api", "status", "reason", "title", "paper")
 KEYS = [*COLUMNS, "access", "wrapper"]
@@ -111,10 +112,24 @@ def test_suites(run, tmp_path, monkeypatch):
     assert "c.toml: Invalid value" in rows[2]["reason"]
 
 
-def test_unknown_kind_is_a_usage_error(run):
-    with pytest.raises(SystemExit) as e:
+def test_a_name_that_is_neither_kind_nor_method(run):
+    with pytest.raises(BadInput, match="did you mean `defenses`"):
         run("defences")
-    assert e.value.code == 2
+    with pytest.raises(BadInput, match="`pam`"):
+        run("pamm")
+
+
+def test_a_method_with_its_parameters_and_presets(run):
+    told = json.loads(run("ct", "--json"))[0]
+    assert list(told) == [*KEYS, "parameters", "presets"]
+    assert told["parameters"]["steps"]["default"] == 6000
+    head, *lines = run("ct").splitlines()
+    assert head.startswith("defense ct: ") and "T3" in head
+    assert [line.split()[0] for line in lines[:-1]] == list(told["parameters"])
+    wanted = ", ".join(f"{k} = {v}" for k, v in told["presets"]["reduced"].items())
+    assert lines[-1] == f"  preset reduced: {wanted}"
+    # One line per kind that has the id.
+    assert [line.split()[0] for line in run("none").splitlines() if line[0] != " "] == ["attack", "defense"]
 
 
 def test_nothing_heavy_is_imported(tmp_path):

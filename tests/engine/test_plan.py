@@ -79,6 +79,19 @@ def test_the_controls_of_ra_are_the_cells_of_attack_none(make_plan: Any) -> None
     assert plan.tasks[inputs["evaluator.ra_budget"]].name == "ra_budget"
 
 
+def test_an_evaluator_of_triggers_reads_what_a_wrapper_wraps(make_plan: Any) -> None:
+    plan = make_plan(defenses=["none", "neural_cleanse", "unlearn:neural_cleanse"], evaluators=["inversion"])
+    keys = {}
+    for defense in ("neural_cleanse", "unlearn:neural_cleanse"):
+        here = cell(plan, "badnets@0.1", defense)
+        (inversion,) = here.evaluations
+        keys[defense] = here.defense_key, plan.tasks[inversion.key].inputs
+    inner, plain = keys["neural_cleanse"]
+    _, wrapping = keys["unlearn:neural_cleanse"]
+    assert "wrapped" not in plain
+    assert wrapping["wrapped"] == inner
+
+
 def test_the_budget_is_calibrated_once(make_plan: Any) -> None:
     plan = make_plan(**RATED, seeds=[0, 1, 2])
     budgets = [t for t in plan.tasks.values() if t.name == "ra_budget"]

@@ -129,6 +129,55 @@ def test_a_name_of_wrapper_and_wrapped_is_told_apart_by_inner(make_suite: Any) -
     assert [v.params["inner"]["lr"] for v in swept if v.id != "none"] == [0.5, 0.25]
 
 
+def test_an_attack_may_have_rates_of_its_own(make_suite: Any, make_plan: Any) -> None:
+    given = {"attacks": ["none", "badnets", "sig"], "rates": [0.1], "tail": "[attack.sig]\nrates = [0.05, 0.03]\n"}
+
+    def names(changes: Changes | None = None) -> set[str]:
+        return {c.name.split("/")[2] for c in make_plan(changes, **given).cells}
+
+    assert make_suite(**given).attack_rates == {"sig": (0.05, 0.03)}
+    assert names() == {"none@0", "badnets@0.1", "sig@0.05", "sig@0.03"}
+    assert names(Changes(settings=["attack.sig.rates=[0.2]"])) == {"none@0", "badnets@0.1", "sig@0.2"}
+    assert names(Changes(rates=[0.3])) == {"none@0", "badnets@0.3", "sig@0.3"}, "what --rate asks for is for all"
+    for wrong, what in (
+        ("0.05", "give a list"),
+        ("[2.0]", "outside 0"),
+        ("[]", "nothing to run"),
+        ('["a"]', "not float"),
+    ):
+        with pytest.raises(BadInput, match=what):
+            make_suite(tail=f"[attack.sig]\nrates = {wrong}\n")
+
+
+def test_a_preset_gives_its_efforts_and_what_stands_beside_it_counts_more(make_suite: Any, registry: Any) -> None:
+    blueprint = registry.get("defense", "ct").blueprint
+    own, normal = blueprint.info["presets"]["reduced"], {k: f.default for k, f in blueprint.fields.items()}
+
+    def params(defense: str, tail: str, *settings: str) -> dict[str, Any]:
+        head = f'[defense."{defense}"]\n{tail}' if tail else ""
+        found = make_suite(Changes(settings=settings), defenses=["none", defense], tail=head).defenses[-1].params
+        return dict(found)
+
+    reduced = normal | own
+    assert params("ct", 'preset = "reduced"') == reduced != normal
+    assert params("ct", "", "defense.ct.preset=reduced") == reduced
+    assert params("ct", 'preset = "reduced"\nsteps = 7') == reduced | {"steps": 7}
+    assert params("retrain:ct", 'preset = "reduced"')["inner"] == reduced
+    for given in ("steps", "inner.steps"):
+        assert params("retrain:ct", f'preset = "reduced"\n{given} = 7')["inner"] == reduced | {"steps": 7}
+    many = make_suite(defenses=["ct"], tail='[defense.ct]\npreset = "reduced"\nsteps = [7, 8]\n').defenses
+    assert [v.params for v in many if v.id == "ct"] == [reduced | {"steps": n} for n in (7, 8)]
+
+
+@pytest.mark.parametrize(
+    ("defense", "preset", "what"),
+    [("ct", '"redused"', "reduced"), ("ct", "3", "reduced"), ("ft", '"reduced"', "it has none")],
+)
+def test_a_preset_that_is_not_there(make_suite: Any, defense: str, preset: str, what: str) -> None:
+    with pytest.raises(BadInput, match=what):
+        make_suite(defenses=[defense], tail=f"[defense.{defense}]\npreset = {preset}\n")
+
+
 def test_lists_restrict_the_matrix_but_keep_the_controls(make_suite: Any) -> None:
     s = make_suite(
         Changes(attacks=["blended"], defenses=["ft"], evaluators=["accuracy"], seeds=[3, 4], rates=[0.2]),
@@ -185,3 +234,15 @@ def test_injection_by_fine_tuning_changes_the_recipe_of_attacks_alone(make_suite
     assert s.recipe["lr"] == 0.1
     with pytest.raises(BadInput, match="inject_epochs needs inject"):
         make_suite(tail="[train]\ninject_epochs = 2\n")
+
+
+def test_the_suite_in_the_documentation_does_what_it_says(make_plan: Any, registry: Any, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "suites.md").read_text()
+    (tmp_path / "mine.toml").write_text(text.partition("```toml\n")[2].partition("```")[0])
+    suite, _ = build(str(tmp_path / "mine.toml"), registry)
+    assert [v.params.get("size") for v in suite.attacks if v.id == "badnets"] == [2, 3]
+    assert suite.attack_rates == {"sig": (0.05,)}
+    unlearn = suite.defenses[-1].params
+    assert (unlearn["steps"], unlearn["inner"]["epochs"], unlearn["inner"]["lr"]) == (50, 10, 0.1)
+    assert unlearn["lr"] != 0.1
+    assert suite.dataset_rows == {"digits": {"train": 1000}}

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import tomllib
 from dataclasses import replace
+from importlib import resources
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +13,18 @@ from torch import nn
 
 from sleeperbench import Findings, Measurement, Model, Role
 from sleeperbench.contracts import NotApplicable
+from sleeperbench.engine.suite import shipped
 from sleeperbench.evaluators import accident as module
-from sleeperbench.evaluators.accident import WakingByAccident, look, pruned, quantised, under, weights
+from sleeperbench.evaluators.accident import (
+    Range,
+    WakingByAccident,
+    in_eight_bits,
+    look,
+    pruned,
+    quantised,
+    under,
+    weights,
+)
 from sleeperbench.kit.classifier import Classifier, build, load, pack
 from sleeperbench.kit.pixels import to_float
 
@@ -29,6 +41,7 @@ def case(**parts: Any) -> Any:
         "bd_probe": samples.badnets_rendered("probe", Role.TRAIN),
         "bd_test": samples.badnets_rendered("test", Role.TEST),
         "controls": {},
+        "defended_clean": None,
         "ctx": samples.ctx(3),
     }
     return SimpleNamespace(**known | parts)
@@ -67,6 +80,51 @@ def test_eight_bits_per_output_channel() -> None:
     others = set(model.state) - set(weights(n))
     assert all(torch.equal(model.state[k], n.state_dict()[k]) for k in others)
     assert torch.equal(was, n.state_dict()[key]), "the model itself is left as it was"
+
+
+def test_activations_of_eight_bits_are_those_of_torch() -> None:
+    seen, layer = Range(), nn.Linear(4, 2)
+    for low, high in ((0.5, 1.0), (-0.3, 0.9)):  # the ends of all, and 0 among them
+        assert seen(layer, (torch.tensor([[low, high, 0.6, 0.7]]),)) is None
+    assert (seen.low, seen.high) == pytest.approx((-0.3, 1.0))
+    seen.watching = False
+    x = torch.cat([torch.linspace(-1, 2, 4001), torch.tensor([-0.3, 0.0, 1.0])])[None]
+    given = seen(layer, (x,))
+    assert given is not None
+    scale = 1.3 / 255
+    expected = torch.fake_quantize_per_tensor_affine(x, scale, round(0.3 / scale), 0, 255)
+    # At a half two ways of rounding may part by one step.
+    apart = (given[0] - expected).abs()
+    assert float(apart.max()) <= scale * 1.01 and float((apart > 1e-5).double().mean()) < 0.01
+    assert len(given[0].unique()) == 256 and given[0][0, -2] == 0
+    silent = Range()
+    silent.watching = False
+    assert silent(layer, (x,)) == (x,)
+
+
+def test_every_layer_gets_its_input_in_eight_bits_with_ranges_of_clean_rows() -> None:
+    n, c = net(), samples.ctx()
+    probe = samples.digits()["probe"].images[:40]
+    got, met = in_eight_bits(n, probe, c), dict[str, torch.Tensor]()
+    for key in weights(got):
+        name = key.removesuffix(".weight")
+        got.get_submodule(name).register_forward_hook(lambda m, x, y, name=name: met.update({name: x[0]}))
+    x = to_float(probe)
+    with torch.no_grad():
+        moved = got(x)
+    assert set(met) == {k.removesuffix(".weight") for k in weights(n)}
+    assert all(len(t.unique()) <= 256 for t in met.values())
+    # On the rows of which it knows the ends nothing is cut, so an input is at most half a step off what it is.
+    first = met[next(iter(met))]
+    inside = (x - n.mean) / n.std
+    step = float(inside.max() - min(inside.min(), torch.tensor(0.0))) / 255
+    assert 0 < float((first - inside).abs().max()) <= step * 0.501
+    assert not torch.equal(load(quantised(n))(x), moved)
+    assert c.cost.forwards == 40 and all(not m._forward_pre_hooks for m in n.modules())
+    # What lies beyond the ends is cut: all that it has seen is grey 200, and 0 belongs to every range.
+    even = in_eight_bits(n, torch.full_like(probe, 200), c)
+    with torch.no_grad():
+        assert torch.allclose(even(x), even(x.clamp(0.5, 200 / 255)), atol=1e-5)
 
 
 @pytest.mark.parametrize("part", [0.3, 0.7])
@@ -113,6 +171,7 @@ def staged(monkeypatch: pytest.MonkeyPatch, **hits: Any) -> Any:
     monkeypatch.setattr(module, "between", lambda a, b, t: hits["averaged"][hits["tuned"].index(b)])
     monkeypatch.setattr(module, "refresh", lambda net, images, *, batch, ctx: hits["bn"])
     monkeypatch.setattr(module, "quantised", lambda net: hits["int8"])
+    monkeypatch.setattr(module, "in_eight_bits", lambda net, images, ctx: hits["int8"])
     monkeypatch.setattr(module, "pruned", lambda net, part: hits["pruned"])
     return case(
         net=hits["before"],
@@ -120,6 +179,7 @@ def staged(monkeypatch: pytest.MonkeyPatch, **hits: Any) -> Any:
         probe=samples.random_images(20, (1, 16, 16)),
         bd_test=samples.rendered(list(range(100, 110)), [1] * 10, [0] * 10),
         controls=hits.get("controls", {}),
+        defended_clean=hits.get("defended_clean"),
     )
 
 
@@ -134,13 +194,14 @@ def test_the_largest_rise_that_leaves_the_model_whole(monkeypatch: pytest.Monkey
         int8=Stub(2, 8),
         pruned=Stub(10, 1),
         controls={"clean_model": was},
+        defended_clean=Stub(3, 9),
     )
     found = rows(WakingByAccident(draws=2, shares=(0.5,)).measure(c))
     v = {q: m.value for q, m in found.items()}
     assert v["asr_accident", "way=before"] == 0.1 and v["c_acc_accident", "way=before"] == 0.9
     assert v["asr_accident", "draw=1;way=tuned"] == 0.4 and v["asr_accident", "way=tuned"] == pytest.approx(0.3)
     assert v["asr_accident_rise", "way=tuned"] == pytest.approx(0.2)
-    assert v["c_acc_accident", "way=averaged"] == pytest.approx(0.95)
+    assert v["c_acc_accident", "way=averaged_tuned"] == pytest.approx(0.95)
     assert v["asr_accident_rise", "way=bn_fog"] == pytest.approx(-0.1)
     # Pruning sends everything to class 0 or 1: a rise of 0.9 by a ruined model is no headline.
     assert v["asr_accident_rise", "share=0.5;way=pruned"] == pytest.approx(0.9)
@@ -148,6 +209,12 @@ def test_the_largest_rise_that_leaves_the_model_whole(monkeypatch: pytest.Monkey
     assert v["c_acc_accident", ""] == pytest.approx(0.9)
     assert v["asr_accident_rise", "control=clean_model;way=int8"] == 0.05
     assert found["asr_accident_rise", "control=clean_model"].reason == "control_missing: clean_model"
+    # The clean model after the same defense starts at 0.3, and the same changes are made to it.
+    assert v["asr_accident", "control=clean_defended;way=before"] == 0.3
+    assert v["asr_accident_rise", "control=clean_defended;way=int8_weights"] == pytest.approx(-0.1)
+    assert v["asr_accident_rise", "control=clean_defended"] == pytest.approx(0.0)
+    assert v["asr_accident", "control=clean_defended;way=tuned"] == pytest.approx(0.3)
+    assert not any("control=clean_defended" in q and "draw=" in q for _, q in found)
     assert found["asr_accident", "way=int8"].total == 10 and {m.stage for m in found.values()} == {"reactivated"}
 
 
@@ -162,6 +229,8 @@ def test_without_batch_norm_and_with_nothing_left(monkeypatch: pytest.MonkeyPatc
     found = rows(WakingByAccident(draws=1, shares=(0.5,)).measure(c))
     assert found["asr_accident", "way=bn_dusk"].reason == found["asr_accident_rise", "way=bn_dusk"].reason == "needs_bn"
     assert all(found[m.name, ""].reason.startswith("collapsed") for m in WakingByAccident.METRICS)
+    gone = [found[m.name, "control=clean_defended"].reason for m in WakingByAccident.METRICS]
+    assert gone == ["control_missing: clean_defended"] * 3
 
 
 def test_the_ways_are_the_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,18 +244,22 @@ def test_the_ways_are_the_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "retune", fake)
     c = case(probe=samples.digits()["probe"].rows(torch.arange(40)))
-    made = {(way, draw): model for way, draw, model in WakingByAccident(draws=2)._changed(c, c.bd_probe)}
+    changed = WakingByAccident(draws=2)._changed(c.net, c, c.bd_probe)
+    made = {(way, draw): pack(n) for way, draw, n in changed if n is not None}  # type: ignore[arg-type]
     assert seen == [(0, 0, 0.01), (0, 1, 0.01)]
-    own, other, middle = pack(c.net).state, pack(tuned).state, made["averaged", 0]
-    assert middle is not None
+    own, other, middle = pack(c.net).state, pack(tuned).state, made["averaged_tuned", 0]
     for n, t in middle.state.items():
         if t.is_floating_point():
             assert torch.allclose(t, (own[n] + other[n]) / 2, atol=1e-7)
     fog = made["bn_fog", None]
-    assert fog is not None
     changed = {n for n, t in fog.state.items() if not torch.equal(t, own[n])}
     assert changed and all("running_" in n or "num_batches" in n for n in changed)
-    assert list(made)[-4:] == [("int8", None), *((f"pruned;share={s:g}", None) for s in (0.3, 0.5, 0.7))]
+    assert all(torch.equal(made["int8", None].state[k], t) for k, t in made["int8_weights", None].state.items())
+    assert list(made)[-5:] == [
+        ("int8_weights", None),
+        ("int8", None),
+        *((f"pruned;share={s:g}", None) for s in (0.3, 0.5, 0.7)),
+    ]
 
 
 def test_a_model_is_looked_at_as_everywhere() -> None:
@@ -204,3 +277,22 @@ def test_reasons_and_refusals() -> None:
         with pytest.raises(ValueError, match="draws"):
             WakingByAccident(**bad)
     assert replace(WakingByAccident()).shares == (0.3, 0.5, 0.7)
+
+
+@pytest.mark.parametrize("name", ["accident", "wake", "qra", "lmc"])
+def test_suites_for_a_gpu_and_for_a_cpu_measure_what_lies_under_the_tables(name: str) -> None:
+    suites = [tomllib.loads(text) for text in shipped().values()]
+    under = {s["name"] for s in suites if name in s["matrix"]["evaluators"]}
+    assert {"paper-safety", "paper-safety-under-cpu"} <= under
+
+
+def test_the_suite_for_a_cpu_has_every_attack_and_defense_of_the_claims_on_inputs_and_paths() -> None:
+    suite = tomllib.loads(shipped()["paper-safety-under-cpu"])
+    text = resources.files("sleeperbench.published").joinpath("superficial-safety.toml").read_text()
+    claims = [c for c in tomllib.loads(text)["claim"] if c["metric"].startswith(("p_asr_qra", "c_asr_qra", "lmc_"))]
+    assert len(claims) == 9
+    for c in claims:
+        assert set(c["attack"]) <= set(suite["matrix"]["attacks"])
+        named = [c["defense"]] if isinstance(c["defense"], str) else c["defense"]
+        assert set(named) <= set(suite["matrix"]["defenses"])
+        assert set(c.get("to", ())) <= set(suite["evaluator"]["qra"]["peers"])

@@ -60,7 +60,20 @@ def test_rows_that_should_keep_their_label() -> None:
     found = headline(Accuracy().measure(c))
     assert (found["asr_leak"], found["cover_acc"], found["cover_asr"]) == (0.5, 0.5, 0.25)
     plain = rows(Accuracy().measure(case(bd_test=samples.rendered([0], [1], [0]))))
-    assert {plain[m, ""].reason for m in ("asr_leak", "cover_acc", "cover_asr")} == {"no_such_rows"}
+    assert {plain[m, ""].reason for m in ("asr_source", "asr_leak", "cover_acc", "cover_asr")} == {"no_such_rows"}
+
+
+def test_success_on_sources_is_that_of_triggers_that_spare_some_images() -> None:
+    leak = samples.rendered([0, 5], [4, 5], [0, 0])
+    one = rows(Accuracy().measure(case(bd_test=samples.rendered([0, 0, 3], [1, 2, 3], [0] * 3), leak_test=leak)))
+    assert (one["asr_source", ""].count, one["asr_source", ""].total) == (2, 3) == (one["asr", ""].count, 3)
+    # Three triggers, of which 0 and 2 spare images: 1 of 2 and 2 of 2; trigger 1 answers to all.
+    bd = samples.rendered([0, 4, 1, 1, 0, 0], [1, 2, 3, 4, 5, 6], [0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 2, 2])
+    leak = samples.rendered([0, 5], [4, 5], [0, 0], [0, 2])
+    found = rows(Accuracy().measure(case(bd_test=bd, leak_test=leak)))
+    each = {q: m.value for (metric, q), m in found.items() if metric == "asr_source"}
+    assert each == {"": 0.75, "trigger=0": 0.5, "trigger=2": 1.0, "stat=max": 1.0, "stat=min": 0.5}
+    assert found["asr", ""].value == pytest.approx(2.5 / 3)
 
 
 def test_spared_classes_come_apart() -> None:
@@ -108,6 +121,14 @@ def test_all_to_all_wants_another_label_per_row() -> None:
     c = case(bd_test=samples.rendered([1, 2, 2, 9], [0, 1, 2, 9], [1, 2, 3, 0]))
     found = rows(Accuracy().measure(c))
     assert found["asr", ""].value == 0.5
+    each = {q: (m.count, m.total) for (metric, q), m in found.items() if metric == "asr" and q}
+    assert each == {"class=0": (1, 1), "class=1": (1, 1), "class=2": (0, 1), "class=9": (0, 1)}
+    # A second trigger with one target: only the first is looked at class by class.
+    both = samples.rendered([1, 2, 3, 3], [0, 1, 5, 6], [1, 2, 3, 3], [0, 0, 1, 1])
+    mixed = rows(Accuracy().measure(case(bd_test=both)))
+    assert {q for metric, q in mixed if metric == "asr" and "class" in q} == {"class=0;trigger=0", "class=1;trigger=0"}
+    one = rows(Accuracy().measure(case(bd_test=samples.rendered([0, 0], [1, 2], [0, 0]))))
+    assert not [q for metric, q in one if metric == "asr" and q], "one target: no classes"
     assert found["r_acc", ""].value == 0.5
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sleeperbench import Findings, Measurement
 from sleeperbench.contracts import Rendered
-from sleeperbench.evaluators.bba import BlackBoxActivation, side
+from sleeperbench.evaluators.bba import BlackBoxActivation, rates, side
 from sleeperbench.kit.classifier import build
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.qualifiers import tagged
@@ -144,6 +144,8 @@ def test_it_wakes_what_lies_within_its_reach_and_counts_its_queries(limit: float
     # It stops as soon as all its images are there; without trigger it never gets there.
     assert own is not None and other == 60 and (own < 60) == bool(woken)
     assert c.ctx.cost.queries == 40 * (own + 60)
+    # Two classes: what does not go to the target gets its true label.
+    assert v["r_acc_bba", ""] == v["r_acc_bba", "queries=60"] == 1 - woken and v["r_acc_bba", "control=guaa"] == 1
     assert v["asr_bba", "control=clean_model"] == 0.2 and v["asr_bba", "control=clean_model;queries=5"] == 0.1
     reasons = {m.qualifier: m.reason for m in found.rows}
     assert reasons["control=clean_model;queries=60"] == "control_missing: clean_model"
@@ -167,7 +169,13 @@ def test_with_and_without_trigger_it_makes_the_same_draws(monkeypatch: pytest.Mo
     (own, start), (other, same) = seen
     assert own is c.bd_probe.data and other is c.bd_probe.clean and torch.equal(start, same)
     assert not any("clean_model" in m.qualifier for m in rows)
-    assert {m.total for m in rows if m.metric == "asr_bba"} == {30}
+    assert {m.total for m in rows if m.metric in ("asr_bba", "r_acc_bba")} == {30}
+
+
+def test_an_image_of_another_wrong_class_counts_in_neither_rate() -> None:
+    test = samples.rendered([1, 1, 1, 2, 0, 0], labels=[0, 0, 0, 0, 0, 2], targets=[1] * 6)
+    by_metric = {m.metric: m for m in rates("bba", samples.ReadsPixel(), test, samples.ctx())}
+    assert [(by_metric[m].count, by_metric[m].total) for m in ("asr_bba", "r_acc_bba")] == [(3, 6), (1, 6)]
 
 
 def test_several_triggers_have_their_own_rows() -> None:
@@ -181,7 +189,8 @@ def test_several_triggers_have_their_own_rows() -> None:
 def test_reasons_and_refusals() -> None:
     for parts in ({"bd_test": None}, {"bd_probe": None}):
         rows = BlackBoxActivation().measure(case(Gate(3.4), **parts)).rows
-        assert [(m.metric, m.reason) for m in rows] == [("asr_bba", "no_trigger"), ("bba_queries", "no_trigger")]
+        metrics = ("asr_bba", "r_acc_bba", "bba_queries")
+        assert [(m.metric, m.reason) for m in rows] == [(m, "no_trigger") for m in metrics]
     with pytest.raises(FloatingPointError):
         BlackBoxActivation(queries=(2,)).measure(case(Gate(math.nan)))
     for bad in ({"rho": 0.0}, {"area": 2.0}, {"queries": ()}, {"queries": (5, 5)}, {"queries": (0,)}, {"horizon": 0}):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,6 +100,15 @@ def test_inputs() -> None:
     assert len(line["x"]) == len(line["y"]) == 100
     assert curve["title"] == "Inputs: 4 triggered against 200 clean"
     assert found["det_score"].reason == found["label_acc"].reason == "no_verdict"
+    called = ("input_tpr", "input_fpr", "input_acc")
+    assert [(found[m].value, found[m].reason) for m in called] == [(None, "no_alarm")] * 3
+    judged = case(answers=scores[order], asked=asked[order], outcome=Outcome(alarm=189.0))
+    found = rows(Detection().measure(judged))
+    # Above 189 lie 250 and 197.5, and ten clean scores; 189 itself, of either kind, does not.
+    assert [(found[m].count, found[m].total) for m in called] == [(2, 4), (10, 200), (192, 204)]
+    assert (found["input_tpr_fpr1"].count, found["input_tpr_fpr5"].count) == (2, 2), (
+        "the ranking has nothing to do with it"
+    )
 
 
 def test_five_percent_lies_below_one_percent() -> None:
@@ -150,13 +160,56 @@ def test_label_scores_of_another_size_are_refused() -> None:
     assert found["label_acc"].reason == "wrong_shape: label scores are (4,) for 10 classes"
 
 
+def pairs_of(said: list[list[int]], **parts: Any) -> dict[str, Measurement]:
+    pairs = torch.tensor(said, dtype=torch.int64).view(-1, 2)
+    return rows(Detection().measure(case(Verdict(score=9, threshold=2, pairs=pairs), **parts)))
+
+
+def counts(found: dict[str, Measurement]) -> list[tuple[int | None, int | None]]:
+    return [(found[m].count, found[m].total) for m in ("pair_acc", "pair_tpr", "pair_fpr")]
+
+
+def test_pairs_of_a_source_specific_backdoor() -> None:
+    # Class 1 goes to 3; class 2 to 3 and, by another trigger, to 5. A pair said twice counts once, one of a class with
+    # itself not at all.
+    bd = samples.rendered([0, 0, 0, 1], [1, 1, 2, 2], [3, 3, 3, 5])
+    assert counts(pairs_of([[1, 3], [1, 3], [2, 4], [6, 6], [3, 1]], bd_test=bd)) == [(86, 90), (1, 3), (2, 87)]
+
+
+def test_pairs_of_an_all_to_one_backdoor_have_every_other_class_as_source() -> None:
+    bd = samples.rendered([0] * 9, [i for i in range(10) if i != 3], [3] * 9)
+    assert counts(pairs_of([[i, 3] for i in range(10) if i != 3], bd_test=bd)) == [(90, 90), (9, 9), (0, 81)]
+    assert counts(pairs_of([], bd_test=bd)) == [(81, 90), (0, 9), (0, 81)], "silence is right on most pairs"
+
+
+def test_pairs_of_a_clean_model_are_all_negatives() -> None:
+    found = pairs_of([[0, 1], [4, 5]], bd_test=None)
+    assert (found["pair_acc"].count, found["pair_fpr"].count, found["pair_fpr"].total) == (88, 2, 90)
+    assert (found["pair_tpr"].value, found["pair_tpr"].reason) == (None, "no_trigger")
+
+
+def test_pairs_where_there_is_no_other() -> None:
+    spec = replace(samples.SPEC, classes=2)
+    found = pairs_of([[0, 1]], bd_test=samples.rendered([0, 0], [0, 1], [1, 0]), spec=spec)
+    assert (found["pair_acc"].value, found["pair_tpr"].value) == (0.5, 0.5)
+    assert (found["pair_fpr"].value, found["pair_fpr"].reason) == (None, "no_other_pair")
+
+
+def test_pairs_that_are_none() -> None:
+    assert pairs_of([[0, 10]])["pair_acc"].reason == "wrong_shape: a pair is not of classes 0..9"
+    assert pairs_of([[-1, 3]])["pair_tpr"].reason == "wrong_shape: a pair is not of classes 0..9"
+    odd = Verdict(score=9, threshold=2, pairs=torch.zeros(3, dtype=torch.int64))
+    assert rows(Detection().measure(case(odd)))["pair_fpr"].reason == "wrong_shape: pairs are (3,), not (P, 2)"
+    assert rows(Detection().measure(case(Verdict(score=9, threshold=2))))["pair_acc"].reason == "no_pairs"
+
+
 def test_a_repair_has_reasons_and_loads_no_network() -> None:
     # The case has no `net`, so that reaching for it would raise.
     findings = Detection().measure(case())
     found = rows(findings)
     assert all(m.value is None for m in findings.rows)
     assert {m.reason for m in findings.rows} == {"no_verdict", "no_scores"}
-    assert found["input_auroc"].reason == "no_scores"
+    assert found["input_auroc"].reason == found["input_acc"].reason == "no_scores"
     assert not findings.curves
     assert Detection.INFO["brings"] == ["detection_zoo"]
     assert "model" not in Detection.NEEDS.outcome

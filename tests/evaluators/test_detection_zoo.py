@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sleeperbench import Findings, Measurement, Outcome, Verdict
-from sleeperbench.evaluators.detection_zoo import DetectionZoo, bounds
+from sleeperbench.evaluators.detection_zoo import DetectionZoo, balanced, bounds
 
 
 def cell(attack: str, score: float | None, threshold: float = 2.0) -> dict[str, Any]:
@@ -33,6 +33,7 @@ ZOO = (
     *(cell("badnets", s) for s in (3.0, 5.0)),
     *(cell("wanet", s) for s in (1.5, 0.5, 2.0)),
 )
+BOUNDED = ("det_bacc", "det_auroc")
 
 
 def test_pooled_figures() -> None:
@@ -122,6 +123,44 @@ def test_bounds_are_where_the_score_test_just_accepts(value: float, m: int, n: i
     assert 0 < low < value < high < 1
     for end in (low, high):
         assert abs(value - end) == pytest.approx(1.959964 * math.sqrt(variance(end)), rel=1e-5)
+
+
+# Newcombe 1998, table II, contrasts (a) to (h) by method 10: x / m, y / n, lower and upper bound of the difference.
+NEWCOMBE = (
+    ((56, 70, 48, 80), (0.0524, 0.3339)),
+    ((9, 10, 3, 10), (0.1705, 0.8090)),
+    ((6, 7, 2, 7), (0.0582, 0.8062)),
+    ((5, 56, 0, 29), (-0.0381, 0.1926)),
+    ((0, 10, 0, 20), (-0.1611, 0.2775)),
+    ((0, 10, 0, 10), (-0.2775, 0.2775)),
+    ((10, 10, 0, 20), (0.6791, 1.0000)),
+    ((10, 10, 0, 10), (0.6075, 1.0000)),
+)
+
+
+@pytest.mark.parametrize(("counts", "difference"), NEWCOMBE)
+def test_bounds_of_balanced_accuracy_are_newcombe_s(
+    counts: tuple[int, int, int, int], difference: tuple[float, float]
+) -> None:
+    x, m, y, n = counts
+    low, high = balanced(x / m, m, y / n, n)
+    assert (2 * low - 1, 2 * high - 1) == pytest.approx(difference, abs=6e-5)
+
+
+def test_balanced_accuracy_and_auroc_have_bounds_pooled_and_per_attack() -> None:
+    found, _ = measure(*ZOO)
+    for prefix, sizes in (("", (5, 4)), ("attack=badnets;", (2, 4)), ("attack=wanet;", (3, 4))):
+        at = prefix.rstrip(";")
+        shares = found["det_tpr", at].value, found["det_fpr", ""].value
+        ends = tuple(tuple(found[m, f"{prefix}stat={s}"].value for s in ("lower", "upper")) for m in BOUNDED)
+        assert ends == (
+            balanced(shares[0], sizes[0], shares[1], sizes[1]),
+            bounds(found["det_auroc", at].value, *sizes),
+        )
+        for metric, (low, high) in zip(BOUNDED, ends, strict=True):
+            assert 0 <= low <= found[metric, at].value <= high <= 1
+    assert {m for m, q in found if "stat=lower" in q} == set(BOUNDED)
+    assert ("det_bacc", "stat=macro") in found
 
 
 def test_few_models_separated_without_a_mistake_prove_little() -> None:

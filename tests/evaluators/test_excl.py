@@ -57,7 +57,7 @@ def case(net: nn.Module, trigger: Any = None, n: int = 6, **parts: Any) -> Any:
 
 
 def figures(found: Findings) -> dict[str, float | None]:
-    return {m.metric: m.value for m in found.rows}
+    return {m.metric: m.value for m in found.rows if not m.qualifier}
 
 
 def quick(**parts: Any) -> Exclusivity:
@@ -154,6 +154,43 @@ def test_the_switches_of_table_five() -> None:
     assert figures(quick(direction=False).measure(case(net)))["excl"] == 1
 
 
+def test_the_bound_is_the_norm_of_the_largest_change() -> None:
+    # Of ||R|| = 2 the closed form leaves limit / 4, whatever each image's own figure is.
+    found = quick(steps=120, lr=0.02).measure(case(Limit(3.0), n=2))
+    assert figures(found)["bound"] == pytest.approx(2 * 0.25, abs=0.02)
+    rows = {m.qualifier: m.value for m in found.rows if m.metric == "bound"}
+    assert rows["control=boundary"] == pytest.approx(2.0)
+    # The mean of products, not the product of means, where images have other boundaries.
+    c = case(Limit(2.0, slope=1.0))
+    small = corner(0.75)
+    c.oracle = SimpleNamespace(triggers=(corner(), small))
+    c.bd_test = replace(c.bd_test, trigger_id=torch.tensor([0, 1, 0, 1, 0, 1]))
+    found = quick(steps=30, lr=0.02).measure(c)
+    assert found.curves["excl_images"]["series"][2]["label"] == "largest change that worked"
+    largest = np.mean(found.curves["excl_images"]["series"][2]["y"])
+    assert figures(found)["bound"] == pytest.approx(largest)
+    boundary = np.mean(found.curves["excl_images"]["series"][3]["y"])
+    assert figures(found)["bound"] != pytest.approx((1 - (figures(found)["excl"] or 0)) * boundary, abs=1e-3)
+
+
+def test_ablations_are_the_searches_with_the_switches_off() -> None:
+    net = Limit(1.0, gain=2.0)
+    found = quick(steps=60, lr=0.03, ablations=True).measure(case(net, n=2))
+    rows = {(m.metric, m.qualifier): m.value for m in found.rows}
+    for off in ({"direction"}, {"dynamic"}, {"direction", "dynamic"}):
+        alone = figures(quick(steps=60, lr=0.03, **dict.fromkeys(off, False)).measure(case(net, n=2)))
+        qualifier = ";".join(f"{name}=off" for name in sorted(off))
+        assert (rows["excl", qualifier], rows["bound", qualifier]) == (alone["excl"], alone["bound"])
+    plain = quick(steps=60, lr=0.03).measure(case(net, n=2))
+    assert {k: v for k, v in rows.items() if "off" not in k[1]} == {
+        (m.metric, m.qualifier): m.value for m in plain.rows
+    }
+    assert (rows["bound", ""] or 0) > (rows["bound", "dynamic=off"] or 0) > 0
+    assert rows["bound", "direction=off"] == pytest.approx(0.0)
+    with pytest.raises(ValueError, match="leave both on"):
+        Exclusivity(ablations=True, dynamic=False)
+
+
 def test_lambda_moves_in_the_second_half_alone() -> None:
     net = Limit(1.0, gain=2.0)
     found = quick(steps=200).measure(case(net)).curves["excl"]["series"][0]
@@ -174,6 +211,7 @@ def test_images_on_which_the_trigger_fails_are_left_out() -> None:
         ("excl_eligible", 0.0, ""),
         ("excl", None, "no_eligible_images"),
         ("excl_last", None, "no_eligible_images"),
+        ("bound", None, "no_eligible_images"),
     ]
 
 
@@ -217,6 +255,7 @@ def test_reasons() -> None:
 def test_settings_are_the_published_ones() -> None:
     e = Exclusivity()
     assert (e.images, e.steps, e.lr, e.weight, e.direction, e.dynamic) == (100, 5000, 0.001, 0.1, True, True)
+    assert e.ablations is False
     assert Exclusivity.NEEDS.trigger == "live"
     with pytest.raises(ValueError, match="steps"):
         Exclusivity(steps=1)

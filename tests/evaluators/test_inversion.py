@@ -29,6 +29,7 @@ def digits_case(*inverted: Inverted, **parts: Any) -> Any:
         "clean_models": (samples.clean_net(), samples.badnets_net()),
         "ctx": samples.ctx(),
         "stamps": {},
+        "inner": None,
     }
     return SimpleNamespace(**given | parts)
 
@@ -59,6 +60,8 @@ def test_the_true_trigger_reaches_asr_at_no_distance() -> None:
     assert found["reasr_any", ""].count == int((plain != with_it).sum())
     assert [found[m, ""].value for m in ("apd", "apd_rel", "apd_raw", "mask_iou")] == [0, 0, 0, 1]
     assert found["apd", "trigger=none"].value > 0
+    after = found.pop(("reasr_after", ""))
+    assert (after.value, after.reason, after.stage) == (None, "no_repair", "defended")
     assert {r.stage for r in found.values()} == {"attacked"}
 
 
@@ -122,12 +125,53 @@ def test_no_claim_under_attack_is_the_worst_answer() -> None:
 
 
 def test_a_defense_that_recovers_no_triggers_is_left_alone() -> None:
-    findings = Inversion().measure(SimpleNamespace(outcome=Outcome(chosen={"triggers": []})))
+    findings = Inversion().measure(SimpleNamespace(outcome=Outcome(chosen={"triggers": []}), inner=None))
+    repair = ("reasr_before", "reasr_after")
     assert {(r.metric, r.value, r.reason) for r in findings.rows} == {
-        (m.name, None, "no_inversion") for m in Inversion.METRICS
+        (m.name, None, "no_repair" if m.name in repair else "no_inversion") for m in Inversion.METRICS
     }
     coded = Inversion().measure(digits_case(Inverted(target=0, uses_apply=True)))
-    assert {r.reason.split(":")[0] for r in coded.rows} == {"needs_stamp"}
+    assert {r.reason.split(":")[0] for r in coded.rows if r.metric not in repair} == {"needs_stamp"}
+
+
+def repaired_case(*inverted: Inverted, **parts: Any) -> Any:
+    """A wrapper's cell: what it wraps claims these triggers; its own model answers 7, or what the first pixel says."""
+    inner = Outcome(inverted=inverted, chosen={"claimed": [i.target for i in inverted]})
+    given = {"outcome": Outcome(chosen={"triggers": [5]}), "inner": inner, "net": Always(7), "bd_test": None}
+    return reading_case(**given | parts)
+
+
+def test_a_repair_is_measured_with_the_triggers_that_it_was_made_with() -> None:
+    found = rows(Inversion().measure(repaired_case(paints(5), paints(7, value=6))))
+    # Of the images 1, 2, 3, 3, 5, 9 one is of class 5, none of class 7.
+    counts = {q: [(found[m, q].count, found[m, q].total) for m in ("reasr_before", "reasr_after")] for q in LABELS}
+    assert counts == {"label=5": [(5, 5), (0, 5)], "label=7": [(0, 6), (6, 6)]}
+    assert (found["reasr_before", ""].value, found["reasr_after", ""].value) == (0.5, 0.5)
+    assert {found["reasr_before", q].stage for q in (*LABELS, "")} == {"attacked"}
+    assert {found["reasr_after", q].stage for q in (*LABELS, "")} == {"defended"}
+    assert found["reasr", ""].reason == "no_inversion", "they are another method's"
+    one = rows(Inversion().measure(repaired_case(paints(5))))
+    assert (one["reasr_after", ""].count, one["reasr_after", ""].total, one["reasr_after", ""].stage) == (
+        0,
+        5,
+        "defended",
+    )
+    untouched = rows(Inversion().measure(repaired_case(paints(5), net=samples.ReadsPixel())))
+    assert untouched["reasr_after", ""].value == untouched["reasr_before", ""].value == 1
+
+
+def test_repairs_that_have_no_such_figures() -> None:
+    def reasons(**parts: Any) -> set[str]:
+        found = rows(Inversion().measure(repaired_case(**parts)))
+        return {found[m, ""].reason for m in ("reasr_before", "reasr_after")}
+
+    assert reasons() == {"no_claim"}
+    assert reasons(inner=Outcome(chosen={"dropped": 3})) == {"no_repair"}
+    (reason,) = reasons(inner=Outcome(inverted=(Inverted(target=0, uses_apply=True),)))
+    assert reason.startswith("needs_stamp: ")
+
+
+LABELS = ("label=5", "label=7")
 
 
 def paints(label: int, value: int | None = None, source: int | None = None) -> Inverted:

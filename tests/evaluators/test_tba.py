@@ -51,7 +51,7 @@ def case(net: Any, **parts: Any) -> Any:
 
 
 def values(found: Findings) -> dict[str, float | None]:
-    return {m.qualifier: m.value for m in found.rows}
+    return {m.qualifier: m.value for m in found.rows if m.metric == "asr_tba"}
 
 
 def test_the_slope_is_that_of_the_sum_over_surrogates() -> None:
@@ -87,7 +87,11 @@ def test_what_is_made_on_surrogates_wakes_a_model_of_the_same_kind(limit: float,
     # Triggered corners add up to 3.2; the surrogates ask for 3.35, which is within reach of 0.2 more.
     was = Findings(rows=(Measurement(metric="asr_tba", value=0.1),))
     c = case(Gate(limit), peers=named(a=Gate(3.35), b=Gate(3.36)), controls={"clean_model": was})
-    v = values(TransferActivation(peers=("a", "b"), steps=40).measure(c))
+    found = TransferActivation(peers=("a", "b"), steps=40).measure(c)
+    v = values(found)
+    # Two classes: what does not go to the target gets its true label.
+    right = {m.qualifier: m.value for m in found.rows if m.metric == "r_acc_tba"}
+    assert right == {q: 1 - a for q, a in v.items() if a is not None and q != "control=clean_model"}
     assert v[""] == v["source=a"] == v["source=b"] == woken
     assert v["control=guaa"] == 0 and v["control=clean_model"] == 0.1
 
@@ -141,10 +145,10 @@ def test_the_same_model_is_the_same_tensors() -> None:
 
 def test_reasons() -> None:
     for parts in ({"bd_test": None}, {"bd_probe": None}):
-        (row,) = TransferActivation(peers=("a",)).measure(case(Gate(3.3), **parts)).rows
-        assert row.reason == "no_trigger"
-    (row,) = TransferActivation().measure(case(Gate(3.3))).rows
-    assert row.reason == "no_surrogates: the suite names none"
+        rows = TransferActivation(peers=("a",)).measure(case(Gate(3.3), **parts)).rows
+        assert [(m.metric, m.reason) for m in rows] == [(m, "no_trigger") for m in ("asr_tba", "r_acc_tba")]
+    rows = TransferActivation().measure(case(Gate(3.3))).rows
+    assert [m.reason for m in rows] == ["no_surrogates: the suite names none"] * 2
     ruined = build(samples.SPEC, 1)
     torch.nn.init.constant_(next(ruined.parameters()), torch.nan)
     assert TransferActivation(peers=("a",)).measure(case(ruined)).rows[0].reason.startswith("nan")

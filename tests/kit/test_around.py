@@ -12,6 +12,7 @@ from sleeperbench.attacks.badnets import BadNets
 from sleeperbench.kit.around import Around, CoveredBatches, MarkedBatches
 from sleeperbench.kit.augment import crop_flip
 from sleeperbench.kit.classifier import build
+from sleeperbench.kit.covers import append
 from sleeperbench.kit.fuzzy import Fuzzy
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.poison import poison, stamp
@@ -68,6 +69,7 @@ def covered(inner: TrainHooks, rate: float, ratio: float = 1.0, eligible: Tensor
 
 def batch(h: TrainHooks, step: int = 0, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     rows = torch.arange(64) if rows is None else rows
+    h.places = rows
     return h.batch(to_float(TRAIN.images[rows]), TRAIN.labels[rows], TRAIN.ids[rows], step)
 
 
@@ -104,6 +106,41 @@ def test_marks_of_a_poisoned_set_reach_its_batches() -> None:
     own = batch(MarkedBatches(Dirty(3), p, torch.device("cpu")), rows=rows)[2]
     assert own[:3].tolist() == [Mark.DIRTY] * 3
     assert torch.equal(own[3:], p.mark[rows][3:])
+
+
+def test_marks_tell_copies_from_the_rows_they_stand_beside() -> None:
+    p = append(poison(TRAIN, B, ALL, 0.25, samples.ctx(1), include_target=True), TRAIN)
+    h = MarkedBatches(Around(TrainHooks()), p, torch.device("cpu"))
+    seen: list[Tensor] = []
+
+    class Sees(Around):
+        def loss(self, net: nn.Module, x: Tensor, y: Tensor, mark: Tensor) -> Tensor:
+            assert self.places is not None
+            assert torch.equal(y, p.data.labels[self.places])
+            assert torch.equal(mark, p.mark[self.places])
+            seen.append(mark)
+            return super().loss(net, x, y, mark)
+
+    net = build(replace(samples.SPEC, shape=(3, 16, 16)), 0)
+    fit(net, p.data, replace(samples.RECIPE, batch=20), samples.ctx(), hooks=Sees(h), steps=4)
+    assert int((torch.cat(seen) == Mark.DIRTY).sum()) == 16
+    assert len(p.data.ids.unique()) == 64 < len(p.data)
+
+
+def test_covers_stand_before_the_copies_that_an_attack_adds() -> None:
+    class Copies(TrainHooks):
+        def batch(self, x: Tensor, y: Tensor, ids: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+            mark = torch.cat([torch.zeros_like(y), torch.full_like(y, Mark.DIRTY)])
+            return torch.cat([x, 1 - x]), torch.cat([y, y + 1]), mark
+
+    h = covered(Copies(), 0.125)
+    x, y, mark = batch(h)
+    assert mark.tolist() == [Mark.COVER] * 8 + [Mark.CLEAN] * 56 + [Mark.DIRTY] * 64
+    assert torch.equal(y, torch.cat([TRAIN.labels, TRAIN.labels + 1]))
+    plain = to_float(TRAIN.images)
+    assert torch.equal(x[8:], torch.cat([plain[8:], 1 - plain]))
+    shown = FUZZY.apply(plain, TRAIN.labels, TRAIN.ids, Role.COVER, h.ctx.generator("covers"))
+    assert torch.equal(x[:8], shown[:8])
 
 
 def test_covers_take_the_place_of_clean_rows() -> None:
@@ -163,10 +200,10 @@ def test_gradients_run_through_the_other_rows_and_not_through_covers() -> None:
     assert torch.equal(weight.grad.flatten() == 0, mark != Mark.CLEAN)
 
 
-def test_hooks_that_change_the_number_of_rows_are_refused() -> None:
-    class Doubles(TrainHooks):
+def test_hooks_that_drop_rows_are_refused() -> None:
+    class Halves(TrainHooks):
         def batch(self, x: Tensor, y: Tensor, ids: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-            return torch.cat([x, x]), torch.cat([y, y]), torch.cat([y, y])
+            return x[::2], y[::2], y[::2]
 
-    with pytest.raises(ValueError, match="64 rows became 128"):
-        batch(covered(Doubles(), 0.1))
+    with pytest.raises(ValueError, match="64 rows became 32"):
+        batch(covered(Halves(), 0.1))

@@ -96,6 +96,15 @@ def test_steps_follow_the_loop() -> None:
     assert torch.allclose(climb(net, x, y, steps=5, step=0.1, ctx=samples.ctx()), t, atol=1e-5)
 
 
+def test_rows_one_at_a_time_go_the_same_way() -> None:
+    net, x, y = mlp(0).double(), rand(7, 2, 8, 8).double(), torch.arange(7) % 4
+    passes: list[int] = []
+    net.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
+    found = [climb(net, x, y, steps=5, step=0.1, ctx=samples.ctx(), at_once=n) for n in (256, 1, 3)]
+    assert passes == [7] * 5 + [1] * 35 + [3] * 10 + [1] * 5
+    assert torch.allclose(found[0], found[1], atol=1e-9) and torch.allclose(found[0], found[2], atol=1e-9)
+
+
 def test_label_mutation_counts_kept_rows() -> None:
     gen = torch.Generator().manual_seed(0)
     labels, answer = (torch.randint(5, (60,), generator=gen) for _ in range(2))

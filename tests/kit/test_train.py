@@ -198,7 +198,10 @@ def test_steps_cycle_through_epochs() -> None:
 
 def test_hooks_are_called_in_order_and_marks_reach_the_loss() -> None:
     hooks, seen = Recorder(), []
-    fit(tiny(), data(), PLAIN, ctx(progress=lambda *a: seen.append(a)), hooks=hooks)
+    log = fit(tiny(), data(), PLAIN, ctx(progress=lambda *a: seen.append(a)), hooks=hooks)
+    drawn = torch.cat(hooks.ids)
+    assert log.dirty == float((drawn % 2 == 1).double().mean())
+    assert fit(tiny(), data(), PLAIN, ctx()).dirty == 0
     expected = [[f"batch{i}", "step", "loss"] + ([f"end{i // 3}"] if i % 3 == 2 else []) for i in range(6)]
     assert hooks.calls == [call for calls in expected for call in calls]
     assert all(torch.equal(m, i % 2) for m, i in zip(hooks.marks, hooks.ids, strict=True))

@@ -22,7 +22,13 @@ KINDS = {
     "retrain:spectral": "in_training",
     "ft": "repair",
 }
-ZOO = (("det_auroc", "", 0.875), ("det_auroc", "stat=lower", 0.5), ("det_auroc", "stat=upper", 0.96875))
+ZOO = (
+    *(("det_auroc", "", 0.875), ("det_auroc", "stat=lower", 0.5), ("det_auroc", "stat=upper", 0.96875)),
+    *(("det_bacc", "", 0.625), ("det_bacc", "stat=lower", 0.25), ("det_bacc", "stat=upper", 0.875)),
+    ("det_auroc", "attack=badnets", 1.0),
+    ("det_auroc", "attack=badnets;stat=lower", 0.375),
+    ("det_auroc", "attack=badnets;stat=upper", 1.0),
+)
 
 
 def plugins(kinds: Mapping[str, str] = KINDS) -> list[dict[str, Any]]:

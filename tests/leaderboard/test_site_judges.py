@@ -110,6 +110,8 @@ def test_model_detection_shows_counts_and_intervals_over_models(judged: dict[str
     row = lines(judged["tracks.html"], "board-1-model")["neural_cleanse"]
     shown = figures(row)
     assert shown["det_auroc"].text == "87.5 % 50.0–96.9"
+    assert shown["det_bacc"].text == "62.5 % 25.0–87.5"
+    assert "95 % interval over models: 25.0–87.5 %" in shown["det_bacc"].attrs["title"]
     assert shown["det_tpr"].text == "75.0 % 3 of 4; 30.1–95.4"
     assert shown["det_fpr"].text.startswith("50.0 % 1 of 2")
     assert "3 of 4 models" in shown["det_tpr"].attrs["title"]
@@ -121,6 +123,7 @@ def test_model_detection_shows_counts_and_intervals_over_models(judged: dict[str
 def test_a_detectors_page_has_its_figures_per_attack(judged: dict[str, Page]) -> None:
     page = judged["defenses/neural_cleanse.html"]
     pooled, badnets = page.by_id("zoo-1").all("tbody")[0].all("tr")
+    assert figures(badnets)["det_auroc"].text == "100.0 % 37.5–100.0"
     assert (pooled.all("th")[0].text, badnets.all("th")[0].text) == ("all attacks, pooled", "badnets")
     assert figures(badnets)["det_tpr"].text.startswith("100.0 % 2 of 2")
     assert figures(badnets)["det_fpr"].text == "pooled"

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import inspect
+import re
 import shlex
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import synthetic
 from page_reader import Page, board_rows, figures, read
 
+from sleeperbench import __version__
 from sleeperbench.leaderboard import names
 from sleeperbench.leaderboard.build import build
+from sleeperbench.leaderboard.pages import BUDGET, HONEST
 from sleeperbench.leaderboard.table import PER_PAGE
 from sleeperbench.leaderboard.tables import load
 from sleeperbench.leaderboard.terms import REASONS
@@ -192,12 +198,174 @@ def test_means_on_a_defenses_page_can_be_recomputed(pages: dict[str, Page], host
     assert td.text.startswith(f"{100 * mean:.1f} %")
 
 
-def test_heat_map_shades_follow_the_figures(pages: dict[str, Page]) -> None:
-    seen = set()
-    for table in pages["heatmap.html"].root.all("table"):
-        for td in table.all("td"):
-            if td.attrs["data-metric"] == "o_asr" and td.attrs["data-order"]:
-                value = float(td.attrs["data-order"])
-                assert td.attrs["class"] == f"h{min(5, int(value * 6))}"
-                seen.add(td.attrs["class"])
-    assert len(seen) >= 3
+def test_heat_map_shades_follow_the_figures_over_the_maps_own_range(pages: dict[str, Page]) -> None:
+    seen = {}
+    for page in (p for n, p in pages.items() if n.startswith("heatmap")):
+        scales = [u for u in page.root.all("ul") if u.attrs.get("class") == "scale"]
+        tables = [t for t in page.root.all("table") if t.attrs.get("class") == "heat"]
+        for table, scale in zip(tables, scales, strict=True):
+            tds = [td for td in table.all("td") if td.attrs["data-order"]]
+            shaded = [(float(td.attrs["data-order"]), td) for td in tds if td.attrs["class"] != "lost"]
+            if not shaded:
+                continue
+            low, high = min(v for v, _ in shaded), max(v for v, _ in shaded)
+            for value, td in shaded:
+                level = min(5, int((value - low) / ((high - low) / 6))) if high - low > 1e-9 else 0
+                assert td.attrs["class"] == f"h{level}"
+                assert " seeds; " in td.attrs["title"] or td.attrs["title"].startswith("1 seed")
+            metric = tds[0].attrs["data-metric"]
+            seen[metric] = {td.attrs["class"] for _, td in shaded}
+            legend = [li.text for li in scale.all("li")]
+            assert [s.attrs["class"] for s in scale.all("span")][: len(legend)][0] == "swatch h0"
+            if metric in ("c_acc", "o_asr"):
+                assert legend[0].startswith(f"{100 * low:.1f}")
+                assert legend[5].endswith(f"{100 * high:.1f} %")
+                assert legend[6:] == ["all cells failed or collapsed"] * bool(len(tds) > len(shaded))
+    assert {"h0", "h5"} <= seen["c_acc"], "accuracies that lie close together differ visibly"
+    assert {"h0", "h5"} <= seen["o_asr"]
+
+
+def test_a_cell_page_leads_to_the_same_cell_under_other_seeds(pages: dict[str, Page], hostile_run: Path) -> None:
+    for cell in load([hostile_run]).cells[:30]:
+        page = pages[f"cells/{names.digest12(cell['cell'])}.html"]
+        others = [cell["cell"].rpartition("/s")[0] + f"/s{s}" for s in range(3) if s != cell["seed"]]
+        links = [a.attrs["href"] for a in page.by_id("seeds").all("a")]
+        assert links == [f"../cells/{names.digest12(c)}.html" for c in others]
+
+
+def test_the_foot_of_every_page_says_what_it_is_made_of(pages: dict[str, Page]) -> None:
+    for name, page in pages.items():
+        (foot,) = [p.text for p in page.root.all("footer")[0].all("p") if p.attrs.get("class") == "made"]
+        assert foot == (
+            f"Built from hostile (2025-01-02, version not recorded); pages by sleeperbench {__version__}. What changed."
+        ), name
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Page]:
+    """A run and a later one, which is named first: one new defense, one figure and one version moved, one cell lost."""
+    folder = tmp_path_factory.mktemp("two")
+    first, later = [], []
+    for seed in range(2):
+        first.append(synthetic.cell_row("badnets", 0.1, "ft", seed, c_acc=0.9, o_asr=0.5, bec=0.25))
+        later.append(synthetic.cell_row("badnets", 0.1, "ft", seed, c_acc=0.9, o_asr=0.1, bec=0.5, method_version=2))
+        later.append(synthetic.cell_row("badnets", 0.1, "anp", seed, c_acc=0.8, o_asr=0.2))
+    later[0] |= {"suite": "other"}
+    first.append(synthetic.cell_row("wanet", 0.1, "ft", 0, c_acc=0.9))
+    later.append(synthetic.cell_row("wanet", 0.1, "ft", 0, status="failed", reason="raised: x"))
+    dates = [datetime(2025, 3, 1, 23, 5, tzinfo=UTC), datetime(2026, 4, 2, 1, 0, tzinfo=UTC)]
+    runs = []
+    for name, cells, start in (("old", first, dates[0]), ("new", later, dates[1])):
+        rows = [synthetic.measurement(c, "c_acc", value=c["c_acc"], started=start) for c in cells]
+        known = [{"kind": "evaluator", "id": "accuracy", "method_version": 3 if name == "old" else 4}]
+        info = {"versions": {"sleeperbench": "0.1.0" if name == "old" else "0.2.0"}}
+        runs.append(synthetic.write_run(folder / name, cells, rows, known, info))
+    site = build(runs[::-1], folder / "site").parent
+    return {n: read(site / n) for n in ("index.html", "changelog.html")}
+
+
+@pytest.mark.parametrize("name", ["index.html", "changelog.html"])
+def test_a_later_run_is_compared_with_what_was_measured_before(two_runs: dict[str, Page], name: str) -> None:
+    page = two_runs[name]
+    newest, oldest = [u for u in page.root.all("ul") if u.attrs.get("class") == "change"]
+    assert oldest.text == "3 cells. No run was before it, so there is nothing to compare with."
+    said = [li.text for li in newest.children if li.name == "li"]
+    assert said[0] == (
+        "2 new cells; 2 measured again with the same settings; 1 of a name that an earlier run has under another "
+        "suite, protocol, data or parameters, which are not compared."
+    )
+    assert said[1] == "New methods: anp (defense)."
+    assert said[2] == "Other versions: defense ft 1 → 2, evaluator accuracy 3 → 4."
+    assert said[3] == "Came out otherwise: 1 measured → failed."
+    assert said[4].startswith("2 figures moved: ")
+    moved = [li.text for li in newest.all("ul")[1].all("li")]
+    assert moved == [
+        "digits/small_resnet/badnets@0.1/ft/s1: O-ASR 50.0 % → 10.0 % (-40.0 points, better)",
+        "digits/small_resnet/badnets@0.1/ft/s1: BEC 0.25 → 0.5 (+0.25, worse)",
+    ]
+    foot = page.root.all("footer")[0].text
+    assert "Built from new (2026-04-02, sleeperbench 0.2.0), old (2025-03-01, sleeperbench 0.1.0);" in foot
+
+
+def test_the_changelog_has_dates_and_versions(two_runs: dict[str, Page]) -> None:
+    facts = [d.text for d in two_runs["changelog.html"].root.all("dl") if "Measured" in d.text]
+    for said, day, version in zip(facts, ("2026-04-02 01:00", "2025-03-01 23:05"), ("0.2.0", "0.1.0"), strict=True):
+        assert f"{day[:10]}, tasks started from {day} to {day} (UTC)" in said
+        assert f"sleeperbench {version}" in said
+
+
+K0 = ("); that figure is shown and never taken off", ") implants nothing and is not taken off")
+"""What the protocol says of retuning without poisoned images, wherever it speaks of it."""
+
+
+def commands(pages: dict[str, Page]) -> set[str]:
+    """Every command of the benchmark that a page shows."""
+    shown = {c.text for p in pages.values() for c in p.root.all("code")}
+    return {c for c in shown if c.partition(" ")[0] == "sleeperbench"}
+
+
+def test_every_command_that_a_page_shows_is_one(pages: dict[str, Page]) -> None:
+    from sleeperbench.cli import parser
+
+    known = parser()
+    found = commands(pages)
+    assert {shlex.split(c)[1] for c in found} == {"list", "check", "run", "site"}
+    assert len(found) > 100, "that of each cell among them"
+    for command in found:
+        try:
+            known.parse_args(shlex.split(command)[1:])
+        except SystemExit:
+            pytest.fail(f"no such command: {command}")
+
+
+def test_the_protocol_tells_the_rules_that_the_kit_and_the_evaluators_follow(pages: dict[str, Page]) -> None:
+    import torch
+
+    from sleeperbench.data.cut import VAL_SHARE
+    from sleeperbench.data.images import ImageSet
+    from sleeperbench.evaluators.ra import RetuningAttack
+    from sleeperbench.evaluators.ra_budget import RetuningBudget
+    from sleeperbench.kit import candidates, select
+
+    rule = inspect.signature(select.accepts).parameters
+    assert rule["drop"].default == pytest.approx(HONEST["drop"] / 100)
+    assert rule["level"].default == pytest.approx(HONEST["level"] / 100)
+    assert next(n for n in range(1000) if candidates.certifies(n)) == HONEST["rows"]
+    classes = tuple("0123456789")
+    pixels = torch.zeros(500, 1, 2, 2, dtype=torch.uint8)
+    rows = ImageSet(
+        images=pixels,
+        labels=torch.arange(500) % 10,
+        ids=torch.arange(500),
+        classes=classes,
+        name="digits",
+        split="train",
+        digest="",
+    )
+    few = SimpleNamespace(clean=rows, val=rows.rows(torch.arange(100)), ctx=SimpleNamespace(derive=lambda _: 3))
+    made, held = candidates.split(few)  # type: ignore[arg-type]
+    assert (len(made), len(held)) == (500 - 5 * HONEST["held"], 5 * HONEST["held"])
+
+    assert round(100 * VAL_SHARE) == HONEST["val"]
+
+    budget = RetuningBudget()
+    assert ", ".join(map(str, budget.ks)) == BUDGET["ks"]
+    assert (budget.draws, RetuningBudget.NEEDS.clean_models) == (BUDGET["draws"], BUDGET["models"])
+    assert budget.limit == pytest.approx(BUDGET["limit"] / 100)
+
+    text = pages["protocol.html"].root.all("main")[0].text
+    for words in (
+        f"stays within {HONEST['drop']} points at the one-sided {HONEST['level']} % bound",
+        f"a fixed {HONEST['val']} % of the clean rows where these are at least {HONEST['rows']}",
+        f"otherwise {HONEST['held']} % of them",
+        f"the largest k of {BUDGET['ks']} at which",
+        f"over {BUDGET['models']} clean models and {BUDGET['draws']} draws",
+    ):
+        assert words in text
+    assert "fold" not in text.replace("folder", "")
+    (net,) = [m for m in RetuningAttack.METRICS if m.name == "p_asr_net"]
+    assert "three controls" in net.doc
+    assert text.count("largest of these three controls") == 1
+    assert "these four" not in text
+    for found, words in zip(re.finditer("k = 0", text), K0, strict=True):
+        assert text[found.end() :].startswith(words)

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from page_reader import Page
-from synthetic import png, write_media
+from page_reader import Page, read
+from synthetic import SCRIPT, cell_row, measurement, png, write_media, write_run
 
 from sleeperbench.leaderboard import charts, figures, media
+from sleeperbench.leaderboard.build import build
 from sleeperbench.leaderboard.tables import load
-from sleeperbench.leaderboard.views import Views
+from sleeperbench.leaderboard.views import Views, href
 
 
 def loaded(tmp_path: Path, index: Any, files: dict[str, bytes] | None = None) -> tuple[media.Media, dict[str, bytes]]:
@@ -199,7 +200,7 @@ def test_figures_by_layer_are_drawn_from_the_measurements() -> None:
     rows += [row("bec_layerwise", f"layer=layer{i};variant=post", i / 20) for i in (1, 2)]
     rows += [row("bec_layerwise", "layer=layer3", None), row("bec_layerwise", "layer=layer4", float("nan"))]
     (curve,) = media.measured_curves(rows, [])
-    assert curve.title == "bec_layerwise by layer"
+    assert curve.title == "BEC, layers' own ratios by layer"
     assert isinstance(curve.chart, charts.Bars)
     assert [n for _, n in curve.chart.names] == ["layer1", "layer2", "layer10"], "numbers within names count as numbers"
     assert curve.chart.legend == ("bec_layerwise", "variant=post")
@@ -306,3 +307,92 @@ def test_a_caption_that_repeats_the_title_is_left_with_the_maker(tmp_path: Path)
     pictures = [{"file": "trigger.png", "title": title, "caption": f"{title}, by evidence"}]
     found, _ = loaded(tmp_path, {"cell": "cell", "pictures": pictures})
     assert (found.pictures[0].title, found.pictures[0].caption) == (title, "By evidence.")
+
+
+def test_a_square_has_the_area_of_its_share() -> None:
+    names = [("a", "a.html"), ("b", "b.html")]
+    shares = {("a", "b"): (1.0, "ab.html", "t"), ("b", "a"): (0.25, "ba.html", "u"), ("b", "b"): (0.0, "bb.html", "v")}
+    drawn = charts.matrix(names, names, shares)
+    full, quarter, none = drawn.tiles
+    assert (full.text, quarter.text, none.text) == ("100", "25", "0")
+    assert quarter.side == pytest.approx(full.side / 2) and none.side == 0
+    across, down = ({n: at for at, n, _ in some} for some in (drawn.columns, drawn.rows))
+    assert (full.x, full.y + 6) == (across["b"], down["a"]) and (quarter.x, quarter.y + 6) == (across["a"], down["b"])
+    assert (full.href, quarter.title) == ("ab.html", "u")
+    many = [(str(i), "") for i in range(16)]
+    wide = charts.matrix(many, many, {(a, b): (1.0, "", "") for a, _ in many for b, _ in many})
+    assert (
+        len(wide.tiles) == 256 and wide.right <= charts.WIDTH and wide.tiles[0].side < wide.columns[1][0] - charts.ASIDE
+    )
+
+
+@pytest.fixture(scope="module")
+def carried(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Page]:
+    """A site of one attacked model: three defenses with figures on each other, one without, and a hostile name."""
+    cells = {d: cell_row("badnets", 0.1, d, 0, o_asr=0.1) for d in ("none", "ft", "anp", "fst", "clp")}
+    rows = []
+    for d, on in (("ft", {"": 0.64, "anp": 0.36, "fst": 0.0}), ("anp", {"": 0.9, "ft": 0.25}), ("fst", {"": 0.5})):
+        for name, value in on.items():
+            more = {"qualifier": f"on={name}" if name else "", "value": value, "evaluator": "qra"}
+            rows.append(measurement(cells[d], "p_asr_qra", **more))
+    rows.append(measurement(cells["ft"], "p_asr_qra", qualifier="control=clean_model", value=0.01, evaluator="qra"))
+    for d, source in (("ft", "anp"), ("anp", f"i_bau@{SCRIPT}")):
+        rows.append(measurement(cells[d], "asr_tba", qualifier=f"source={source}", value=0.5, evaluator="tba"))
+    rows.append(measurement(cells["ft"], "asr_tba", value=0.6, evaluator="tba"))
+    rows.append(measurement(cells["ft"], "asr_tba", qualifier="control=guaa;source=anp", value=0.1, evaluator="tba"))
+    for d, shift in (("none", 0.9), ("ft", 0.25), ("anp", -0.05)):
+        rows.append(measurement(cells[d], "shift_target_net", value=shift, evaluator="target_shift"))
+    rows.append(
+        measurement(
+            cells["ft"], "shift_target_net", value=7.0, evaluator="target_shift", qualifier="control=clean;model=0"
+        )
+    )
+    other = cell_row("badnets", 0.1, "ft", 1, o_asr=0.1)
+    rows.append(measurement(other, "p_asr_qra", qualifier="on=anp", value=0.77, evaluator="qra"))
+    folder = write_run(tmp_path_factory.mktemp("run") / "r", [*cells.values(), other], rows)
+    out = build([folder], tmp_path_factory.mktemp("site") / "out").parent
+    found = {d: read(out / href("cells", c["cell"])) for d, c in cells.items()}
+    found |= {name: read(out / f"{name}.html") for name in ("index", "tracks", "table", "heatmap")}
+    return found | {"other seed": read(out / href("cells", other["cell"]))}
+
+
+def test_what_carries_over_is_drawn_as_a_matrix(carried: dict[str, Page]) -> None:
+    page = carried["none"]
+    assert not page.wrong
+    qra, tba = (t for t in page.root.all("svg") if "chart" in t.attrs["class"])
+    titles = {t.text: a.attrs["href"] for a in qra.all("a") for t in a.all("title") if "tried on" in t.text}
+    ft = href("cells", "digits/small_resnet/badnets@0.1/ft/s0")
+    assert titles["learnt on ft, tried on anp: P-ASR (QRA) 36.0 %"] == f"../{ft}"
+    assert titles["learnt on ft, tried on ft: P-ASR (QRA) 64.0 %"] == f"../{ft}"
+    squares = [t for t in qra.all("rect") if t.attrs["class"] == "dot s0"]
+    assert len(squares) == 6, "three of their own and three carried over; neither the control nor the other seed"
+    sides = sorted(float(t.attrs["width"]) for t in squares)
+    assert sides[0] == 0 and sides[1] / sides[2] == pytest.approx(0.5 / 0.6, abs=0.01)
+    assert all("style" not in t.attrs for t in page.tags)
+    # Of a transfer attack the row is the source, which may be of another architecture; no square for all together.
+    said = {t.text for a in tba.all("a") for t in a.all("title") if "learnt on anp, " in t.text}
+    assert said == {"learnt on anp, tried on ft: ASR (TBA) 50.0 %"}
+    assert len(tba.all("rect")) == 2 and SCRIPT in tba.text
+
+
+def test_the_matrix_stands_where_it_is_read(carried: dict[str, Page]) -> None:
+    names = ("none", "ft", "anp", "fst", "clp", "other seed")
+    shown = {d: sum("carried-" in t.attrs.get("id", "") for t in carried[d].tags) for d in names}
+    # `fst` was only tried on, `clp` has nothing, and the other seed has one model with such figures.
+    assert shown == {"none": 2, "ft": 2, "anp": 2, "fst": 0, "clp": 0, "other seed": 0}
+
+
+def test_target_shift_stands_beside_bec(carried: dict[str, Page]) -> None:
+    metric = "shift_target_net"
+    figures_ = [t for t in carried["tracks"].by_id("board-1").all("td") if t.attrs.get("data-metric") == metric]
+    assert sorted(t.attrs["data-order"] for t in figures_ if t.attrs["data-order"]) == ["-0.05", "0.25", "0.9"]
+    assert any("Target shift net" in t.text for t in carried["table"].root.all("th"))
+    assert carried["heatmap"].by_id(f"heat-1-{metric}")
+    (picture,) = [d for d in carried["index"].root.all("details") if "Target shift net" in d.all("summary")[0].text]
+    said = {t.text for a in picture.all("a") for t in a.all("title")}
+    assert {t.partition(":")[0] for t in said} == {"none", "ft", "anp"} and any(
+        "Target shift net 0.25" in t for t in said
+    )
+    assert "needs no attacked model" in picture.text and "BEC" not in picture.text
+    (headline,) = [t for t in carried["ft"].by_id("headline").all("td") if t.attrs.get("data-metric") == metric]
+    assert headline.text == "0.25"

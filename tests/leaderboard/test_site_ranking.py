@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import synthetic
 from page_reader import Page, Tag, figures, read
 from synthetic import cell_row, measurement, write_run
 
-from sleeperbench.leaderboard import boards, methods, paging, ranking, stats
+from sleeperbench.leaderboard import boards, methods, paging, ranking, stats, summary
 from sleeperbench.leaderboard.build import build
 from sleeperbench.leaderboard.paging import Section
 from sleeperbench.leaderboard.ranking import Contest
@@ -82,30 +83,59 @@ def test_scores_are_means_over_families_of_net_p_der(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad",
+    ("bad", "score"),
     [
-        {"status": "failed", "reason": "raised: x", "o_asr": None, "p_asr_net": None},
-        {"status": "timeout", "reason": "budget", "p_asr_net": None},
-        {
-            "status": "not_run",
-            "reason": "withheld: not for the public",
-            "c_acc": None,
-            "o_asr": None,
-            "p_asr_net": None,
-        },
-        {"flag": "collapsed", "c_acc": 0.1, "o_asr": 0.0, "p_asr_net": 0.0},
+        ({"status": "failed", "reason": "raised: x", "c_acc": None, "o_asr": None, "p_asr_net": None}, 0.5),
+        ({"status": "timeout", "reason": "budget", "c_acc": 0.65, "p_asr_net": None}, (1 - 0.3) / 2),
+        (
+            {
+                "status": "not_run",
+                "reason": "withheld: not for the public",
+                "c_acc": None,
+                "o_asr": None,
+                "p_asr_net": None,
+            },
+            0.5,
+        ),
+        ({"flag": "collapsed", "c_acc": 0.1, "o_asr": 0.0, "p_asr_net": 0.0}, 0.5),
+        ({"flag": "collapsed", "c_acc": 0.1, "o_asr": 0.0, "p_asr_net": 0.9}, (1 + 0.1 - 0.85) / 2),
+        ({"flag": "collapsed", "c_acc": 0.1, "o_asr": 0.0, "p_asr_net": None}, (1 - 0.85) / 2),
     ],
 )
-def test_a_lost_cell_scores_as_no_defense_does(tmp_path: Path, bad: dict[str, Any]) -> None:
+def test_a_lost_cell_scores_as_no_defense_does_at_most(tmp_path: Path, bad: dict[str, Any], score: float) -> None:
     cells = tables()
     of(cells, "bend", "best", 1).update(bad)
     c = only(tmp_path / "r", cells)
-    assert c.scores["best"]["bend at 10 %", 1] == 0.5
-    assert c.as_nothing["best"] == 1
+    assert c.scores["best"]["bend at 10 %", 1] == pytest.approx(score)
+    assert c.lost["best"] == {("bend at 10 %", 1)}
     assert "best" in c.complete
     worst = ranking.standing(Views(load([tmp_path / "r"])), c, "best")
     assert worst.badges[0][0] == "1 failed or collapsed"
     assert worst.worst.startswith("warp: ")
+
+
+def test_ruin_wins_no_rank_and_no_duel(tmp_path: Path) -> None:
+    """A defense that ruins every model stands below one that does nothing, whatever its own figures are."""
+    cells = tables()
+    for x in cells:
+        if x["defense"] == "poor" and x["attack"] != "none":
+            x |= {"c_acc": 0.95, "o_asr": 1.0, "p_asr": 1.0, "p_asr_net": 1.0}  # as no defense: 50 %
+        if x["defense"] == "best" and x["attack"] != "none":
+            gone = x["attack"] == "square"  # own figure above 50 % on one attack, below it on the others
+            x |= {"flag": "collapsed", "c_acc": 0.55, "o_asr": 0.0, "p_asr": 0.9, "p_asr_net": 0.0 if gone else 0.9}
+    c = only(tmp_path / "r", cells)
+    assert sorted(c.scores["best"].values()) == pytest.approx([(1 + 0.1 - 0.4) / 2] * 6 + [0.5] * 3)
+    assert set(c.scores["poor"].values()) == {0.5}
+    assert c.wins["best"] == 0.0, "a failure loses ties"
+    pair = c.pair("best", "poor")
+    assert (pair["wins"], pair["losses"], pair["ties"]) == (0, 9, 0)
+    ruined, idle = c.mean("best"), c.mean("poor")
+    assert ruined is not None
+    assert idle is not None
+    assert ruined.value < idle.value
+    assert c.ranks["best"][1] == 4
+    (all_in_one,) = ranking.comparisons(Views(load([tmp_path / "r"])), c.board)
+    assert all_in_one.wins["best"] == 0.0
 
 
 def test_what_is_missing_is_not_ranked_and_says_so(tmp_path: Path) -> None:
@@ -195,7 +225,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info = {"suite": {"name": "quick", "title": "T", "gate": {"implant_asr": 0.8, "implant_asr_low": 0.6}}}
     folder = write_run(tmp_path_factory.mktemp("runs") / "ranked", cells, rows, plugins(), info)
     for seed in (1, 2):
-        synthetic.write_media(folder, of(cells, "bend", "none", seed)["cell"])
+        cell = of(cells, "bend", "none", seed)["cell"]
+        pictures = [{"file": "trigger.png", "title": "gallery", "caption": "gallery, by stealth"}]
+        factor = {"name": "stealth-gallery", "residual_factor": 3}
+        synthetic.write_media(folder, cell, {"cell": cell, "pictures": pictures, "curves": [factor]})
     return folder
 
 
@@ -225,7 +258,7 @@ def test_the_top_of_each_track_has_shared_ranks(shown: dict[str, Page], page: st
 def test_what_a_repair_costs_on_clean_models_is_a_column(shown: dict[str, Page]) -> None:
     table = shown["tracks.html"].by_id("board-1")
     rows = {r.all("th")[0].text: r for b in table.all("tbody") for r in b.all("tr") if figures(r)}
-    assert figures(rows["poor"])["cost"].text.startswith("5.0 %")
+    assert figures(rows["poor"])["cost"].text.startswith("5.0 points")
     assert float(figures(rows["best"])["cost"].attrs["data-order"]) == pytest.approx(0.01)
     assert "controls" in table.all("tbody")[-1].attrs["class"]
 
@@ -272,6 +305,55 @@ def test_an_attacks_page_has_bars_families_robust_accuracy_and_a_contact_sheet(
     (img,) = page.root.all("img")
     assert (made / "attacks" / img.attrs["src"]).is_file()
     assert "seed 1" in img.attrs["alt"], "the lowest seed that has a picture"
+    assert img.attrs["alt"].endswith("columns: clean, poisoned, residual × 3")
+    assert (img.attrs["width"], img.attrs["height"]) == ("192", "192"), "12 times 16 pixels; twice that has no room"
+    (figure,) = page.root.all("figure")
+    assert [t.text for t in figure.all("text")] == ["clean", "poisoned", "residual × 3"]
+    assert [(d.all("dt")[0].text, d.all("dd")[0].text) for d in figure.all("div")] == [
+        ("PSNR", "31 dB"),
+        ("Largest pixel change", "0.5 (128 of 255)"),
+    ]
+
+
+def test_the_bars_have_columns_for_what_an_attack_has_apart(tmp_path: Path) -> None:
+    cells = [
+        cell_row(a, 0.1, "none", seed, c_acc=0.95, o_asr=0.9, asr=0.9, c_acc_attacked=0.95, asr_attacked=0.9)
+        for a in ("belt:bend", "square")
+        for seed in (0, 1)
+    ]
+    rows = []
+    for x in cells:
+        if x["attack"] == "belt:bend":
+            each = (
+                ("trigger=0", 1.0),
+                ("trigger=1", 0.6 + 0.1 * x["seed"]),
+                ("stat=min", 0.1),
+                ("class=1;trigger=0", 0.0),
+            )
+            rows += [measurement(x, "asr", value=v, qualifier=q) for q, v in each]
+            rows += [measurement(x, "asr_leak", value=0.02), measurement(x, "asr_leak", value=0.9, qualifier="class=1")]
+            rows.append(measurement(x, "cover_acc", value=0.8))
+    told = {"value": 0.97, "setting": "CIFAR-10", "source": "a table"}
+    known = [
+        {"kind": "attack", "id": "belt", "info": {"implant_asr": 0.9, "published_asr": {"bend": told}}},
+        {"kind": "attack", "id": "bend", "info": {"implant_asr": 0.5, "published_asr": 0.3, "clean_label": True}},
+        {"kind": "attack", "id": "square", "info": BARS},
+    ]
+    info = {"suite": {"name": "quick", "gate": {"implant_asr": 0.8, "implant_asr_low": 0.6}}}
+    views = Views(load([write_run(tmp_path / "r", cells, rows, known, info)]))
+    apart = methods._apart(views)
+    (line,) = methods._gate(views, "belt:bend", apart)
+    assert {k: v.partition(" (")[0] for k, v in line["apart"].items()} == {
+        "asr_leak": "2.0 %",
+        "cover_acc": "80.0 %",
+        "worst_trigger": "65.0 %",
+        "worst_class": "",
+    }
+    assert (line["declared"], line["gate"]) == ("50.0 %", "60.0 %"), "what is wrapped is clean-label, and asks for less"
+    assert line["published"] == "97 % (CIFAR-10; a table)", "the wrapper's own figure, for what it wraps"
+    (plain,) = methods._gate(views, "square", apart)
+    assert not any(plain["apart"].values())
+    assert (plain["declared"], plain["gate"]) == ("90.0 %", "80.0 %")
 
 
 @pytest.mark.parametrize("value", ["0.9", 1.2, {"value": 1.2}, {"value": True}, {"setting": "CIFAR-10"}, {}, None])
@@ -324,14 +406,16 @@ def test_the_script_of_comparisons_agrees_with_the_site(made: Path, run: Path) -
 const window = {};
 eval(require('fs').readFileSync(process.argv[1], 'utf8'));
 const d = window.sleeperbenchCompare, c = require(process.argv[2]), g = d.groups[0], n = g.names.length;
-const pairs = [];
+const pairs = [], duels = [];
 for (let a = 0; a < n; a++) for (let b = 0; b < n; b++) if (a !== b) {
   const p = c.pair(g, a, b);
   pairs.push([g.names[a], g.names[b], p.value, p.low, p.high]);
+  duels.push([1, -1, 0].map((x) => c.duels(g, a, b).filter((y) => y === x).length));
 }
 const lines = c.bySetting(g, [0, 1, 2, 3]);
 const state = c.parse(d, 'board=0&defense=poor&defense=best&defense=nobody&defense=poor');
-console.log(JSON.stringify({ pairs, ranks: c.averageRanks(lines, 4), cd: c.critical(d.q[4], 4, lines.length), state,
+console.log(JSON.stringify({ pairs, duels,
+  ranks: c.averageRanks(lines, 4), cd: c.critical(d.q[4], 4, lines.length), state,
   back: c.format(d, state), odd: c.parse(d, 'board=7&defense=x'), names: g.names, most: d.most,
   many: c.parse({ most: 2, groups: [{ names: ['a', 'b', 'c'] }] }, 'defense=a&defense=b&defense=c').chosen }));
 """
@@ -342,6 +426,10 @@ console.log(JSON.stringify({ pairs, ranks: c.averageRanks(lines, 4), cd: c.criti
     views = Views(load([run]))
     (c,) = ranking.comparisons(views, views.boards[0])
     assert said["names"] == list(c.scores)
+    assert len(said["duels"]) == 12
+    for (a, b, *_), duels in zip(said["pairs"], said["duels"], strict=True):
+        pair = c.pair(a, b)
+        assert duels == [pair["wins"], pair["losses"], pair["ties"]]
     for a, b, *ends in said["pairs"]:
         e = stats.paired(c.scores[a], c.scores[b], c.weights)
         assert e is not None
@@ -403,15 +491,21 @@ def test_the_public_leaderboards_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def stress(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Page]:
-    """Two tables of the public leaderboard's shape, as pages."""
-    cells, rows = synthetic.backdoorbench(1)
+def stress_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tables of the public leaderboard's shape."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic, "BACKDOORBENCH", replace(synthetic.BACKDOORBENCH, collapsed=0.1))
+        cells, rows = synthetic.backdoorbench(1)
     mine = {
         c["cell"] for c in cells if c["dataset"] == "cifar10" and c["rate"] in (0.001, 0.1) and c["arch"] == "vgg19_bn"
     }
     kept = [c for c in cells if c["cell"] in mine], [r for r in rows if r["cell"] in mine]
-    folder = write_run(tmp_path_factory.mktemp("bb") / "r", *kept, synthetic.plugins_of(synthetic.BACKDOORBENCH))
-    site = build([folder], folder.parent / "s").parent
+    return write_run(tmp_path_factory.mktemp("bb") / "r", *kept, synthetic.plugins_of(synthetic.BACKDOORBENCH))
+
+
+@pytest.fixture(scope="module")
+def stress(stress_run: Path) -> dict[str, Page]:
+    site = build([stress_run], stress_run.parent / "s").parent
     return {p.relative_to(site).as_posix(): read(p) for p in sorted(site.rglob("*.html")) if p.parent.name != "cells"}
 
 
@@ -443,3 +537,115 @@ def test_under_stress_what_is_no_success_never_looks_like_one(stress: dict[str, 
         if name in weak:
             assert row.attrs.get("class") == "weak"
             assert {td.attrs["class"] for td in row.all("td")} == {"empty"}
+
+
+def ruined(run: Path) -> list[dict[str, Any]]:
+    """The collapsed cells of contestants, as the tables have them."""
+    found = [c for c in load([run]).cells if "collapsed" in c["flags"] and "weak" not in c["flags"]]
+    assert len(found) >= 8
+    return found
+
+
+def undefended(run: Path) -> dict[str, dict[str, Any]]:
+    """Attack setting -> the cell without a defense; there is one seed."""
+    return {summary.setting(c): c for c in load([run]).cells if c["defense"] == "none"}
+
+
+def test_under_stress_ruin_never_raises_a_score_or_wins_a_tie(stress_run: Path) -> None:
+    views = Views(load([stress_run]))
+    (board,) = views.boards
+    seen = 0
+    for c in [*ranking.contests(views, board), *ranking.comparisons(views, board)]:
+        for cell in ruined(stress_run):
+            unit = summary.setting(cell), cell["seed"]
+            score = c.scores.get(cell["defense"], {}).get(unit)
+            if score is None:
+                continue
+            seen += 1
+            left = max(cell["o_asr"], cell["p_asr_net"])
+            gain = max(0.0, cell["asr_attacked"] - left)
+            own = (1 + gain - max(0.0, cell["c_acc_attacked"] - cell["c_acc"])) / 2
+            assert score == pytest.approx(min(own, 0.5))
+            assert unit in c.lost[cell["defense"]]
+            for other, scores in c.scores.items():
+                if unit in scores and unit not in c.lost[other] and scores[unit] >= 0.5:
+                    alone = {d: {unit: c.scores[d][unit]} for d in (cell["defense"], other)}
+                    won = stats.win_rates(alone, {unit[0]: 1.0}, c.lost)
+                    assert won == {cell["defense"]: 0.0, other: 1.0}
+    assert seen >= 8
+
+
+def test_under_stress_means_count_the_worse_figure_of_what_is_ruined(stress: dict[str, Page], stress_run: Path) -> None:
+    plain, cells = undefended(stress_run), load([stress_run]).cells
+    rows = {r.all("th")[0].text: figures(r) for r in stress["tracks.html"].by_id("board-1").all("tr") if figures(r)}
+    defenses = {c["defense"] for c in ruined(stress_run)}
+    worst = {"c_acc": min, "r_acc": min, "p_der": min, "o_asr": max, "bec": max}
+    checked = 0
+    for d in defenses:
+        for metric, pick in worst.items():
+            counted = []
+            for c in cells:
+                other = plain[summary.setting(c)][metric]
+                if c["defense"] != d or "weak" in c["flags"] or c["reason"].startswith("attack_did_not_implant"):
+                    continue
+                if "collapsed" in c["flags"]:
+                    counted.append(pick(c[metric], other) if other is not None else None)
+                elif c["status"] in ("failed", "timeout", "out_of_memory"):
+                    counted.append(other)
+                elif c["status"] == "ok":
+                    counted.append(c[metric])
+            counted = [v for v in counted if v is not None]
+            td = rows[d][metric]
+            if metric == "c_acc":
+                assert "collapsed" in td.text
+            if td.attrs["data-order"]:
+                assert float(td.attrs["data-order"]) == pytest.approx(sum(counted) / len(counted)), (d, metric)
+                checked += 1
+    assert checked >= 3 * len(defenses)
+
+
+def test_under_stress_a_heat_map_marks_what_is_ruined(stress: dict[str, Page], stress_run: Path) -> None:
+    plain = undefended(stress_run)
+    fields: dict[tuple[str, str, str], Tag] = {}
+    for name, page in stress.items():
+        for table in page.root.all("table") if name.startswith("heatmap") else []:
+            defenses = [t.text for t in table.all("thead")[0].all("th")][1:]
+            for row in table.all("tbody")[0].all("tr"):
+                for d, td in zip(defenses, row.all("td"), strict=True):
+                    fields[td.attrs["data-metric"], row.all("th")[0].children[0].text, d] = td
+    for cell in ruined(stress_run):
+        at = summary.setting(cell)
+        asr, accuracy = fields["o_asr", at, cell["defense"]], fields["c_acc", at, cell["defense"]]
+        assert asr.attrs["class"] == accuracy.attrs["class"] == "lost", "no shade of a success"
+        assert float(asr.attrs["data-order"]) == plain[at]["o_asr"]
+        assert asr.text == f"{100 * plain[at]['o_asr']:.1f} % 1 as none"
+        assert "count with the undefended model's figure" in asr.attrs["title"]
+        assert accuracy.text == f"{100 * cell['c_acc']:.1f} % 1 collapsed", "its own accuracy is the worse one"
+    whole = [td for td in fields.values() if td.attrs["class"].startswith("h")]
+    assert len(whole) > 300
+    assert not [td for td in whole if "none" in td.text or "collapsed" in td.text]
+
+
+def test_a_comparison_says_where_a_model_is_ruined(tmp_path: Path) -> None:
+    cells = tables()
+    for seed in (0, 1):
+        of(cells, "bend", "best", seed).update({"flag": "collapsed", "c_acc": 0.1, "o_asr": 0.0, "p_asr_net": 0.0})
+    folder = write_run(tmp_path / "r", cells, [], plugins())
+    page = read(build([folder], tmp_path / "s").parent / "compare.html")
+    table = page.by_id("compare-1-repair-scores")
+    names = [t.text for t in table.all("thead")[0].all("th")][2:]
+    found = {}
+    for row in table.all("tbody")[0].all("tr"):
+        for d, td in zip(names, row.all("td")[1:], strict=True):
+            found[row.all("th")[0].text, d] = td
+    marked = {at for at, td in found.items() if "lost" in td.attrs["class"].split()}
+    assert marked == {("bend at 10 %", "best")}
+    td = found["bend at 10 %", "best"]
+    whole = of(cells, "bend", "best", 2)
+    mean = (0.5 + 0.5 + (1 + 1 - whole["o_asr"] - 0.01) / 2) / 3
+    assert td.text == f"{100 * mean:.1f} % 2 failed or collapsed"
+    assert not td.all("strong")
+    assert {d for d in names if found["bend at 10 %", d].all("strong")} <= {"good", "alike"}
+    (pair,) = [x for x in body(page, "compare-1-repair-pairs") if (x[0], x[1]) == ("best", "poor")]
+    assert "points" in pair[2], "a difference of shares is in percentage points"
+    assert "%" not in pair[2]

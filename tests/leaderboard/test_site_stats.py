@@ -13,6 +13,7 @@ from sleeperbench.leaderboard.stats import (
     MIN_SEEDS,
     average_ranks,
     critical_difference,
+    duel,
     family_weights,
     friedman_p,
     holm,
@@ -210,6 +211,18 @@ def test_too_few_seeds_rank_nobody() -> None:
     scores = drawn(random.Random(1), {"best": 0.9, "worst": 0.1}, 6, MIN_SEEDS - 1)
     assert set(rank_ranges(scores, dict.fromkeys([f"a{s}" for s in range(6)], 1.0), 0).values()) == {(1, 2)}
     assert rank_ranges({}, {}, 0) == {}
+
+
+def test_a_failure_loses_ties_against_what_is_none() -> None:
+    assert [duel(0.5, 0.5, lost) for lost in ((False, False), (True, False), (False, True), (True, True))] == [
+        0,
+        -1,
+        1,
+        0,
+    ]
+    assert [duel(0.5, 0.4, (True, False)), duel(0.4, 0.5, (False, True))] == [1, -1], "a score goes before"
+    one = {("a", 0): 0.5}
+    assert win_rates({"x": one, "y": one}, {"a": 1.0}, {"x": {("a", 0)}}) == {"x": 0.0, "y": 1.0}
 
 
 def test_win_rates_by_hand() -> None:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from typing import Any
 
 import pytest
 from synthetic import cell_row
 
+from sleeperbench.leaderboard import terms
 from sleeperbench.leaderboard.summary import Board, benign, boards, not_purified, role, tally, track, weak
 from sleeperbench.leaderboard.tracks import MEASURED
+from sleeperbench.schema import HEADLINE_METRICS
 
 KEPT = {"kind": "", "reasr_net": None, **dict.fromkeys(MEASURED)}
 
@@ -52,12 +56,42 @@ def test_a_failure_counts_as_undefended(status: str) -> None:
 
 
 def test_a_collapsed_model_never_looks_like_a_win() -> None:
-    ruined = cell("badnets", "ft", 1, o_asr=0.0, c_acc=0.1, p_der=0.9, flag="collapsed")
+    ruined = cell("badnets", "ft", 1, o_asr=0.0, c_acc=0.1, p_der=0.9, bec=0.3, flag="collapsed")
     b = board(*UNDEFENDED, ruined)
-    for metric, undefended in (("o_asr", 0.91), ("p_der", 0.5), ("c_acc", 0.95)):
+    for metric, worst, as_none in (("o_asr", 0.91, 1), ("p_der", 0.5, 1), ("c_acc", 0.1, 0)):
         mean = b.mean([ruined], metric, {})
         assert mean.estimate is not None
-        assert mean.estimate.value == undefended
+        assert (mean.estimate.value, mean.as_none, mean.ruined) == (worst, as_none, 1 - as_none)
+        assert mean.lost
+    low = cell("badnets", "ft", 1, o_asr=0.95, c_acc=0.1, p_der=0.2, flag="collapsed")
+    for metric, worst in (("o_asr", 0.95), ("p_der", 0.2)):
+        mean = board(*UNDEFENDED, low).mean([low], metric, {})
+        assert mean.estimate is not None
+        assert (mean.estimate.value, mean.ruined) == (worst, 1), "no better for failing"
+    assert b.mean([ruined], "bec", {}).estimate is None, "the undefended model has no figure to hold it against"
+
+
+def test_a_clean_model_counts_with_its_own_accuracy() -> None:
+    clean = [cell("none", "none", s, c_acc=0.95) for s in (0, 1)]
+    ruined = cell("none", "ft", 0, c_acc=0.4, flag="collapsed")
+    bad = cell("none", "ft", 1, status="failed", reason="raised: x")
+    mean = board(*clean, ruined, bad).mean([ruined, bad], "c_acc", {})
+    assert mean.estimate is not None
+    assert (mean.estimate.value, mean.estimate.cells, mean.as_none, mean.ruined) == (0.4, 1, 0, 1)
+
+
+def test_which_way_is_worse_is_what_the_evaluators_declare() -> None:
+    declared = {}
+    for file in sorted((Path(__file__).parents[2] / "evaluators").glob("*.py")):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Metric":
+                said = {k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}
+                declared[said.get("name")] = said.get("better")
+    asr = {"o_asr": declared["asr"], "p_asr": declared["p_asr_ra"], "p_der": declared["der"]}
+    for metric in HEADLINE_METRICS:
+        way = {"up": metric in terms.HIGHER, "down": metric in terms.LOWER}
+        wanted = (declared | asr).get(metric, "none")
+        assert [w for w, holds in way.items() if holds] == [wanted] * (wanted != "none"), metric
 
 
 def test_what_was_measured_before_a_later_probe_failed_stands() -> None:
