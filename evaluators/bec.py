@@ -16,7 +16,7 @@ from sleeperbench.contracts import Ctx, Rendered
 from sleeperbench.evaluators.accuracy import answers
 from sleeperbench.kit import wraps
 from sleeperbench.kit.classifier import Classifier
-from sleeperbench.kit.similarity import Layers, compare, sites, tac
+from sleeperbench.kit.similarity import Layers, compare, sites, strongest, tac
 
 ROOM = 0.05
 """A layer in which clean models are nearer to the attacked one than 1 - ROOM has no coefficient of its own."""
@@ -275,11 +275,6 @@ def split(bd: Rendered, rows: int, pairs: int, ctx: Ctx) -> tuple[Tensor, Tensor
     n = min(rows, len(bd) // 2)
     other = ~torch.isin(ids[n:], ids[:n])
     return order[:n], order[n:][other][:pairs]
-
-
-def strongest(change: Tensor, share: float) -> Tensor:
-    """Positions of the max(1, int(share C)) largest values; of equal ones the first."""
-    return change.argsort(descending=True, stable=True)[: max(1, int(share * len(change)))]
 
 
 def bare(net: nn.Module) -> Classifier:

@@ -13,14 +13,14 @@ from torch import Generator, Tensor, nn
 from sleeperbench import EvalCase, Evaluator, Findings, ImageSet, Measurement, Metric, Needs
 from sleeperbench.contracts import Ctx, Rendered
 from sleeperbench.evaluators.accuracy import over_triggers
-from sleeperbench.evaluators.bec import split, strongest
+from sleeperbench.evaluators.bec import split
 from sleeperbench.evaluators.ra import thinned
 from sleeperbench.evaluators.wba import WhiteBoxActivation
 from sleeperbench.kit.classifier import Classifier
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.predict import evaluating
 from sleeperbench.kit.qualifiers import tagged
-from sleeperbench.kit.similarity import by_channel, centred, cka, sites, tac
+from sleeperbench.kit.similarity import by_channel, centred, cka, sites, strongest, tac
 from sleeperbench.kit.taps import capture
 
 BATCH = 250

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor
 
 from sleeperbench import EvalCase, Evaluator, Findings, Measurement, Metric, Needs
-from sleeperbench.contracts import Ctx
 from sleeperbench.kit.classifier import Classifier
 from sleeperbench.kit.predict import spread
-from sleeperbench.kit.similarity import activations, sites
+from sleeperbench.kit.similarity import changes, sites, strongest
 
-KINDS = ("l2", "l1sum")
 Change = Mapping[str, Tensor]
 """Layer -> float64 (channels,)."""
 
@@ -89,7 +87,7 @@ class TriggerActivatedChange(Evaluator):
         if not names:
             return self._nothing("no_layers: neither spatial convolutions nor blocks with an MLP")
         rows = spread(len(bd), self.pairs)
-        found = changes(net, bd.clean.images[rows], bd.data.images[rows], names, case.ctx)
+        found = changes(net, bd.clean.images[rows], bd.data.images[rows], names, ctx=case.ctx)
         if not all(bool(t.isfinite().all()) for by in found.values() for t in by.values()):
             return self._nothing("nan: activations are not finite")
         figures = [
@@ -105,35 +103,17 @@ class TriggerActivatedChange(Evaluator):
         return Findings(rows=tuple(Measurement(metric=m.name, value=None, reason=reason) for m in self.METRICS))
 
 
-def changes(net: Classifier, clean: Tensor, triggered: Tensor, names: Sequence[str], ctx: Ctx) -> dict[str, Change]:
-    """Kind -> layer -> TAC of every channel, over the images (N, C, H, W) and the same with trigger."""
-    summed: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
-    for x, y in zip(clean.split(250), triggered.split(250), strict=True):
-        before, after = (activations(net, v, names, ctx=ctx) for v in (x, y))
-        for name in names:
-            change = (after[name] - before[name]).double()
-            for kind, each in (("l2", change.norm(dim=2)), ("l1sum", change.abs().sum(2))):
-                more = each.sum(0).cpu()
-                summed[kind][name] = summed[kind][name] + more if name in summed[kind] else more
-    return {kind: {name: total / len(clean) for name, total in by.items()} for kind, by in summed.items()}
-
-
-def top(change: Tensor, share: float) -> Tensor:
-    """Positions of the max(1, int(share C)) largest; of equal ones the first."""
-    return change.argsort(descending=True, stable=True)[: max(1, int(share * len(change)))]
-
-
 def contrast(change: Tensor, share: float) -> float:
     """Mean of the largest over the mean of all; NaN where the trigger changes nothing."""
     mean = float(change.mean())
-    return max(1.0, float(change[top(change, share)].mean()) / mean) if mean > 0 else math.nan
+    return max(1.0, float(change[strongest(change, share)].mean()) / mean) if mean > 0 else math.nan
 
 
 def agreement(one: Tensor, other: Tensor, share: float) -> float:
     """Share of the largest channels that two rankings have in common; NaN where the trigger changes nothing."""
     if not bool(one.any()):
         return math.nan
-    mine, theirs = set(top(one, share).tolist()), set(top(other, share).tolist())
+    mine, theirs = (set(strongest(x, share).tolist()) for x in (one, other))
     return len(mine & theirs) / len(mine)
 
 

@@ -40,6 +40,8 @@ TOP = 5
 """Contestants of a track on the overview."""
 FEW = 6
 """Contestants whose pairs all stand on the page of comparisons."""
+CHANGES = 14_000
+"""Bytes that the lines of what changed may take on the overview."""
 CHOSEN = 5
 """Most defenses that a reader may choose."""
 
@@ -236,7 +238,7 @@ def overview(views: Views, track_pages: Sequence[Page]) -> Page:
     listed = entries.names(views)
     room = (
         paging.ROOM
-        - 14_000
+        - CHANGES
         - 700 * len(views.boards)
         - sum(110 + 2 * paging.size(n) for some in listed.values() for n, _ in some)
     )

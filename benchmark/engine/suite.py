@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
+from sleeperbench.engine.plugin import Plugin
 from sleeperbench.engine.registry import Kind, Registry
 from sleeperbench.engine.task import PUBLIC_SECRET, digest
 from sleeperbench.errors import BadInput, nearest
@@ -315,6 +316,19 @@ def _flat(raw: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]
             yield before + key, value
 
 
+def _spellings(chain: Sequence[Plugin]) -> dict[str, tuple[int, str]]:
+    """How a parameter of a plugin or of what it wraps may be written -> (place in the chain, its name).
+
+    A name that several have is the outermost one's; each `inner.` before it passes one by.
+    """
+    return {
+        _INNER * n + k: (depth, k)
+        for depth, p in reversed(list(enumerate(chain)))
+        for k in p.blueprint.fields
+        for n in range(depth + 1)
+    }
+
+
 def _preset(registry: Registry, kind: Kind, plugin: str, flat: dict[str, Any]) -> dict[str, Any]:
     """Flat keys and values with those of the preset that they name; what stands beside it counts more.
 
@@ -328,12 +342,7 @@ def _preset(registry: Registry, kind: Kind, plugin: str, flat: dict[str, Any]) -
     if name not in known:
         has = nearest(str(name), known) if known else "it has none"
         raise BadInput(f"[{kind}.{plugin}] preset = {_shown(name)}: {has}")
-    whose = {
-        _INNER * n + k: (depth, k)
-        for depth, p in reversed(list(enumerate(chain)))
-        for k in p.blueprint.fields
-        for n in range(depth + 1)
-    }
+    whose = _spellings(chain)
     given = {whose.get(k) for k in flat}
     found = {
         _INNER * depth + k: v
@@ -346,12 +355,8 @@ def _preset(registry: Registry, kind: Kind, plugin: str, flat: dict[str, Any]) -
 
 def _sweep(registry: Registry, kind: Kind, plugin: str, raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Parameter sets of a plugin: a list where the parameter is not one is swept."""
-    fields = {
-        _INNER * n + k: f
-        for depth, p in reversed(list(enumerate(registry.chain(kind, plugin))))
-        for k, f in p.blueprint.fields.items()
-        for n in range(depth + 1)
-    }
+    chain = registry.chain(kind, plugin)
+    fields = {name: chain[depth].blueprint.fields[k] for name, (depth, k) in _spellings(chain).items()}
     axes: list[list[tuple[str, Any]]] = []
     for key, value in _preset(registry, kind, plugin, dict(_flat(raw))).items():
         kinds = fields[key].annotation if key in fields else ""

@@ -144,16 +144,38 @@ def tac(
     batch: int = 250,
     ctx: Ctx | None = None,
 ) -> dict[str, Tensor]:
-    """Trigger-activated change of every channel of some layers, float64 (channels,) on the CPU.
+    """Trigger-activated change of every channel of some layers by the 2-norm; see `changes`."""
+    return changes(net, clean, triggered, names, kinds=("l2",), batch=batch, ctx=ctx)["l2"]
 
-    TAC[k] = mean over image pairs of the 2-norm, over the places of channel k, of the difference that the trigger
-    makes. Sums run over batches, so only one batch of answers is in memory.
+
+KINDS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "l2": lambda change: change.norm(dim=2),
+    "l1sum": lambda change: change.abs().sum(2),
+}
+"""Definitions of TAC: how large the change (N, channels, places) of a channel is on an image, (N, channels)."""
+
+
+def changes(
+    net: Classifier,
+    clean: Tensor,
+    triggered: Tensor,
+    names: Sequence[str],
+    *,
+    kinds: Sequence[str] = tuple(KINDS),
+    batch: int = 250,
+    ctx: Ctx | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """Kind -> layer -> trigger-activated change of every channel, float64 (channels,) on the CPU.
+
+    TAC[k] = mean over image pairs of the size, by one of `KINDS`, of the difference that the trigger makes in channel
+    k. Sums run over batches, so only one batch of answers is in memory.
 
     Args:
         net: A classifier.
         clean: uint8 (N, C, H, W).
         triggered: The same images with trigger, in the same order.
         names: Layers.
+        kinds: Names in `KINDS`.
         batch: Pairs at a time.
         ctx: Where the forward passes are counted.
 
@@ -162,13 +184,20 @@ def tac(
     """
     if not len(clean) or clean.shape != triggered.shape:
         raise ValueError(f"{len(clean)} clean and {len(triggered)} triggered images are no pairs")
-    summed: dict[str, Tensor] = {}
+    summed: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
     for x, y in zip(clean.split(batch), triggered.split(batch), strict=True):
         before, after = (activations(net, v, names, batch=batch, ctx=ctx) for v in (x, y))
         for name in names:
-            change = (after[name] - before[name]).double().norm(dim=2).sum(0).cpu()
-            summed[name] = summed[name] + change if name in summed else change
-    return {name: total / len(clean) for name, total in summed.items()}
+            change = (after[name] - before[name]).double()
+            for kind, by in summed.items():
+                more = KINDS[kind](change).sum(0).cpu()
+                by[name] = by[name] + more if name in by else more
+    return {kind: {name: total / len(clean) for name, total in by.items()} for kind, by in summed.items()}
+
+
+def strongest(change: Tensor, share: float) -> Tensor:
+    """Positions of the max(1, int(share C)) largest values of (C,); of equal ones the first."""
+    return change.argsort(descending=True, stable=True)[: max(1, int(share * len(change)))]
 
 
 def sites(net: Classifier, image: Tensor) -> dict[str, list[str]]:

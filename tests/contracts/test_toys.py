@@ -95,6 +95,7 @@ def test_strip_answers_in_a_second_phase_about_unlabelled_rows(run: Path) -> Non
 
 def test_lira_trains_two_networks_and_its_generator_is_restored(run: Path) -> None:
     (row,) = rows(run, "toys/lira", "none", "asr")
+    assert row["rate_actual"] == 1.0, "no row is poisoned beforehand, and training stamps each"
     assert row["status"] == "ok"
     from safetensors.torch import load_file
 

@@ -13,6 +13,7 @@ from sleeperbench import (
     EvalCase,
     Evaluator,
     Findings,
+    Mark,
     Measurement,
     Metric,
     Model,
@@ -164,6 +165,9 @@ class LiraHooks(TrainHooks):
         self.target = b.info["target"]
         self.aux["generator"] = b.triggers[0].net
         self.own = torch.optim.SGD(self.aux["generator"].parameters(), lr=0.1)
+
+    def batch(self, x, y, ids, step):
+        return x, y, torch.full_like(y, Mark.DIRTY)  # each row is shown stamped as well
 
     def step(self, net, opt, x, y, mark):
         goal = torch.full_like(y, self.target)

@@ -21,12 +21,11 @@ from sleeperbench.evaluators.bec import (
     ratio,
     ratios,
     split,
-    strongest,
 )
 from sleeperbench.kit.classifier import Classifier, build, load, pack
 from sleeperbench.kit.gates import pruned
 from sleeperbench.kit.pixels import to_float
-from sleeperbench.kit.similarity import tac
+from sleeperbench.kit.similarity import strongest, tac
 from sleeperbench.kit.taps import capture
 from sleeperbench.kit.train import fit
 from sleeperbench.kit.tune import tune

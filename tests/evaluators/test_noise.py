@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from sleeperbench import Findings, Role
 from sleeperbench.contracts import Rendered
-from sleeperbench.evaluators.bec import split, strongest
+from sleeperbench.evaluators.bec import split
 from sleeperbench.evaluators.noise import Kind, TriggerNoise, inside, noise
 from sleeperbench.evaluators.wba import WhiteBoxActivation
 from sleeperbench.kit.classifier import build
 from sleeperbench.kit.pixels import to_float
-from sleeperbench.kit.similarity import activations, sites, tac
+from sleeperbench.kit.similarity import activations, sites, strongest, tac
 
 
 def few(part: str, role: Role, n: int) -> Rendered:

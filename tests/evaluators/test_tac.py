@@ -11,9 +11,9 @@ import samples
 import torch
 
 from sleeperbench import Role
-from sleeperbench.evaluators import tac as module
-from sleeperbench.evaluators.tac import TriggerActivatedChange, agreement, changes, contrast, top
-from sleeperbench.kit.similarity import activations, sites, tac
+from sleeperbench.evaluators.tac import TriggerActivatedChange, agreement, contrast
+from sleeperbench.kit import similarity
+from sleeperbench.kit.similarity import activations, changes, sites, strongest, tac
 
 
 def case(net: Any, **parts: Any) -> Any:
@@ -28,10 +28,10 @@ def test_both_kinds_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.tensor([[[3.0, 4.0], [1.0, 0.0]], [[0.0, -2.0], [0.0, 0.0]]]),
     ]
     monkeypatch.setattr(
-        module, "activations", lambda net, images, names, *, ctx: {"conv": answers[int(images[0, 0, 0, 0])]}
+        similarity, "activations", lambda net, images, names, **kwargs: {"conv": answers[int(images[0, 0, 0, 0])]}
     )
     clean = torch.zeros(2, 1, 1, 1, dtype=torch.uint8)
-    found = changes(None, clean, clean + 1, ["conv"], samples.ctx())  # type: ignore[arg-type]
+    found = changes(None, clean, clean + 1, ["conv"], ctx=samples.ctx())  # type: ignore[arg-type]
     assert found["l2"]["conv"].tolist() == [(5 + 2) / 2, 1 / 2]
     assert found["l1sum"]["conv"].tolist() == [(7 + 2) / 2, 1 / 2]
 
@@ -40,7 +40,7 @@ def test_the_sums_over_batches_are_those_over_all_images() -> None:
     net, bd = samples.badnets_net(), samples.badnets_rendered("test", Role.TEST)
     names = sites(net, bd.data.images[:1])["conv"]
     assert len(bd) > 250, "more than one batch"
-    found = changes(net, bd.clean.images, bd.data.images, names, samples.ctx())
+    found = changes(net, bd.clean.images, bd.data.images, names, ctx=samples.ctx())
     before, after = (activations(net, x, names) for x in (bd.clean.images, bd.data.images))
     for name in names:
         change = (after[name] - before[name]).double()
@@ -50,7 +50,7 @@ def test_the_sums_over_batches_are_those_over_all_images() -> None:
 
 def test_the_largest_and_on_which_two_rankings_agree() -> None:
     change = torch.tensor([1.0, 8.0, 2.0, 8.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0]).double()
-    assert top(change, 0.2).tolist() == [1, 3] and top(change, 0.01).tolist() == [1]
+    assert strongest(change, 0.2).tolist() == [1, 3] and strongest(change, 0.01).tolist() == [1]
     assert contrast(change, 0.2) == pytest.approx(8 / 2.4)
     other = change.clone()
     other[2] = 9.0
