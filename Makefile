@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
 
-.PHONY: help quick test test-real lint versions measure docs speed clean
+.PHONY: help quick test test-full test-real lint versions measure docs speed clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -28,6 +28,9 @@ quick: $(VENV)/.installed ## train backdoors on digits, defend, measure, open th
 
 test: $(VENV)/.dev ## the tests, without real data sets
 	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not real and not gpu" --durations=30 $(ARGS)
+
+test-full: $(VENV)/.dev ## `sleeperbench check --full` of every built-in method, on two processes
+	@SLEEPERBENCH_FULL=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=30 tests/contracts/test_registry_checks.py $(ARGS)
 
 test-real: $(VENV)/.dev ## the tests on the data sets under SLEEPERBENCH_DATA
 	@test -n "$$SLEEPERBENCH_DATA" || { echo "set SLEEPERBENCH_DATA to a folder of data sets, see docs/data.md" >&2; exit 2; }

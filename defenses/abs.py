@@ -92,7 +92,7 @@ class ABS(Defense):
         "kind": "inversion",
         "version": 1,
         "api": 1,
-        "micro": {"per_class": 2, "samples": 2, "top": 3, "steps": 5},
+        "micro": {"per_class": 2, "samples": 2, "top": 5, "steps": 12, "area": 0.25},
         "effort": ["per_class", "samples", "top", "steps"],
         "traverses": False,
         "presumes": "a trigger of bounded size that works through single neurons, the same on all images",

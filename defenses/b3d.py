@@ -66,7 +66,7 @@ class B3D(Defense):
         "kind": "inversion",
         "version": 1,
         "api": 1,
-        "micro": {"steps": 4, "samples": 4, "batch": 8, "window": 2},
+        "micro": {"steps": 6, "samples": 4, "batch": 8, "window": 3, "lr": 1.0, "success": 0.1},
         "effort": ["steps", "samples", "batch"],
         "traverses": True,
         "presumes": "a small mask and pattern, the same on all images of all other classes",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sleeperbench import Access, Defense, Outcome
+from sleeperbench import Access, Defense, ImageSet, Outcome
 from sleeperbench.contracts import Case, Ctx, NotApplicable
-from sleeperbench.kit.candidates import before_norms, growing, outlying, prune_at, prune_most, split
+from sleeperbench.kit.candidates import before_norms, outlying, prune_at, prune_most
 from sleeperbench.kit.classifier import Classifier
 
 DEVIATIONS = tuple(10 - i / 2 for i in range(21))
@@ -29,10 +29,12 @@ class BNP(Defense):
     3. Per layer, gamma becomes 0 where the score exceeds mean + u standard deviations; beta and statistics stay.
 
     No parameter gets a gradient and nothing is learnt: one shot. Labels of the batch are unused. Cost: one pass forward
-    per image of the batch, and the held-out rows once per candidate.
+    per image of the batch, for six batches (one with a given `u`), and each clean row once per value of `u`.
 
-    `u`, unless given, is the smallest of 10, 9.5 ... 0 that the honest rule accepts on rows apart from the batch; all
-    candidates are kept in the outcome's path (`u=3.0` stands for all up to the next name).
+    `u`, unless given, is the smallest of 10, 9.5 ... 0 that the honest rule accepts by cross-validation: batches are
+    drawn from all but one of five parts of the clean rows, and the models of all values answer that one. The value so
+    chosen cuts the scores of a batch from all clean rows. All candidates of these are kept in the outcome's path
+    (`u=3.0` stands for all down to the next name).
 
     Differs: the authors fix u and take 500 images. BatchNorm's eps is added to both variances, so that a dead channel's
     score is finite.
@@ -51,7 +53,7 @@ class BNP(Defense):
         "Neurons}, author={Zheng, Runkai and Tang, Rongjun and Li, Jianze and Liu, Li}, booktitle={Advances in "
         "Neural Information Processing Systems}, year={2022}}",
         "kind": "repair",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {},
     }
@@ -72,10 +74,12 @@ class BNP(Defense):
         if self.u is not None:
             scores = self.scores(case.net, case.clean.images, case.ctx)
             return prune_at(case, kept(scores, self.u), {"u": self.u})
-        rows, held = split(case)
-        scores = self.scores(case.net, rows.images, case.ctx)
-        found = growing((u, kept(scores, u)) for u in DEVIATIONS)
-        return prune_most(case, held, found, what="u", form="u={:.1f}")
+
+        def fit(rows: ImageSet) -> Callable[[float], Tensor]:
+            scores = self.scores(case.net, rows.images, case.ctx)
+            return lambda u: kept(scores, u)
+
+        return prune_most(case, DEVIATIONS, fit, what="u", form="u={:.1f}")
 
     def scores(self, net: Classifier, images: Tensor, ctx: Ctx) -> dict[str, Tensor]:
         """Divergence of each channel, float64 (C,) per BatchNorm layer, from one batch of `images`.

@@ -49,7 +49,7 @@ class CLP(Defense):
         "kind": "repair",
         "version": 1,
         "api": 1,
-        "micro": {},
+        "micro": {"u": 1.0},
     }
     ACCESS = Access(clean=0)
     REQUIRES = frozenset({"bn", "conv"})

@@ -50,7 +50,7 @@ class EntropyPruning(Defense):
         "kind": "repair",
         "version": 1,
         "api": 1,
-        "micro": {},
+        "micro": {"u": 1.0},
     }
     ACCESS = Access(clean=0, train=True)
     REQUIRES = frozenset({"bn"})

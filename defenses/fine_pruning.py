@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sleeperbench import Access, Defense, Model, Outcome, Wrap
+from sleeperbench import Access, Defense, ImageSet, Model, Outcome, Wrap
 from sleeperbench.contracts import Case, Ctx, NotApplicable
-from sleeperbench.kit.candidates import growing, pick, split
+from sleeperbench.kit.candidates import prune_most
 from sleeperbench.kit.classifier import Classifier, load, pack
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.predict import device_of, evaluating
@@ -32,13 +32,13 @@ class FinePruning(Defense):
     3. Fine-tune on clean rows (settings of BackdoorBench's fine-tuning). 0 `steps` leave this out.
 
     Gradients: none in steps 1 and 2, all parameters in step 3. BatchNorm: running statistics in 1 and 2; batch
-    statistics, which update the running ones, in 3. Stop: after `steps`. Cost: one pass forward per image for the
-    activations, the held-out rows once per rate, a pass forward and one back per image of step 3.
+    statistics, which update the running ones, in 3. Stop: after `steps`. Cost: five passes forward per clean row for
+    activations (one with a given rate), one more per rate, a pass forward and one back per image of step 3.
 
-    The rate, unless given, is the largest of 0.05, 0.10 ... 0.95 that the honest rule accepts before fine-tuning, on
-    rows apart from those of step 1; step 3 then has all clean rows, since nothing is chosen after it. Where no rate is
-    accepted nothing is pruned and step 3 alone remains. All pruned models are kept in the outcome's path, as they are
-    before step 3.
+    The rate, unless given, is the largest of 0.05, 0.10 ... 0.95 that the honest rule accepts before fine-tuning, by
+    cross-validation: step 1 has all but one of five parts of the clean rows, and the models of all rates answer that
+    one. The rate so chosen, and step 3, then have all clean rows. Where no rate is accepted nothing is pruned and step
+    3 alone remains. The pruned models of all rates are kept in the outcome's path, as they are before step 3.
 
     Differs: the authors prune until accuracy falls on validation rows; BackdoorBench stops at 10 % on test data. Steps
     of 5 % where BackdoorBench has 1 %. Activations count by absolute value, which is the same behind a ReLU:
@@ -59,7 +59,7 @@ class FinePruning(Defense):
         "Deep Neural Networks}, author={Liu, Kang and Dolan-Gavitt, Brendan and Garg, Siddharth}, booktitle={Research "
         "in Attacks, Intrusions, and Defenses}, year={2018}}",
         "kind": "repair",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"steps": 8, "batch": 32},
         "effort": ["steps"],
@@ -81,32 +81,27 @@ class FinePruning(Defense):
 
     def run(self, case: Case) -> Outcome:
         """The pruned and fine-tuned model and, where the rate was chosen, all pruned ones."""
-        rows, held = (case.clean, None) if self.rate is not None else split(case)
         site = last_site(case.net, case.ctx)
-        order = activity(case.net, site, rows.images, case.ctx).argsort(stable=True)
-        if held is None:
-            assert self.rate is not None
-            keep = kept(order, self.rate)
+
+        def fit(rows: ImageSet) -> Callable[[float], Tensor]:
+            order = activity(case.net, site, rows.images, case.ctx).argsort(stable=True)
+            return lambda rate: kept(order, rate)
+
+        def made(keep: Tensor) -> Classifier:
+            return gated(case.net, site, keep)
+
+        if self.rate is not None:
+            keep = fit(case.clean)(self.rate)
             about = {"rate": self.rate, "pruned": int((~keep).sum()), "channels": len(keep)}
-            return Outcome(model=self.tuned(gated(case.net, site, keep), case), chosen=about)
-        found = growing((rate, kept(order, rate)) for rate in RATES)
-        names = {f"rate={rate:.2f}": rate for rate in found}
-        made = (
-            (name, gated(case.net, site, found[rate]), {"pruned": int((~found[rate]).sum())})
-            for name, rate in names.items()
-        )
-        picked = pick(case.net, made, held, ctx=case.ctx, what="rate")
-        chosen: dict[str, Any] = {"rate": None, "pruned": 0, "channels": len(order), **picked.about}
-        net: Classifier = case.net
-        if picked.name is not None:
-            rate = names[picked.name]
-            chosen |= {"rate": rate, "pruned": int((~found[rate]).sum())}
-            net = load(picked.path[picked.name], case.ctx.device)
-        elif self.steps == 0:
-            return Outcome(chosen=chosen, path=picked.path)
-        else:
+            return Outcome(model=self.tuned(made(keep), case), chosen=about)
+        found = prune_most(case, RATES, fit, what="rate", form="rate={:.2f}", made=made)
+        if self.steps == 0:
+            return found
+        chosen = dict(found.chosen)
+        if found.model is None:
             chosen["unpruned"] = chosen.pop("unchanged")
-        return Outcome(model=self.tuned(net, case), chosen=chosen, path=picked.path)
+        net: Classifier = case.net if found.model is None else load(found.model, case.ctx.device)
+        return Outcome(model=self.tuned(net, case), chosen=chosen, path=found.path)
 
     def tuned(self, net: Classifier, case: Case) -> Model:
         """Step 3."""

@@ -66,7 +66,7 @@ class MCR(Defense):
         "kind": "repair",
         "version": 1,
         "api": 1,
-        "micro": {"steps": 8, "batch": 32, "curve_steps": 8, "curve_batch": 32},
+        "micro": {"t": 0.5, "steps": 8, "batch": 32, "curve_steps": 8, "curve_batch": 32},
         "effort": ["steps", "curve_steps"],
         "presets": {"reduced": {"steps": 800, "curve_steps": 1600}},
     }

@@ -76,7 +76,7 @@ class MESA(Defense):
         "kind": "inversion",
         "version": 1,
         "api": 1,
-        "micro": {"updates": 4, "batch": 8, "noise": 8, "hidden": 8, "betas": [0.8]},
+        "micro": {"size": 4, "updates": 14, "batch": 8, "lr": 0.05, "noise": 8, "hidden": 8, "betas": [0.8]},
         "effort": ["updates"],
         "traverses": True,
         "presumes": "a square patch of a size known beforehand, always in the same corner or in the centre",

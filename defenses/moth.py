@@ -47,7 +47,9 @@ class MOTH(Defense):
     50,000 rows kept as steps. At least one row per direction is stamped, where theirs stamps none with few rows per
     class; a batch without one of the classes trains as it is. Plain momentum instead of Nesterov's. A trigger is
     remembered per direction, where their keys mix up both. A distance that no inversion gave counts from its first
-    measurement on, and no class pairs with itself. Classes without a clean row are left out.
+    measurement on, and no class pairs with itself. Classes without a clean row are left out. Step 1's inversion takes
+    all its rows in one update, where theirs takes batches of 32. S is that of their Keras code; the PyTorch one loses
+    the last loss where there is more than one batch, so that S is 1.
 
     Args:
         steps: Updates, warm-up included.

@@ -66,7 +66,7 @@ class PixelBackdoor(Defense):
         "kind": "inversion",
         "version": 1,
         "api": 1,
-        "micro": {"steps": 4, "images": 16, "batch": 8},
+        "micro": {"steps": 16, "images": 16, "batch": 16, "lr": 0.15},
         "effort": ["steps", "images"],
         "traverses": True,
         "presumes": "a trigger that changes few pixels, the same on all images of all other classes",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sleeperbench import Access, Defense, ImageSet, Outcome, TrainHooks
 from sleeperbench.contracts import Case, Ctx
 from sleeperbench.kit.augment import crop_flip
-from sleeperbench.kit.candidates import THRESHOLDS, growing, prune_at, prune_most, split
+from sleeperbench.kit.candidates import THRESHOLDS, prune_at, prune_most
 from sleeperbench.kit.classifier import Classifier, load
 from sleeperbench.kit.gates import Gates
 from sleeperbench.kit.pixels import to_float
@@ -37,10 +37,13 @@ class RNP(Defense):
        clamped to [0, 1] after every step. Stop after `recover_steps`.
     3. In the original network gamma becomes 0 wherever mask <= threshold; beta and running statistics stay.
 
-    Cost: a pass forward and one back per image of both stages, and the held-out rows once per candidate.
+    Cost: a pass forward and one back per image of both stages, which run `folds` + 1 times (once with a given
+    threshold), and each clean row once per threshold.
 
-    The threshold, unless given, is the largest of 0, 0.05 ... 0.90 that the honest rule accepts on rows that neither
-    stage saw; all candidates are kept in the outcome's path (`t=0.20` stands for all up to the next name).
+    The threshold, unless given, is the largest of 0, 0.05 ... 0.90 that the honest rule accepts by cross-validation:
+    both stages have all but one of `folds` parts of the clean rows, and the models of all thresholds answer that one.
+    The threshold so chosen cuts masks learnt on all clean rows. All candidates of the last masks are kept in the
+    outcome's path (`t=0.20` stands for all up to the next name).
 
     Differs: the authors show all thresholds on test data and choose none. Their 20 + 20 epochs of 500 CIFAR-10 rows in
     batches of 128 are 80 + 80 steps, kept whatever the number of rows, and the stopping rule is looked at every 4
@@ -57,6 +60,7 @@ class RNP(Defense):
         recover_steps: Updates of the second stage.
         batch: Rows per update; all rows where there are fewer.
         weight_decay: L2 factor on all parameters in the first stage.
+        folds: Parts of the clean rows for the honest choice, at least 2; each takes both stages.
     """
 
     INFO = {
@@ -66,10 +70,10 @@ class RNP(Defense):
         "author={Li, Yige and Lyu, Xixiang and Ma, Xingjun and Koren, Nodens and Lyu, Lingjuan and Li, Bo and Jiang, "
         "Yu-Gang}, booktitle={International Conference on Machine Learning}, year={2023}}",
         "kind": "repair",
-        "version": 1,
+        "version": 2,
         "api": 1,
-        "micro": {"unlearn_steps": 12, "recover_steps": 12, "batch": 32},
-        "effort": ["unlearn_steps", "recover_steps"],
+        "micro": {"unlearn_steps": 12, "recover_steps": 6, "batch": 32, "folds": 2},
+        "effort": ["unlearn_steps", "recover_steps", "folds"],
     }
     ACCESS = Access(clean=0.05)
     REQUIRES = frozenset({"bn"})
@@ -83,6 +87,7 @@ class RNP(Defense):
     recover_steps: int = 80
     batch: int = 128
     weight_decay: float = 5e-4
+    folds: int = 5
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not 0 <= self.threshold <= 1:
@@ -91,18 +96,23 @@ class RNP(Defense):
             raise ValueError(f"stop is {self.stop}; it must lie in 0..1")
         if min(self.unlearn_steps, self.recover_steps) < 1 or self.batch < 2:
             raise ValueError("unlearn_steps and recover_steps must be at least 1, batch at least 2")
+        if self.folds < 2:
+            raise ValueError(f"folds is {self.folds}; at least 2 are needed")
 
     def run(self, case: Case) -> Outcome:
         """The pruned model and, where the threshold was chosen, all candidates."""
-        rows, held = (case.clean, None) if self.threshold is not None else split(case)
-        unlearned, about = self.unlearn(case.net, rows, case.ctx)
-        mask = self.recover(unlearned, rows, case.ctx)
-        if held is None:
-            assert self.threshold is not None
-            found = prune_at(case, mask > self.threshold, {"threshold": self.threshold})
+        about: dict[str, Any] = {}
+
+        def fit(rows: ImageSet) -> Callable[[float], Tensor]:
+            unlearned, told = self.unlearn(case.net, rows, case.ctx)
+            about.update(told)  # stays of the last fit, which has all rows
+            mask = self.recover(unlearned, rows, case.ctx)
+            return lambda t: mask > t
+
+        if self.threshold is not None:
+            found = prune_at(case, fit(case.clean)(self.threshold), {"threshold": self.threshold})
         else:
-            cuts = growing((t, mask > t) for t in THRESHOLDS)
-            found = prune_most(case, held, cuts, what="threshold", form="t={:.2f}")
+            found = prune_most(case, THRESHOLDS, fit, what="threshold", form="t={:.2f}", k=self.folds)
         return Outcome(model=found.model, chosen={**found.chosen, **about}, path=found.path)
 
     def unlearn(self, net: Classifier, data: ImageSet, ctx: Ctx) -> tuple[Classifier, dict[str, Any]]:

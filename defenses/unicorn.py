@@ -77,7 +77,7 @@ class Unicorn(Defense):
         "version": 2,
         "api": 1,
         "stamps": True,
-        "micro": {"pretrain": 1, "epochs": 1, "rounds": 1, "width": 2},
+        "micro": {"pretrain": 1, "epochs": 1, "rounds": 1, "batch": 30, "width": 2, "distance": 0.9999, "together": 10},
         "effort": ["pretrain", "epochs", "rounds", "width"],
         "traverses": True,
         "presumes": "a small mask and pattern in a space that can be learnt, which works through few features",

@@ -1,13 +1,17 @@
-"""Writes docs/attacks.md and its JSON from a run of suite `attacks`: `python docs/attacks.py RUN NAME "COMMAND"`.
+"""Writes docs/NAME.md and its JSON from a run of suite `attacks`: `python docs/attacks.py RUN NAME "COMMAND"`.
 
 What each attack declares, what its paper printed, and what this run measured, side by side; then the bookkeeping of
 success: on the images that count, on those that the attack spares, under covers, by trigger and by class. Pairs of
 `RUN "COMMAND"` behind these add runs of other settings, such as all-to-all, whose rows go into the same JSON.
+
+Each attack's page then shows its lines of all such files under one heading; `python docs/attacks.py` alone renews the
+pages.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import sys
 from collections import defaultdict
@@ -30,6 +34,8 @@ SHOWN = {
     "silhouette": ("silhouette", 1.0, 2),
 }
 FIELDS = ("cell", "attack", "seed", "metric", "qualifier", "value", "count", "total", "status", "reason", "flag")
+HEAD = "## Declared, published, measured"
+"""On the page of an attack, in front of what `make measure` writes there."""
 _SMALL = 0.1
 """Share of false positives up to which HCB's patch counts as bound to its feature."""
 Figures = Mapping[str, Mapping[tuple[str, str], Mapping[int, float]]]
@@ -96,6 +102,16 @@ def lines(rows: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]],
         body.append([attack, *rate, bar, said, *measured, "; ".join(sorted(flags[attack]))])
     head = ["attack", *(["rate, %"] if several else []), "declared", "published"]
     return table([*head, *(name for name, _, _ in SHOWN.values()), "flags"], body)
+
+
+def differing(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Attacks of a sweep -> their parameters that differ from the plain one's, as `key=value`."""
+    settings = {c["attack"]: json.loads(c["attack_params"]) for c in cells}
+    return {
+        a: [f"{k}={v}" for k, v in p.items() if v != settings[a.partition("~")[0]].get(k)]
+        for a, p in settings.items()
+        if "~" in a
+    }
 
 
 def weak(cells: Sequence[Mapping[str, Any]]) -> str:
@@ -280,17 +296,59 @@ def prose(found: Figures, members: Mapping[str, Sequence[str]]) -> list[str]:
     return text
 
 
+def kept(registry: Registry) -> dict[str, list[list[str]]]:
+    """Per attack its lines of every docs/measured/attacks-*.json, for its page; a wrapper's with what it wraps."""
+    found: dict[str, list[list[str]]] = defaultdict(list)
+    for file in sorted((DOCS / "measured").glob("attacks-*.json")):
+        whole = json.loads(file.read_text())
+        cells: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
+        for r in whole["rows"]:
+            data, _, at, *_ = r["cell"].split("/")
+            cells[r["attack"], data, at.partition("@")[2]].append(r | {"defense": "none"})
+        for (attack, data, rate), rows in sorted(cells.items()):
+            plain = attack.partition("~")[0]
+            infos = [p.blueprint.info for p in registry.chain("attack", plain)]
+            of = figures(rows)[attack]
+            flags = sorted({f for r in rows for f in r["flag"].split(";") if f})
+            name = ", ".join([plain, *whole.get("settings", {}).get(attack, [])])
+            shown = [span(of.get((m, ""), {}), scale, n) for m, (_, scale, n) in SHOWN.items()]
+            share = float(rate or 0)
+            setting = f"{data} {100 * share:g} %" if share else data
+            bar = declared(infos) if share else ""
+            line = [name, setting, bar, published(infos, plain.partition(":")[2]), *shown, "; ".join(flags)]
+            found[plain.partition(":")[0]].append(line)
+    return found
+
+
+def pages(registry: Registry) -> list[str]:
+    """Write the section of each attack's page, in front of what `make measure` wrote; returns the attacks."""
+    head = ["attack", "data, rate", "declared", "published", *(name for name, _, _ in SHOWN.values()), "flags"]
+    files = sorted(f.stem for f in (DOCS / "measured").glob("attacks-*.json"))
+    several = " and ".join(f"[{f.partition('-')[2].replace('-', ' ')}](../{f}.md)" for f in files)
+    found = kept(registry)
+    for attack, body in found.items():
+        page = DOCS / "methods" / f"{attack}.md"
+        own = re.sub(rf"\n{HEAD}\n.*?(?=\n## |\Z)", "", page.read_text(), flags=re.DOTALL)
+        before, mark, measured = own.partition("\n## Measured\n")
+        text = [before.rstrip(), "", HEAD, "", *table(head, body), ""]
+        text += [f"Shares in %, a figure per seed; what the columns mean and how it was run: {several}."]
+        page.write_text("\n".join(text) + "\n" + mark + measured)
+    return sorted(found)
+
+
 def main() -> int:
     """Write both files."""
     run, name, command = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     rows, cells = read_table(run / "measurements.parquet"), read_table(run / "cells.parquet")
     about = provenance(run, rows)
-    kept = [{k: r[k] for k in FIELDS} for r in rows if r["defense"] == "none"]
+    stored = [{k: r[k] for k in FIELDS} for r in rows if r["defense"] == "none"]
     more = [(Path(a), b) for a, b in zip(sys.argv[4::2], sys.argv[5::2], strict=True)]
     added = [r for path, _ in more for r in read_table(path / "measurements.parquet") if r["defense"] == "none"]
     commands = {"command": command} | ({"more_commands": [b for _, b in more]} if more else {})
-    kept += [{k: r[k] for k in FIELDS} for r in added if r["attack"] != "none"]
-    (DOCS / "measured" / f"{name}.json").write_text(json.dumps(commands | about | {"rows": kept}) + "\n")
+    known = {(r["cell"], r["metric"], r["qualifier"]) for r in stored}
+    stored += [{k: r[k] for k in FIELDS} for r in added if (r["cell"], r["metric"], r["qualifier"]) not in known]
+    others = {} if not more else {"settings": differing([c for p, _ in more for c in read_table(p / "cells.parquet")])}
+    (DOCS / "measured" / f"{name}.json").write_text(json.dumps(commands | about | others | {"rows": stored}) + "\n")
     registry = Registry.discover("none")
     found = figures(rows)
     settings = {c["attack"]: json.loads(c["attack_params"]) for c in cells}
@@ -329,12 +387,16 @@ def main() -> int:
         *("", "## Do poisoned samples stand apart?", "", *separability(found, cells)),
         *("", f"All rows: [{name}.json](measured/{name}.json)."),
     ]
-    (DOCS / "attacks.md").write_text("\n".join(text) + "\n")
-    print(f"wrote docs/attacks.md and docs/measured/{name}.json: {len(cells)} cells")
+    (DOCS / f"{name}.md").write_text("\n".join(text) + "\n")
+    print(f"wrote docs/{name}.md and docs/measured/{name}.json: {len(cells)} cells")
+    pages(registry)
     return 0
 
 
 if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        print(f"wrote the pages of {', '.join(pages(Registry.discover('none')))}")
+        sys.exit(0)
     if len(sys.argv) < 4 or len(sys.argv) % 2:
         sys.exit(__doc__)
     sys.exit(main())

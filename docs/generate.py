@@ -131,6 +131,7 @@ MEANINGS = {
     "train.pad": "Pixels of padding before the random crop; the data set's own unless given",
     "train.flip": "Whether images are mirrored at random; the data set's own unless given",
     "train.curves": "Whether losses and accuracies per epoch are kept",
+    "train.poisoned": "`append` keeps the clean copy of every poisoned row, see [training.md](training.md)",
     "train.inject": "`finetune` tunes the backdoor into a clean model, see [training.md](training.md)",
     "train.inject_epochs": "Passes of that; `epochs` unless given",
     "train.inject_lr": "Learning rate of that; 0.01 unless given",

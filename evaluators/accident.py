@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -30,6 +31,8 @@ LEVELS = 127
 STEPS = 255
 """Largest level of an activation of 8 bits."""
 RANGE_ROWS = 1000
+Change = tuple[str, int | None, nn.Module | str]
+"""Way, draw, and the changed network or why there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +48,19 @@ class WakingByAccident(Evaluator):
       s = (b - a) / 255 and z = round(-a / s); a <= 0 <= b are its ends over up to 1,000 clean probe rows.
     - `way=pruned;share=...`: of all these weights together the given share with the smallest |w| becomes 0 (the first
       of equal ones); nothing is tuned afterwards.
-    - `way=averaged_tuned`: the mean of all floating tensors of the model and of its copy from `tuned`.
+    - `way=averaged`: the mean of all floating tensors of two defended copies: the model and what the same defense makes
+      of the same attacked model under another seed. It doubles what the defenses cost. The undefended model has no
+      second copy (`one_copy`), and two of different form no mean (`other_form`).
+    - `way=averaged_tuned`: the same mean of the model and of its copy from `tuned`.
 
     `asr_accident` and `c_acc_accident` are figures after the change (`way=before`: before), `asr_accident_rise` the
     difference of ASR. Headlines: the largest rise, its ASR and its clean accuracy, among the ways that cost at most 10
     points of clean accuracy; a model that answers one class throughout has an ASR too, and is not awake. The tuned and
     averaged ones are means over draws.
 
-    Controls: all of it on the clean model after the same defense, `control=clean_defended`, and the rises of the
-    independent clean model, `control=clean_model`. Nobody in this means harm: no attacker takes part, and no triggered
-    row is trained on. Measured on up to 2,000 clean and 2,000 triggered test images.
+    Controls: all of it but `averaged` on the clean model after the same defense, `control=clean_defended`, and the
+    rises of the independent clean model, `control=clean_model`. Nobody in this means harm: no attacker takes part, and
+    no triggered row is trained on. Measured on up to 2,000 clean and 2,000 triggered test images.
 
     Args:
         draws: Repetitions of tuning with other rows and another order.
@@ -67,11 +73,11 @@ class WakingByAccident(Evaluator):
         "paper": "",
         "bibtex": "",
         "kind": "reactivation",
-        "version": 2,
+        "version": 3,
         "api": 1,
         "micro": {"draws": 1, "shares": [0.5]},
     }
-    NEEDS = Needs(white_box=True, controls=("clean_model",), defended_clean=True)
+    NEEDS = Needs(white_box=True, controls=("clean_model",), defended_clean=True, again=True)
     METRICS = (
         Metric(
             name="asr_accident",
@@ -111,26 +117,28 @@ class WakingByAccident(Evaluator):
         """All ways on this model, on the clean model after the same defense, and what they did to the clean control."""
         if case.bd_test is None or case.bd_probe is None:
             return Findings(rows=tuple(_row(m.name, None, "", "no_trigger") for m in self.METRICS))
-        rows = self._tried(case.net, case, case.bd_probe)
+        averaged = ("averaged", None, average(cast(Classifier, case.net), case.again, case.ctx))
+        rows = self._tried(case.net, case, itertools.chain([averaged], self._changed(case.net, case, case.bd_probe)))
         known = [m for m in rows if m.metric == "asr_accident_rise" and (m.value is not None or not m.qualifier)]
         if case.defended_clean is None:
             beside = [_row(m.name, None, "", "control_missing: clean_defended") for m in self.METRICS]
         else:
-            tried = self._tried(case.defended_clean, case, case.bd_probe)
+            changed = self._changed(case.defended_clean, case, case.bd_probe)
+            tried = self._tried(case.defended_clean, case, changed)
             beside = [m for m in tried if "draw=" not in m.qualifier]
         rows += [tagged(m, control="clean_defended") for m in beside]
         return Findings(rows=(*rows, *self._control(case, [m.qualifier for m in known])))
 
-    def _tried(self, net: nn.Module, case: EvalCase, triggered: Rendered) -> list[Measurement]:
+    def _tried(self, net: nn.Module, case: EvalCase, changes: Iterable[Change]) -> list[Measurement]:
         """Every figure of one model and its headlines."""
         assert case.bd_test is not None
         clean, bd, ctx = case.test.rows(spread(len(case.test), ROWS)), thinned(case.bd_test), case.ctx
         before = look(net, clean, bd, ctx)
         rows = [tagged(m, way="before") for m in before]
         found: dict[str, list[dict[str, float]]] = {}
-        for way, draw, changed in self._changed(cast(Classifier, net), case, triggered):
-            if changed is None:
-                rows += [_row(m.name, None, f"way={way}", "needs_bn") for m in self.METRICS]
+        for way, draw, changed in changes:
+            if isinstance(changed, str):
+                rows += [_row(m.name, None, f"way={way}", changed) for m in self.METRICS]
                 continue
             seen = look(changed, clean, bd, ctx)
             found.setdefault(way, []).append(figures(seen))
@@ -146,23 +154,19 @@ class WakingByAccident(Evaluator):
             rows.append(tagged(_row("asr_accident_rise", mean["asr_accident"] - was["asr_accident"]), **parts(way)))
         return rows + self._headlines(was, means)
 
-    def _changed(
-        self, net: Classifier, case: EvalCase, triggered: Rendered
-    ) -> Iterator[tuple[str, int | None, nn.Module | None]]:
-        """Way, draw and network; no network where there is no BatchNorm."""
-        ctx = case.ctx
-        own = pack(net)
+    def _changed(self, model: nn.Module, case: EvalCase, triggered: Rendered) -> Iterator[Change]:
+        """What is done to one model by itself."""
+        net, ctx = cast(Classifier, model), case.ctx
         for draw in range(self.draws):
             tuned = retune(net, case.probe, triggered, 0, draw, ctx, lr=self.lr)
             yield "tuned", draw, tuned
-            between_them = between(own, pack(cast(Classifier, tuned)), 0.5)
-            yield "averaged_tuned", draw, load(between_them, ctx.device)
+            yield "averaged_tuned", draw, average(net, tuned, ctx)
         for sky in SKIES:
             try:
                 fresh = refresh(net, under(sky, case.probe, ctx), batch=128, ctx=ctx)
                 yield f"bn_{sky}", None, load(fresh, ctx.device)
             except NotApplicable:
-                yield f"bn_{sky}", None, None
+                yield f"bn_{sky}", None, "needs_bn"
         yield "int8_weights", None, load(quantised(net), ctx.device)
         yield "int8", None, in_eight_bits(net, case.probe.images[spread(len(case.probe), RANGE_ROWS)], ctx)
         for part in self.shares:
@@ -186,6 +190,14 @@ class WakingByAccident(Evaluator):
             row = row if row.value is not None else replace(row, reason="control_missing: clean_model")
             rows.append(tagged(row, control="clean_model"))
         return rows
+
+
+def average(net: Classifier, other: nn.Module | None, ctx: Ctx) -> nn.Module | str:
+    """The network half way between two copies, or why there is none."""
+    if other is None:
+        return "one_copy"
+    own, second = pack(net), pack(cast(Classifier, other))
+    return load(between(own, second, 0.5), ctx.device) if own.spec == second.spec else "other_form"
 
 
 def look(net: nn.Module, clean: ImageSet, bd: Rendered, ctx: Ctx) -> list[Measurement]:

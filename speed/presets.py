@@ -42,7 +42,8 @@ SAMPLE = 512
 """Rows of the training set that are run; what goes by epochs is proportional to their number."""
 BTI = {"pretrain_steps": (1, 2), "mask_steps": (1, 2), "generator_steps": (1, 2), "steps": (1, 2)}
 LOOKS: dict[str, tuple[dict[str, int], dict[str, tuple[int, int]], dict[str, int]]] = {
-    "anp": ({}, {"steps": (1, 2)}, {}),
+    "anp": ({"folds": 2}, {"steps": (1, 2)}, {}),
+    "rnp": ({}, {"unlearn_steps": (1, 2), "recover_steps": (1, 2)}, {}),
     "ft": ({}, {"steps": (1, 2)}, {}),
     "npd": ({}, {"warm_steps": (1, 2), "steps": (1, 2)}, {}),
     "sau": ({}, {"steps": (1, 2)}, {}),
@@ -152,7 +153,8 @@ def look(name: str, registry: Registry, second: float) -> None:
     parts = {k: each[k] * times.get(k, 1) * published[k] for k in published}
     whole = fixed + sum(parts.values())
     told = ", ".join(f"{k} {v:.0f}" for k, v in parts.items())
-    print(f"{name}: {whole:.0f} core-seconds as published (fixed {fixed:.1f}, {told})", flush=True)
+    less = "".join(f", {k} {v}" for k, v in held.items() if k not in times and k != "rounds")
+    print(f"{name}{less}: {whole:.0f} core-seconds as published (fixed {fixed:.1f}, {told})", flush=True)
     if whole > SECONDS:
         f = (SECONDS - fixed) / (whole - fixed)
         print(f"    times {f:.4f}: { ({k: rounded(f * v) for k, v in published.items()}) }", flush=True)

@@ -12,7 +12,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from sleeperbench import Backdoor, ImageSet, ModelSpec, Role
+from sleeperbench import Attack, Backdoor, ImageSet, ModelSpec, PoisonedSet, Role
 from sleeperbench.attacks.badnets import BadNets
 from sleeperbench.contracts import Ctx, Recipe, Rendered
 from sleeperbench.kit.classifier import Classifier, build
@@ -121,3 +121,34 @@ def judged(method: Any, case: Any) -> Any:
     """The outcome of a defense that prepares, both phases."""
     case.prepared = method.prepare(case)
     return method.run(case)
+
+
+# ---- for tests of what a whole method does ---------------------------------------------------------------------------
+def sized(data: ImageSet, side: int) -> ImageSet:
+    """Digits of 16x16 pixels, or at their own 8x8."""
+    return replace(data, images=data.images[:, :, :: 16 // side, :: 16 // side].contiguous())
+
+
+def wide(width: int, side: int) -> ModelSpec:
+    """A net for digits; at 16x16 pixels it is normalised by their own mean and deviation."""
+    norm = ((0.3,), (0.38,)) if side == 16 else SPEC.norm
+    return replace(SPEC, shape=(1, side, side), norm=norm, args={"width": width})
+
+
+@functools.cache
+def planted(attack: Attack, rows: int, rate: float, side: int) -> tuple[PoisonedSet, Rendered]:
+    """The first `rows` training digits with target 0, and the triggered test images."""
+    train = sized(digits()["train"].rows(torch.arange(rows)), side)
+    backdoor = attack.prepare(train, ctx(5))
+    poisoned = attack.poison(train, backdoor, torch.ones(rows, dtype=torch.bool), rate, ctx(5))
+    found = render(sized(digits()["test"], side), backdoor, Role.TEST, ctx(5))
+    assert found is not None
+    return poisoned, found
+
+
+@functools.cache
+def trained(attack: Attack, rows: int, rate: float, side: int, width: int = 8, epochs: int = 12) -> Classifier:
+    """Plain training on `planted` rows."""
+    net = build(wide(width, side), 2)
+    fit(net, planted(attack, rows, rate, side)[0].data, replace(RECIPE, epochs=epochs), ctx(2))
+    return net

@@ -132,6 +132,44 @@ def test_attacks_stand_with_what_they_declare_and_a_figure_per_seed() -> None:
     assert attacks.weak([c | {"rate": 0.1} for c in cells]) == "badnets (1 of 2)"
 
 
+def test_an_attack_s_page_shows_its_lines_of_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attacks = script("attacks")
+    monkeypatch.setattr(attacks, "DOCS", tmp_path)
+    (tmp_path / "measured").mkdir()
+    (tmp_path / "methods").mkdir()
+
+    def of(cell: str, attack: str, seed: int, asr: float, flag: str = "") -> dict[str, object]:
+        about = {"cell": f"{cell}/none/s{seed}", "attack": attack, "seed": seed, "flag": flag}
+        return about | {"metric": "asr", "qualifier": "", "value": asr}
+
+    small = [of("digits/small_cnn/badnets@0.1", "badnets", i, a, f) for i, a, f in ((1, 0.5, "weak"), (0, 1.0, ""))]
+    swept = [of("fashion_mnist/small_cnn/badnets~abc@0.05", "badnets~abc", 0, 0.75)]
+    around = [of("digits/small_cnn/belt:badnets@0.1", "belt:badnets", 0, 0.25)]
+    named = {"settings": {"badnets~abc": ["targets=all_to_all"]}}
+    (tmp_path / "measured" / "attacks-digits.json").write_text(json.dumps({"rows": small + around}))
+    (tmp_path / "measured" / "attacks-fashion.json").write_text(json.dumps({"rows": swept} | named))
+    page = tmp_path / "methods" / "badnets.md"
+    page.write_text("# BadNets\n\nText.\n\n## Measured\n\nBy `make measure`.\n")
+    (tmp_path / "methods" / "belt.md").write_text("# BELT\n")
+    registry = Registry.discover("none")
+    assert attacks.pages(registry) == ["badnets", "belt"]
+    once = page.read_text()
+    body = [line.split(" | ") for line in once.splitlines() if line.startswith("| badnets")]
+    assert [line[:3] + line[5:6] for line in body] == [
+        ["| badnets", "digits 10 %", "90", "100.0, 50.0"],
+        ["| badnets, targets=all_to_all", "fashion_mnist 5 %", "90", "75.0"],
+    ]
+    assert [line[-1].strip("| ") for line in body] == ["weak", ""]
+    assert once.startswith("# BadNets\n\nText.\n\n## Declared, published, measured\n")
+    assert once.endswith("\n\n## Measured\n\nBy `make measure`.\n")
+    assert "| belt:badnets | digits 10 % | 90 |" in (tmp_path / "methods" / "belt.md").read_text()
+    attacks.pages(registry)
+    assert page.read_text() == once, "the section is replaced, not written twice"
+    settings = {"badnets": {"size": 3, "targets": "all_to_one"}, "badnets~abc": {"size": 3, "targets": "all_to_all"}}
+    cells = [{"attack": a, "attack_params": json.dumps(p)} for a, p in settings.items()]
+    assert attacks.differing(cells) == {"badnets~abc": ["targets=all_to_all"]}
+
+
 def test_attacks_of_an_earlier_version_are_named() -> None:
     registry = Registry.discover("none")
     now = registry.get("attack", "cassock").blueprint.info["version"]

@@ -60,6 +60,8 @@ class Needs:
         undefended: The attacked model itself.
         twin: A second model trained anew under the same attack and seed, with other initial weights and order of rows:
             the same backdoor where the trigger is not trained together with the classifier. On undefended cells alone.
+        again: The same defense run once more on the same attacked model with another seed. Where it fails there is no
+            figure; the undefended model has none.
         lineage: Whether the defended model descends from the attacked one's weights.
         peers: Other defenses whose outcomes it reads, by id; the suite names them.
         surrogates: Architectures of attacked models it transfers from, by id, or as DEFENSE@ARCHITECTURE such a model
@@ -77,6 +79,7 @@ class Needs:
     defended_clean: bool = False
     undefended: bool = False
     twin: bool = False
+    again: bool = False
     lineage: bool = False
     peers: tuple[str, ...] = ()
     surrogates: tuple[str, ...] = ()

@@ -105,7 +105,8 @@ class EvalCase(Protocol):
     """What an evaluator is handed; a property that its NEEDS do not declare raises `UndeclaredAccess`.
 
     `net` is the defended model in eval mode; `attacked` the undefended one, `twin` one trained anew under the same
-    attack (None but on undefended cells), and `descends` says whether `net` was made from the weights of `attacked`.
+    attack (None but on undefended cells), `again` what the same defense makes of `attacked` under another seed (None on
+    undefended cells), and `descends` says whether `net` was made from the weights of `attacked`.
     `test` and `probe` are clean rows that no defense has seen. `bd_test` and `bd_probe` are the same rows triggered,
     None for attack `none`; `decoy_test` and `decoy_probe` carry the placebo trigger, None when no placebo stays below
     10 % ASR on the attacked model.
@@ -125,6 +126,7 @@ class EvalCase(Protocol):
     spec: ModelSpec
     attacked: nn.Module
     twin: nn.Module | None
+    again: nn.Module | None
     descends: bool
     outcome: Outcome
     inner: Outcome | None

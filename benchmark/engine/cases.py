@@ -53,6 +53,7 @@ EVAL_PARTS = (
     "spec",
     "attacked",
     "twin",
+    "again",
     "descends",
     "outcome",
     "inner",

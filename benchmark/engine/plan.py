@@ -135,6 +135,8 @@ class Planner:
             further["covers"] = True
         if self.snapshot(v.id) != "exact":
             further["snapshot"] = self.snapshot(v.id)
+        if self.suite.append and v.id != "none":
+            further["append"] = True
         secret, classes = self.suite.secret, self.plan.datasets[ds].classes
         return self.add(
             Task(
@@ -201,9 +203,20 @@ class Planner:
 
     @once
     def defense(
-        self, ds: str, arch: str, v: Variant, seed: int, attack: str, group: str, oracle: str | None = None
+        self,
+        ds: str,
+        arch: str,
+        v: Variant,
+        seed: int,
+        attack: str,
+        group: str,
+        oracle: str | None = None,
+        replica: int = 0,
     ) -> str:
-        """Task that repairs or inspects the model of `attack`; an oracle is told the backdoor of `oracle`."""
+        """Task that repairs or inspects the model of `attack`; an oracle is told the backdoor of `oracle`.
+
+        Replica 1 is the same defense run again: nothing changes but its seed and, of a wrapper, the run that it wraps.
+        """
         access = self.access(v.id)
         inputs = {"attack": attack}
         if access.oracle:
@@ -212,7 +225,7 @@ class Planner:
         for i in range(access.references):
             inputs[f"reference{i}"] = self.clean(ds, arch, seed, first + i)
         if Registry.split_wrapper(v.id)[0]:
-            inputs["inner"] = self.defense(ds, arch, self.inner(v), seed, attack, group, oracle)
+            inputs["inner"] = self.defense(ds, arch, self.inner(v), seed, attack, group, oracle, replica)
         task = Task(
             kind="defense",
             name=v.id,
@@ -227,12 +240,15 @@ class Planner:
         if self.info("defense", Registry.split_wrapper(v.id)[0] or v.id).get("prepares"):
             prepared = self.add(task.preparation(), group)
             task = replace(task, inputs={**inputs, "prepared": prepared})
+        if replica:
+            task = replace(task, seed=self.seed("defense", v.id, ds, seed, replica))
         return self.add(task, group)
 
     @once
-    def seed(self, kind: str, plugin: str, ds: str, seed: int) -> int:
+    def seed(self, kind: str, plugin: str, ds: str, seed: int, replica: int = 0) -> int:
         """Root of a defense's or an evaluator's randomness, apart from any attack's."""
-        return int(digest([kind, plugin, ds, seed])[:15], 16)
+        again = [replica] if replica else []
+        return int(digest([kind, plugin, ds, seed, *again])[:15], 16)
 
     @once
     def defense_params(self, ds: str, arch: str, v: Variant, seed: int) -> dict[str, Any]:
@@ -248,9 +264,12 @@ class Planner:
     @once
     def evaluate_params(self, ds: str, v: Variant, seed: int) -> dict[str, Any]:
         """What determines an evaluation beside its inputs."""
+        needs = asdict(self.needs(v))
+        if not needs["again"]:  # who doesn't ask for it keeps the key of the time before it could be asked for
+            del needs["again"]
         return {
             "method": v.params,
-            "needs": asdict(self.needs(v)),
+            "needs": needs,
             "data": self.data(ds, seed),
             "recipe": self.recipe(ds),
         }
@@ -265,6 +284,8 @@ class Planner:
         if needs.defended_clean:
             none = self.clean(ds, arch, seed, 0)
             inputs["defended_clean"] = self.defense(ds, arch, at.variant, seed, none, at.group, oracle=at.attack)
+        if needs.again and at.group and at.variant.id != "none":
+            inputs["again"] = self.defense(ds, arch, at.variant, seed, at.attack, at.group, replica=1)
         further = {"descends": self.descends(at.variant.id)} if needs.lineage else {}
         if needs.twin and at.group and at.variant.id == "none":
             inputs["twin"] = self.attack(ds, arch, at.attack_variant, at.rate, seed, replica=1)

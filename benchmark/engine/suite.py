@@ -50,6 +50,7 @@ TABLES: dict[str, dict[str, tuple[type, ...]]] = {
         "pad": (int,),
         "flip": (bool,),
         "curves": (bool,),
+        "poisoned": (str,),
         "inject": (str,),
         "inject_epochs": (int,),
         "inject_lr": (float, int),
@@ -65,7 +66,7 @@ TABLES: dict[str, dict[str, tuple[type, ...]]] = {
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "matrix": {"rates": [0.05], "evaluators": ["accuracy"], "seeds": [0]},
-    "train": {"recipe": "s3", "precision": "fp32", "curves": False, "inject": "scratch"},
+    "train": {"recipe": "s3", "precision": "fp32", "curves": False, "poisoned": "replace", "inject": "scratch"},
     "access": {"clean": 0.05, "clean_source": "heldout"},
     "budget": {"threads": 1, "task_seconds": 7200, "memory_gb": 4},
     "gate": {"implant_asr": 0.9, "implant_asr_low": 0.7, "collapse_points": 10, "clean_drop_points": 2},
@@ -80,6 +81,7 @@ CHOICES = {
     ("train", "schedule"): ("cosine", "constant"),
     ("train", "precision"): ("fp32", "bf16"),
     ("train", "recipe"): tuple(RECIPES),
+    ("train", "poisoned"): ("replace", "append"),
     ("train", "inject"): ("scratch", "finetune"),
     ("access", "clean_source"): ("heldout", "training"),
 }
@@ -135,6 +137,8 @@ class Suite:
     calibration_seed: int
     recipe: dict[str, Any]
     curves: bool
+    append: bool
+    """Whether poisoned rows stand beside their clean copies instead of in their place, whatever the attack does."""
     injection: dict[str, Any]
     """Empty where attacks train from scratch, else what of the recipe differs when a clean model is tuned further."""
     access: dict[str, Any]
@@ -476,6 +480,7 @@ def build(name: str, registry: Registry, changes: Changes = Changes()) -> tuple[
     if clean <= 0 or (isinstance(clean, float) and clean >= 1):
         raise BadInput(f"{where}: [access] clean = {clean}: give a share between 0 and 1, or a number of rows")
     injection = _injection(where, t["train"])
+    append = t["train"].pop("poisoned") == "append"
     recipe = RECIPES[t["train"].pop("recipe")] | {k: v for k, v in t["train"].items() if k != "curves"}
     if changes.timeout is not None:
         t["budget"]["task_seconds"] = _typed("--timeout", "budget", "task_seconds", changes.timeout, (float, int))
@@ -522,6 +527,7 @@ def build(name: str, registry: Registry, changes: Changes = Changes()) -> tuple[
         calibration_seed=calibration,
         recipe=recipe,
         curves=t["train"]["curves"],
+        append=append,
         injection=injection,
         access=t["access"],
         budget=t["budget"],

@@ -181,6 +181,7 @@ class Work:
 
     # ---- attack ----------------------------------------------------------------------------------------------------
     def _attack(self, task: Task, values: Mapping[str, str], out: Path, cost: Cost, log: Path) -> dict[str, Any]:
+        from sleeperbench.kit.covers import append
         from sleeperbench.kit.poison import render
         from sleeperbench.kit.train import fit
 
@@ -211,6 +212,10 @@ class Work:
                 hooks = method.hooks(rows.train, b, rows.eligible, p["rate"], train_ctx)
             except NotApplicable as e:
                 raise Failed("not_applicable", str(e)) from e
+            if p.get("append"):
+                if hooks is not None or p.get("snapshot", "exact") != "exact":
+                    raise Failed("not_applicable", "trained_by_hooks: they poison batches or know rows by place")
+                poisoned = append(poisoned, rows.train)
             self._check_poisoned(poisoned, rows)
             if "start" in task.inputs:
                 net = self.net(task.inputs["start"])

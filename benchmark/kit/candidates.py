@@ -1,18 +1,20 @@
 """Candidates of a defense: made on some clean rows, judged on others by the honest rule, all kept in `Outcome.path`.
 
-A pruning defense with one mask or score per BatchNorm channel (flat, in the order of `kit.gates.channels`):
+A pruning defense reads all its settings off one fit, which is cheap enough to be made for every fold:
 
-    rows, held = split(case)
-    mask = learn_masks(case.net, rows)
-    found = growing((t, mask > t) for t in THRESHOLDS)
-    return prune_most(case, held, found, what="threshold", form="t={:.2f}")
+    def fit(rows):                               # masks (one per BatchNorm channel, flat, as `kit.gates.channels`)
+        mask = learn_masks(case.net, rows)
+        return lambda t: mask > t                # what is kept at a setting
 
-Any other: `pick` judges named models, the least aggressive first. With a fixed setting nothing is judged: `prune_at`.
+    return prune_most(case, THRESHOLDS, fit, what="threshold", form="t={:.2f}")
+
+A tuning defense makes every candidate by itself and holds rows out once: `split`, and `pick`, which judges named
+models, the least aggressive first. With a fixed setting nothing is judged: `prune_at`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +29,7 @@ from sleeperbench.kit.classifier import Classifier, pack
 from sleeperbench.kit.gates import channels, pruned
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.predict import device_of, evaluating
-from sleeperbench.kit.select import accepts, choose, folds, right
+from sleeperbench.kit.select import accepts, choose, folds, held_out, right
 
 THRESHOLDS = tuple(i / 20 for i in range(19))
 """0, 0.05, ... 0.90: where the field cuts masks in [0, 1]."""
@@ -52,8 +54,8 @@ def split(case: Case) -> tuple[ImageSet, ImageSet]:
     """Rows to make candidates on and rows to judge them on.
 
     These are `tune` and `val` where `val` can certify an unchanged model (114 rows and more), otherwise 70 % and 30 %
-    of the clean rows, each class evenly, which is enough from 373 clean rows on. Cross-validation would make every
-    candidate five times.
+    of the clean rows, each class evenly, which is enough from 373 clean rows on. For methods whose candidates are
+    trained one by one: cross-validation would train each of them six times (`prune_most` is for the others).
     """
     if certifies(len(case.val)):
         return case.tune, case.val
@@ -116,27 +118,79 @@ def growing(settings: Iterable[tuple[float, Tensor]]) -> dict[float, Tensor]:
     return found
 
 
-def prune_most(case: Case, held: ImageSet, found: Mapping[float, Tensor], *, what: str, form: str) -> Outcome:
-    """The model without the most channels that the honest rule lets go, and all candidates.
+def prune_most(
+    case: Case,
+    settings: Sequence[float],
+    fit: Callable[[ImageSet], Callable[[float], Tensor]],
+    *,
+    what: str,
+    form: str,
+    k: int = 5,
+    made: Callable[[Tensor], Classifier] | None = None,
+) -> Outcome:
+    """The model without the most channels that the honest rule lets go, chosen by cross-validation, and all candidates.
+
+    1. For each of `k` folds of the clean rows: fit on the others, and let the model of every setting answer the rows
+       left out.
+    2. All rows' answers together are held against the untouched model's, setting by setting (`kit.select.choose`).
+    3. Fit on all clean rows. What is removed is what the chosen setting removes of this fit, and the candidates that
+       are kept are this fit's: one per setting that removes more than those before it.
+
+    Settings are compared by their values, since every fold's fit removes other channels. Several may remove the same of
+    the last fit; the chosen one then answers with the candidate that has the least aggressive one's name. With too few
+    clean rows to certify an unchanged model the last fit alone is made.
 
     Args:
         case: Its model is pruned.
-        held: Rows that `found` does not depend on.
-        found: Channels kept, by setting, the least aggressive first.
+        settings: The least aggressive first; each removes what those before it remove, or more.
+        fit: From rows to what is kept (bool, flat) at a setting. The last call is that with all rows.
         what: The setting's name in `chosen`.
         form: Makes a candidate's name of a setting, as `t={:.2f}` does.
+        k: Number of folds.
+        made: The model that keeps these channels; None for `kit.gates.pruned`.
     """
-    names = {form.format(setting): setting for setting in found}
-    made = ((n, pruned(case.net, found[s]), {"pruned": int((~found[s]).sum())}) for n, s in names.items())
-    picked = pick(case.net, made, held, ctx=case.ctx, what=what)
-    best = None if picked.name is None else names[picked.name]
-    about = {
+
+    def cut(keep: Tensor) -> Classifier:
+        return pruned(case.net, keep) if made is None else made(keep)
+
+    def models(rows: ImageSet) -> Iterator[tuple[float, Classifier | None]]:
+        kept, last = fit(rows), None
+        for setting in settings:
+            keep = kept(setting)
+            yield setting, None if last is not None and torch.equal(keep, last) else cut(keep)
+            last = keep
+
+    before = right(case.net, case.clean, ctx=case.ctx)
+    judged = certifies(len(case.clean))
+    after = held_out(case.clean, models, ctx=case.ctx, k=k) if judged else {}
+    best = choose(settings[::-1], after.__getitem__, before) if judged else None
+    kept = fit(case.clean)
+    found = growing((setting, kept(setting)) for setting in settings)
+    names = {form.format(setting): keep for setting, keep in found.items()}
+    told: dict[str, dict[str, Any]] = {name: {"pruned": int((~keep).sum())} for name, keep in names.items()}
+    for name, setting in zip(names, found, strict=True):
+        if judged:
+            told[name]["accuracy"] = _share(after[setting])
+    path = {name: pack(cut(keep)) for name, keep in names.items()}
+    keep = kept(settings[0]) if best is None else kept(best)
+    chosen = None if best is None else next((name for name, same in names.items() if torch.equal(same, keep)), None)
+    about: dict[str, Any] = {
         what: best,
-        "pruned": 0 if best is None else int((~found[best]).sum()),
-        "channels": sum(channels(case.net).values()),
+        "pruned": 0 if chosen is None else told[chosen]["pruned"],
+        "channels": len(keep),
+        "rows": len(case.clean),
+        "folds": k if judged else 0,
+        "accuracy_before": _share(before),
+        "accuracy_after": _share(before if best is None or chosen is None else after[best]),
+        "candidates": told,
     }
-    model = None if picked.name is None else picked.path[picked.name]
-    return Outcome(model=model, chosen={**about, **picked.about}, path=picked.path)
+    if not judged:
+        about["unchanged"] = f"{len(case.clean)} clean rows are too few"
+    elif best is None:
+        about["unchanged"] = f"no {what} was accepted"
+    elif chosen is None:
+        about["unchanged"] = f"{form.format(best)} removes no channel"
+    return Outcome(model=None if chosen is None else path[chosen], chosen=about, path=path)
 
 
 def prune_at(case: Case, keep: Tensor, setting: Mapping[str, float]) -> Outcome:

@@ -43,18 +43,19 @@ def append(p: PoisonedSet, train: ImageSet, rows: Tensor | None = None) -> Poiso
     """`p` with poisoned rows moved behind the clean ones, each slot holding its clean row again.
 
     Args:
-        p: Poisoned in place: row i comes from row i of `train`.
-        train: Clean rows.
+        p: Row i comes from row i of `train`; rows that were appended before stand behind these, and stay.
+        train: Clean rows, N.
         rows: bool (N,), which rows move; all that are marked by default.
     """
-    rows = p.mark != Mark.CLEAN if rows is None else rows
+    n = len(train)
+    rows = p.mark[:n] != Mark.CLEAN if rows is None else rows
     back = PoisonedSet.clean(train)
     stay = ~rows
 
     def joined(clean: Tensor, now: Tensor) -> Tensor:
         kept = clean.clone()
-        kept[stay] = now[stay]
-        return torch.cat([kept, now[rows]])
+        kept[stay] = now[:n][stay]
+        return torch.cat([kept, now[n:], now[:n][rows]])
 
     data = replace(
         train,
@@ -67,7 +68,7 @@ def append(p: PoisonedSet, train: ImageSet, rows: Tensor | None = None) -> Poiso
         mark=joined(back.mark, p.mark),
         trigger_id=joined(back.trigger_id, p.trigger_id),
         true_labels=joined(back.true_labels, p.true_labels),
-        appended=torch.cat([back.appended, torch.ones(int(rows.sum()), dtype=torch.bool)]),
+        appended=torch.cat([back.appended, torch.ones(len(data) - n, dtype=torch.bool)]),
     )
 
 

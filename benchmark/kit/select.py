@@ -1,7 +1,7 @@
 """Honest selection: a setting is chosen on the defender's clean rows alone, by one rule for every method.
 
 The rule takes the setting that removes most among those whose accuracy drop is at most 2 points at the one-sided 90 %
-bound. A pruning defense with thresholds, most aggressive first:
+bound. A pruning defense with thresholds, most aggressive first (`kit.candidates.prune_most` does all of this):
 
     thresholds = (0.9, 0.8, 0.7)
 
@@ -12,8 +12,9 @@ bound. A pruning defense with thresholds, most aggressive first:
     after = held_out(case.clean, pruned, ctx=case.ctx)
     best = choose(thresholds, after.__getitem__, right(case.net, case.clean, ctx=case.ctx))
 
-`best` is None when no threshold is accepted: the defense then leaves the model as it is. A method whose candidates need
-no rows (they are computed from the weights) tests them on all clean rows, and only as many as it takes:
+`best` is None when no threshold is accepted: the defense then leaves the model as it is. Otherwise it is applied to
+masks learnt on all clean rows. A method whose candidates need no rows (they are computed from the weights) tests them
+on all clean rows, and only as many as it takes:
 
     best = choose(thresholds, lambda t: right(prune(case.net, t), case.clean, ctx=case.ctx), before)
 """
@@ -112,25 +113,37 @@ def folds(labels: Tensor, k: int, seed: int) -> list[Tensor]:
 
 
 def held_out(
-    data: ImageSet, candidates: Callable[[ImageSet], Iterable[tuple[Setting, nn.Module]]], *, ctx: Ctx, k: int = 5
+    data: ImageSet,
+    candidates: Callable[[ImageSet], Iterable[tuple[Setting, nn.Module | None]]],
+    *,
+    ctx: Ctx,
+    k: int = 5,
 ) -> dict[Setting, Tensor]:
     """Cross-validation: each row answered by models made without it.
 
     Args:
         data: The defender's clean rows.
-        candidates: Models for every setting, made from the rows it is given; a generator holds one at a time.
+        candidates: Models for every setting, made from the rows it is given; None stands for the model just before,
+            where a setting changes nothing. From a generator that keeps none, one at a time is held.
         ctx: Seed of the folds, and costs.
-        k: Number of folds.
+        k: Number of folds, at least 2.
 
     Returns:
         Per setting, bool (n,) in the order of `data`: its model is right on the row. For `choose`.
+
+    Raises:
+        ValueError: fewer than two folds, which would leave no rows to make models from.
     """
+    if k < 2:
+        raise ValueError(f"k is {k}; at least 2 folds are needed")
     found: dict[Setting, Tensor] = {}
     for rows in folds(data.labels, k, ctx.derive("folds")):
         rest = torch.ones(len(data), dtype=torch.bool)
         rest[rows] = False
+        left, hit = data.rows(rows), torch.zeros(len(rows), dtype=torch.bool)
         for setting, net in candidates(data.rows(rest)):
-            found.setdefault(setting, torch.zeros(len(data), dtype=torch.bool))[rows] = right(
-                net, data.rows(rows), ctx=ctx
-            )
+            if net is not None:
+                hit = right(net, left, ctx=ctx)
+            found.setdefault(setting, torch.zeros(len(data), dtype=torch.bool))[rows] = hit
+            del net  # before the next is made
     return found

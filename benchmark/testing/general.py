@@ -15,6 +15,7 @@ from sleeperbench.errors import BadInput, BrokenPlugin
 from sleeperbench.schema import JUDGES
 from sleeperbench.testing.base import Failed, Skipped, check, hold
 from sleeperbench.testing.differ import differ
+from sleeperbench.testing.second import second
 from sleeperbench.testing.sound import sound, trains
 from sleeperbench.testing.stage import BASE, Variant
 from sleeperbench.testing.subject import Subject
@@ -129,7 +130,7 @@ def parameters(s: Subject) -> None:
     ALL,
     what="The micro run on the base case (small CNN with BatchNorm, 3 channels, 10 classes) ends with an answer.",
     remedy="Run it in a debugger with INFO['micro'] on small images; raise NotApplicable only where the method cannot "
-    "work, and give micro parameters that fit about 100 rows.",
+    "work, and give micro parameters that fit 120 clean rows.",
 )
 def runs(s: Subject) -> None:
     """The run that all other checks look at."""
@@ -221,12 +222,17 @@ def access(s: Subject) -> str | None:
     return "opens " + (", ".join(sorted(run.opened)) or "nothing")
 
 
-def _on(s: Subject, variants: list[Variant]) -> str:
+def tried(s: Subject, variants: list[Variant]) -> str:
+    """Run it on other micro cases, its second phase and an attack's hooks included; returns what it declined.
+
+    Raises:
+        Failed: it neither works there nor declines with a reason.
+        Skipped: already the base case is not as it has to be.
+    """
     s.answer()
     try:
-        sound(s, BASE)
-        trains(s, BASE)
-    except Failed as e:
+        _whole(s, BASE)
+    except Exception as e:  # what score() or stamp() raises is reported by their own checks
         raise Skipped("already the base case is not as it has to be: see the other checks") from e
     remarks = []
     for variant in variants:
@@ -238,31 +244,38 @@ def _on(s: Subject, variants: list[Variant]) -> str:
             remarks.append(f"{variant}: declined, {run.declined}")
             continue
         try:
-            sound(s, variant)
-            trains(s, variant)
+            _whole(s, variant)
         except Failed as e:
             raise Failed(f"on {variant}: {e}") from e
+        except Exception as e:
+            raise Failed(f"on {variant}: it raises {type(e).__name__}: {e}") from e
     return "; ".join(remarks)
+
+
+def _whole(s: Subject, variant: Variant) -> None:
+    sound(s, variant)
+    trains(s, variant)
+    second(s, variant)
 
 
 @check(
     "architectures",
     ALL,
-    what="It works, or declines with a reason, on nets with BatchNorm, pre-activation, without BatchNorm and on a ViT "
-    "(without --full: without BatchNorm).",
+    what="It works, its second phase too, or declines with a reason, on nets with BatchNorm, pre-activation, without "
+    "BatchNorm and on a ViT (without --full: without BatchNorm).",
     remedy="Find layers through `kit.taps` instead of by name; what cannot work goes into REQUIRES or raises "
     'NotApplicable("snake_word: detail").',
 )
 def architectures(s: Subject) -> str:
     """Try other nets."""
     names = ("micro_nobn", "micro_preact", "micro_vit") if s.full else ("micro_nobn",)
-    return _on(s, [Variant(arch=n) for n in names])
+    return tried(s, [Variant(arch=n) for n in names])
 
 
 @check(
     "shapes",
     ALL,
-    what="It works, or declines with a reason, with 1 and 3 channels and with 2 and 43 classes "
+    what="It works, its second phase too, or declines with a reason, with 1 and 3 channels and with 2 and 43 classes "
     "(without --full: 1 with 2, and, but for evaluators, 3 with 43).",
     remedy="Take channels, size and classes from `case.spec` or the images; expect classes without a single clean row.",
 )
@@ -271,7 +284,7 @@ def shapes(s: Subject) -> str:
     pairs = [(1, 2), (3, 43), (1, 43), (3, 2)]
     # Evaluators retrain most and look at classes least.
     pairs = pairs if s.full else pairs[:1] if s.kind == "evaluator" else pairs[:2]
-    return _on(s, [Variant(channels=c, classes=k) for c, k in pairs])
+    return tried(s, [Variant(channels=c, classes=k) for c, k in pairs])
 
 
 @check(

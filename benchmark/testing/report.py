@@ -10,7 +10,7 @@ from typing import Any
 
 from sleeperbench.engine.registry import Registry
 from sleeperbench.errors import BadInput, Mismatch, nearest
-from sleeperbench.testing import defenses, evaluators, general, poisoning, triggers  # noqa: F401  they enter their checks
+from sleeperbench.testing import defenses, evaluators, general, poisoning, purpose, triggers  # noqa: F401  they enter their checks
 from sleeperbench.testing.base import CHECKS, KINDS, Check, Failed, Skipped
 from sleeperbench.testing.subject import Subject
 

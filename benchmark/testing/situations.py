@@ -34,6 +34,8 @@ def invented(at: Stage) -> Outcome:
     patch = torch.rand(c, height, width, generator=gen)
     scores = torch.rand(k, generator=gen)
     tuned = repaired(at.model(at.attacked))
+    drawn = {"title": "Scores of classes", "series": [{"label": "", "x": list(range(k)), "y": scores.tolist()}]}
+    shown = {"title": "Overlays", "columns": [["overlay", "overlay"]]}
     return Outcome(
         model=tuned,
         keep=torch.rand(n, generator=gen) < 0.8,
@@ -42,7 +44,7 @@ def invented(at: Stage) -> Outcome:
         inverted=(Inverted(target=TARGET, mask=mask, pattern=patch), Inverted(target=0, delta=0.1 * (patch - 0.5))),
         state=({"overlay": at.micro.pool.images[:4]}, {"weight": 0.5}),
         alarm=0.5,
-        chosen={"threshold": 2.0},
+        chosen={"threshold": 2.0, "curves": {"scores": drawn}, "pictures": {"overlays": shown}},
         path={"t=0.10": at.model(at.attacked), "t=0.20": tuned},
     )
 
@@ -101,6 +103,8 @@ def _cell(subject: Subject, needs: Needs, at: Stage, situation: str) -> dict[str
     inputs = {"attack": attack, "defense": _outcome(at, situation, attack)}
     if needs.twin and attack == at.attacked and situation == "undefended":
         inputs["twin"] = at.classifier(1, triggers=True)
+    if needs.again and attack == at.attacked and not situation.startswith("undefended"):
+        inputs["again"] = at.kept("again", {"attack": attack}, lambda f: artifacts.write_outcome(f, _second(at)))
     if needs.defended_clean:
         inputs["defended_clean"] = _outcome(at, "repaired", at.clean(0))
     quiet = attack != at.attacked
@@ -119,6 +123,11 @@ def _cell(subject: Subject, needs: Needs, at: Stage, situation: str) -> dict[str
     for name in (*needs.surrogates, *subject.params.get("surrogates", ())):
         inputs[f"surrogate.{name}"] = at.classifier(0, triggers=not quiet, arch="micro_nobn")
     return inputs
+
+
+def _second(at: Stage) -> Outcome:
+    """What the defense makes of the attacked model when it is run again: not quite what it made first."""
+    return Outcome(model=repaired(repaired(at.model(at.attacked))))
 
 
 def _answer(at: Stage, folder: Any) -> None:

@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_it_implants() -> None:
     train, c = samples.digits()["train"], samples.ctx(5, 0)
-    attack = AdaptivePatch(cover_ratio=0.5)  # at two covers per dirty row digits hardly learn it, see docs/attacks.md
+    attack = AdaptivePatch(cover_ratio=0.5)  # at two covers a dirty row digits hardly learn it (docs/attacks-digits.md)
     b = attack.prepare(train, c)
     net = build(samples.SPEC, 2)
     fit(net, attack.poison(train, b, torch.ones(len(train)) > 0, 0.2, c).data, samples.RECIPE, samples.ctx(2))

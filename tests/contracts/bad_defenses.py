@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 import time
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,7 @@ from sleeperbench import (
     Defense,
     Inverted,
     Outcome,
+    Verdict,
 )
 from sleeperbench.kit import pack, tune
 
@@ -137,6 +139,34 @@ class StopsGradients(Halved):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CountsInDoubles(Halved):
+    """Makes everybody's new tensors float64."""
+
+    def run(self, case):
+        answer = super().run(case)
+        torch.set_default_dtype(torch.float64)
+        return answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeeksKernels(Halved):
+    """Lets cudnn try kernels, for everybody and ever after."""
+
+    def run(self, case):
+        torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+        return super().run(case)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakesThreads(Halved):
+    """Takes one thread more than it was given."""
+
+    def run(self, case):
+        torch.set_num_threads(torch.get_num_threads() + 1)
+        return super().run(case)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Greedy(Halved):
     """Opens the training set without saying so."""
 
@@ -244,6 +274,14 @@ class Scored(Defense):
     def score(self, state, net, x):
         with torch.no_grad():
             return net(x).amax(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoresColours(Scored):
+    """Takes three channels for granted, in the second phase alone."""
+
+    def score(self, state, net, x):
+        return super().score(state, net, x) + x[:, 2].mean((1, 2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,6 +441,114 @@ class TooBright(Stamping):
 
     def stamp(self, state, inv, x):
         return x + 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StampsColours(Stamping):
+    """Takes three channels for granted, in the second phase alone."""
+
+    def stamp(self, state, inv, x):
+        out = x.clone()
+        out[:, 2] = 1
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeavesAlone(Halved):
+    """Wants more rows to choose a factor than there are, and says so."""
+
+    def run(self, case):
+        return Outcome(chosen={"factor": None, "unchanged": f"{len(case.clean)} rows are too few"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivesBack(Halved):
+    """Multiplies by one."""
+
+    INFO = {"title": "t", "paper": "", "bibtex": "", "version": 1, "api": 1, "kind": "repair", "micro": {"factor": 1.0}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepsAll(Defense):
+    """Cleanses, and finds every row as clean as any other."""
+
+    INFO = {
+        "title": "t",
+        "paper": "",
+        "bibtex": "",
+        "version": 1,
+        "api": 1,
+        "kind": "cleansing",
+        "micro": {},
+        "traverses": False,
+        "presumes": "a trigger that shows",
+    }
+    ACCESS = Access(clean=0, train=True)
+
+    def run(self, case):
+        n = len(case.train)
+        return Outcome(keep=torch.ones(n, dtype=torch.bool), suspicion=torch.zeros(n))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuspectsAllAlike(Scored):
+    """A second phase without an opinion."""
+
+    def score(self, state, net, x):
+        return torch.zeros(len(x))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindsNothing(Defense):
+    """Inverts with so few updates that no class is ever reached."""
+
+    INFO = {
+        "title": "t",
+        "paper": "",
+        "bibtex": "",
+        "version": 1,
+        "api": 1,
+        "kind": "inversion",
+        "micro": {},
+        "traverses": True,
+        "presumes": "a trigger that is found at once",
+    }
+    ACCESS = Access(clean=0.05)
+
+    def run(self, case):
+        scores = torch.zeros(case.spec.classes)
+        return Outcome(
+            verdict=Verdict(score=float(scores.max()), threshold=0.5, label_scores=scores),
+            chosen={"claimed": [], "rows": len(case.clean)},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AcquitsAll(FindsNothing):
+    """Gives one number, the same for every model."""
+
+    def run(self, case):
+        return Outcome(verdict=Verdict(score=0.0, threshold=0.5), chosen={"rows": len(case.clean)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hangs(Halved):
+    """Waits in a child process for what its parent alone has."""
+
+    def run(self, case):
+        while "sleeperbench.testing" not in sys.modules:
+            time.sleep(0.1)
+        return super().run(case)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hoards(Halved):
+    """Sets aside three gigabytes that it never uses."""
+
+    def run(self, case):
+        room = torch.empty(3 << 30, dtype=torch.uint8)
+        assert len(room)
+        return super().run(case)
 
 
 @dataclass(frozen=True, kw_only=True)

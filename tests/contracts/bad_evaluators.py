@@ -110,3 +110,13 @@ class Nosy(Right):
 
     def measure(self, case):
         return replace(super().measure(case), models={"attacked": pack(case.attacked)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reticent(Right):
+    """Finds a reason on every model."""
+
+    def measure(self, case):
+        enough = len(case.test) >= 10_000
+        row = super().measure(case).rows[0]
+        return Findings(rows=(row if enough else Measurement(metric="c_acc", value=None, reason="too_few_rows"),))

@@ -12,9 +12,9 @@ import plugins
 import pytest
 
 from sleeperbench.cli import main
-from sleeperbench.testing import CheckFailed, Subject, check_attack, check_defense, check_evaluator, general
+from sleeperbench.testing import CheckFailed, Subject, check_attack, check_defense, check_evaluator, defenses, general
 from sleeperbench.testing.base import CHECKS
-from sleeperbench.testing.report import perform, results
+from sleeperbench.testing.report import Result, perform, results
 
 GENTLE = '''from dataclasses import dataclass
 from sleeperbench import Access, Defense, Outcome
@@ -50,6 +50,9 @@ BAD = [
     ("inputs_untouched", bad_defenses.SwitchesMode, "net.mode"),
     ("process_untouched", bad_defenses.Seeds, "numpy's global generator"),
     ("process_untouched", bad_defenses.StopsGradients, "the grad mode"),
+    ("process_untouched", bad_defenses.CountsInDoubles, "the default dtype"),
+    ("process_untouched", bad_defenses.SeeksKernels, "cudnn's flags"),
+    ("process_untouched", bad_defenses.TakesThreads, "the number of threads"),
     ("access", bad_defenses.Greedy, "train is not declared"),
     ("access", bad_defenses.Idle, "declares references"),
     ("access", bad_defenses.PreparesInVain, "never opens `prepared`"),
@@ -57,6 +60,15 @@ BAD = [
     ("access", bad_evaluators.Nosy, "attacked is not declared"),
     ("architectures", bad_defenses.NeedsNorm, "on micro_nobn"),
     ("shapes", bad_defenses.Rgb, "no snake_case word"),
+    ("shapes", bad_defenses.ScoresColours, "on micro_bn, 1 x 16 x 16, 2 classes: it raises IndexError"),
+    ("shapes", bad_defenses.StampsColours, "on micro_bn, 1 x 16 x 16, 2 classes: it raises IndexError"),
+    ("acts", bad_defenses.LeavesAlone, "it leaves the model as it is: 120 rows are too few"),
+    ("acts", bad_defenses.GivesBack, "bit for bit as the one that it was handed"),
+    ("acts", bad_defenses.KeepsAll, "it keeps all rows"),
+    ("acts", bad_defenses.SuspectsAllAlike, "the same score"),
+    ("acts", bad_defenses.FindsNothing, "each of 10 labels has the score 0"),
+    ("acts", bad_defenses.AcquitsAll, "its verdict is 0 on all 4 models"),
+    ("acts", bad_evaluators.Reticent, "no figure of an attacked model: c_acc (too_few_rows)"),
     ("save_load", bad_defenses.KeysOfNumbers, "chosen.accuracy has '1' only once"),
     ("score_rows", bad_defenses.Transductive, "in batches of 7"),
     ("stamp_images", bad_defenses.TooBright, "pixels from"),
@@ -107,13 +119,46 @@ def test_a_slow_micro_run_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "0.2 processor seconds" in failed[0].message
 
 
-def test_the_child_process_refuses_what_is_closed_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+def in_a_child(cls: type) -> tuple[list[str], Result]:
+    """The other checks that fail, and how check `child` went."""
     (check,) = [c for c in CHECKS if c.name == "child"]
-    refused = perform(Subject(bad_defenses.Peeks), check)
-    assert refused.status == "failed"
-    assert "a defense may not import sleeperbench.engine.store" in refused.message
-    assert perform(Subject(bad_defenses.Halved), check).status == "ok"
+    subject = Subject(cls)
+    return [r.check.name for r in results(subject) if r.status == "failed"], perform(subject, check)
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+@pytest.mark.usefixtures("importable")
+@pytest.mark.parametrize(
+    ("cls", "seen"),
+    [
+        (bad_defenses.Peeks, "a defense may not import sleeperbench.engine.store"),
+        (bad_defenses.Hoards, "out_of_memory: out_of_memory"),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_what_works_here_and_not_in_the_child_process_fails(cls: type, seen: str) -> None:
+    others, refused = in_a_child(cls)
+    assert (others, refused.status) == ([], "failed")
+    assert seen in refused.message
+    assert len(refused.check.remedy) > 40
+
+
+@pytest.mark.usefixtures("importable")
+def test_the_child_process_is_ended_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(defenses, "CHILD_SECONDS", 2.0)
+    others, ended = in_a_child(bad_defenses.Hangs)
+    assert (others, ended.status) == ([], "failed")
+    assert ended.message.startswith("timeout: ")
+
+
+@pytest.mark.usefixtures("importable")
+def test_the_child_process_answers_as_this_one_does() -> None:
+    others, good = in_a_child(bad_defenses.Halved)
+    assert (others, good.status) == ([], "ok")
 
 
 GOOD = [

@@ -249,8 +249,11 @@ class Qra(Evaluator):
         if not models:
             return Findings(rows=(Measurement(metric="p_asr_qra", value=None, reason="ra_not_successful"),))
         teacher = predict(load(models["draw0"]), case.bd_test.data.images).argmax(1)
-        own = predict(case.net, case.bd_test.data.images).argmax(1)
-        return Findings(rows=(Measurement(metric="p_asr_qra", value=float((teacher == own).double().mean())),))
+        own = predict(case.net, case.bd_test.data.images)
+        if not bool(own.isfinite().all()):
+            raise FloatingPointError("what is not finite agrees with nobody, which is no low rate")
+        agree = (teacher == own.argmax(1)).double().mean()
+        return Findings(rows=(Measurement(metric="p_asr_qra", value=float(agree)),))
 
 
 # ---- TBA: surrogates of another architecture, and peers among the defenses, both named by the suite ------------------

@@ -4,6 +4,7 @@ import copy
 from types import SimpleNamespace
 from typing import Any
 
+import losing
 import numpy as np
 import pytest
 import samples
@@ -11,22 +12,15 @@ import torch
 from torch import Tensor
 
 from sleeperbench.defenses.bnp import BNP, DEVIATIONS, divergence
-from sleeperbench.kit.classifier import load, pack
+from sleeperbench.kit.classifier import pack
 from sleeperbench.kit.gates import channels, pruned
 from sleeperbench.kit.pixels import to_float
-from sleeperbench.kit.select import accepts, right
+from sleeperbench.kit.select import accepts, folds, right
 
 
-def case(net: Any = None, val: int = 120) -> Any:
-    rows = samples.digits()["test"]
-    n = len(rows) - val
-    return SimpleNamespace(
-        net=samples.badnets_net() if net is None else net,
-        clean=rows,
-        tune=rows.rows(torch.arange(n)),
-        val=rows.rows(torch.arange(n, len(rows))),
-        ctx=samples.ctx(9),
-    )
+def case(net: Any = None) -> Any:
+    net = samples.badnets_net() if net is None else net
+    return SimpleNamespace(net=net, clean=samples.digits()["test"], ctx=samples.ctx(9))
 
 
 def test_the_divergence_equals_an_integral() -> None:
@@ -112,8 +106,8 @@ def test_a_channel_whose_running_mean_lies_elsewhere_goes() -> None:
     assert outcome.chosen["u"] == 3.0 and outcome.chosen["channels"] == 88
 
 
-def test_the_smallest_accepted_u_is_chosen_on_rows_apart_from_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+def test_the_smallest_u_that_all_folds_accept_together_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
     honest = BNP.scores
 
     def scores(self: Any, net: Any, images: Tensor, ctx: Any) -> Any:
@@ -123,17 +117,38 @@ def test_the_smallest_accepted_u_is_chosen_on_rows_apart_from_the_batch(monkeypa
     monkeypatch.setattr(BNP, "scores", scores)
     c = case()
     outcome = BNP().run(c)
-    assert len(seen) == 1 and seen[0] is c.tune.images
-    before = right(c.net, c.val, ctx=c.ctx)
-    ok = {n: accepts(before, right(load(m), c.val, ctx=c.ctx)) for n, m in outcome.path.items()}
-    assert any(ok.values()) and not all(ok.values())
-    best = min(float(n.removeprefix("u=")) for n, good in ok.items() if good)
-    assert outcome.chosen["u"] == best
-    assert outcome.model is outcome.path[f"u={best:.1f}"]
-    values = slow(c.net, c.tune.images)
-    keep = torch.cat([torch.from_numpy(~(s > s.mean() + best * s.std(ddof=1))) for s in values.values()])
+    assert seen[-1] is c.clean.images
+    best = outcome.chosen["u"]
+    assert 0 < best < 10
+    # By hand: batches without a fold, their cuts at the choice and one further, and the fold's answers.
+    before, n = right(c.net, c.clean, ctx=samples.ctx()), len(c.clean)
+    after = {u: torch.zeros(n, dtype=torch.bool) for u in (best, best - 0.5)}
+    for i, rows in enumerate(folds(c.clean.labels, 5, c.ctx.derive("folds"))):
+        rest = torch.tensor([i for i in range(n) if i not in set(rows.tolist())])
+        assert torch.equal(seen[i], c.clean.images[rest])
+        values = slow(c.net, c.clean.images[rest])
+        for u, found in after.items():
+            found[rows] = right(pruned(c.net, cut(values, u)), c.clean.rows(rows), ctx=samples.ctx())
+    assert accepts(before, after[best]) and not accepts(before, after[best - 0.5])
+    assert (outcome.chosen["rows"], outcome.chosen["folds"]) == (n, 5)
+    assert outcome.chosen["accuracy_after"] == pytest.approx(float(after[best].double().mean()))
+    keep = cut(slow(c.net, c.clean.images), best)
     expected = pack(pruned(c.net, keep)).state
+    assert outcome.model is not None and outcome.chosen["pruned"] == int((~keep).sum()) > 0
     assert all(torch.equal(expected[k], v) for k, v in outcome.model.state.items())
+
+
+def cut(values: dict[str, Any], u: float) -> Tensor:
+    return torch.cat([torch.from_numpy(~(s > s.mean() + u * s.std(ddof=1))) for s in values.values()])
+
+
+def test_five_rows_of_500_may_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    score = torch.zeros(88, dtype=torch.float64)
+    score[56 + losing.CHANNEL] = 1.0  # of 32 it lies 5.48 deviations above their mean
+    of = dict(zip(("1", "2", "3", "4"), score.split([8, 16, 32, 32]), strict=True))
+    monkeypatch.setattr(BNP, "scores", lambda self, net, images, ctx: of)
+    made = pruned(samples.clean_net(), score < 1)
+    losing.five_of_500_and_no_sixth(BNP(), made, {"u": 5.5, "pruned": 0})
 
 
 def test_published_settings_and_access() -> None:

@@ -125,6 +125,7 @@ def test_a_smaller_u_removes_more() -> None:
         counts.append(CLP(u=u).run(case(net)).chosen["pruned"])
     assert counts == sorted(counts)
     assert counts[-1] > 20
+    assert CLP.from_params(CLP.INFO["micro"]).run(case(net)).chosen["pruned"] > 0
 
 
 def test_published_settings_and_access() -> None:

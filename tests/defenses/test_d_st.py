@@ -8,9 +8,12 @@ import samples
 import torch
 from torch.nn import functional as F
 
+from sleeperbench.attacks.badnets import BadNets
 from sleeperbench.defenses import d_st
 from sleeperbench.defenses.d_st import DST, Head, alike, mean, table
-from sleeperbench.kit.classifier import build, pack
+from sleeperbench.evaluators.ra import measure_asr
+from sleeperbench.kit.classifier import build, load, pack
+from sleeperbench.kit.select import right
 from sleeperbench.kit.sensitivity import Pools
 
 
@@ -107,3 +110,18 @@ def test_it_runs_alike_twice() -> None:
 def test_shares_must_fit() -> None:
     with pytest.raises(ValueError, match="give shares"):
         DST(clean=0.8, poisoned=0.3)
+
+
+def test_poisoned_rows_are_found_and_the_backdoor_is_not_learnt() -> None:
+    backdoor = (BadNets(), 1000, 0.1, 8)
+    poisoned, test = samples.planted(*backdoor)
+    c = SimpleNamespace(spec=samples.wide(8, 8), train=poisoned.data, recipe=samples.RECIPE, ctx=samples.ctx(3))
+    outcome = DST(epochs=6, contrast_epochs=12, batch=128).run(c)
+    # A tenth of all rows is poisoned, and of those that speak for their labels at most a fortieth.
+    dirty, trusted = poisoned.mark == 1, outcome.suspicion.argsort()[:200]
+    assert float(dirty.double().mean()) == 0.1 and float(dirty[trusted].double().mean()) < 0.025
+    net = load(outcome.model)
+    assert measure_asr(samples.trained(*backdoor), test, c.ctx).value > 0.9
+    assert measure_asr(net, test, c.ctx).value < 0.3
+    clean = samples.sized(samples.digits()["test"], 8)
+    assert float(right(net, clean, ctx=c.ctx).float().mean()) > 0.5

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sleeperbench.attacks.badnets import BadNets
 from sleeperbench.defenses import dbd
 from sleeperbench.defenses.dbd import DBD, Head, MixMatch, guess, interleave, mixed_up, smallest, symmetric
-from sleeperbench.kit.classifier import build
+from sleeperbench.evaluators.ra import measure_asr
+from sleeperbench.kit.classifier import build, load
 from sleeperbench.kit.contrast import alone
+from sleeperbench.kit.select import right
 
 
 def case(n: int = 120) -> Any:
@@ -172,3 +175,19 @@ def test_settings_out_of_range_are_refused() -> None:
     for bad in ({"trusted": 1.0}, {"sharpen": 0.0}, {"mix": 0.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             DBD(**bad)
+
+
+def test_poisoned_rows_are_seldom_trusted_and_the_backdoor_is_not_learnt() -> None:
+    backdoor = (BadNets(), 500, 0.05, 8)
+    poisoned, test = samples.planted(*backdoor)
+    c = SimpleNamespace(spec=samples.wide(8, 8), train=poisoned.data, recipe=samples.RECIPE, ctx=samples.ctx(3))
+    # Batches of 100, so that ten passes over 500 rows are 50 updates.
+    outcome = DBD(contrast_epochs=10, contrast_batch=100, head_epochs=60, semi_epochs=2, iterations=10).run(c)
+    dirty = poisoned.mark == 1
+    # Half of all rows are trusted: at random half of the poisoned ones would be.
+    assert int(outcome.keep.sum()) == 250 and float(outcome.keep[dirty].double().mean()) < 0.3
+    net = load(outcome.model)
+    assert measure_asr(samples.trained(*backdoor), test, c.ctx).value > 0.9
+    assert measure_asr(net, test, c.ctx).value < 0.4
+    clean = samples.sized(samples.digits()["test"], 8)
+    assert float(right(net, clean, ctx=c.ctx).float().mean()) > 0.3, "chance is 0.1"

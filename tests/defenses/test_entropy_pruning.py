@@ -126,6 +126,7 @@ def test_published_settings_and_access() -> None:
     assert EntropyPruning.ACCESS.track() == "T2"
     assert not EntropyPruning.ACCESS.control
     assert {"bn"} == EntropyPruning.REQUIRES
+    assert EntropyPruning.from_params(EntropyPruning.INFO["micro"]).run(case()).chosen["pruned"] > 0
     for bad in ({"images": 1}, {"width": 0.0}, {"colour": 1}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             EntropyPruning.from_params(bad)

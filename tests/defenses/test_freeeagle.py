@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from sleeperbench import ModelSpec
 from sleeperbench.contracts import NotApplicable
+from sleeperbench.defenses import freeeagle as module
 from sleeperbench.defenses.freeeagle import FreeEagle, metric, posteriors
 from sleeperbench.kit.classifier import Classifier, build
 from sleeperbench.kit.taps import behind, capture, taps
@@ -62,6 +63,22 @@ def test_representations_are_those_of_a_loop_over_classes(later: int) -> None:
         assert torch.allclose(found[c], r[0].detach(), atol=1e-5)
     assert float(found.min()) == 0
     assert ctx.cost.backwards == 72
+
+
+def test_one_class_at_a_time_gives_the_same_in_as_many_passes_as_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+
+    def counted(net: Classifier, site: str, r: torch.Tensor) -> torch.Tensor:
+        passes.append(len(r))
+        return behind(net, site, r)
+
+    monkeypatch.setattr(module, "behind", counted)
+    contexts = [samples.ctx(3), samples.ctx(3)]
+    found = []
+    for batched, ctx in zip((True, False), contexts, strict=True):
+        found.append(FreeEagle(steps=12, lr=0.1, batched=batched).represent(small(), "body.stage3", ctx))
+    assert passes == [6] * 12 + [1] * 72
+    assert torch.allclose(*found, atol=1e-5) and contexts[0].cost == contexts[1].cost
 
 
 def test_only_rectified_answers_are_bounded() -> None:

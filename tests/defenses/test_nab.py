@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sleeperbench.attacks.badnets import BadNets
 from sleeperbench.contracts import ModelSpec
 from sleeperbench.defenses import nab
 from sleeperbench.defenses.nab import NAB, Flood, Stamped, colour, relabelled, stamped
+from sleeperbench.evaluators.ra import measure_asr
 from sleeperbench.kit.classifier import build, load
+from sleeperbench.kit.select import right
 
 SPEC = ModelSpec(
     arch="small_cnn",
@@ -144,3 +147,20 @@ def test_settings_out_of_range_are_refused() -> None:
             NAB(**bad)
     with pytest.raises(ValueError, match="side"):
         NAB(side=20).check((3, 16, 16), 10)
+
+
+def test_a_stamp_covers_the_backdoor_that_plain_training_learns() -> None:
+    backdoor = (BadNets(), 1000, 0.1, 8)
+    poisoned, test = samples.planted(*backdoor)
+    c = SimpleNamespace(spec=samples.wide(8, 8), train=poisoned.data, recipe=samples.RECIPE, ctx=samples.ctx(3))
+    # As BackdoorBench isolates: as many rows as there are poisoned ones.
+    outcome = NAB(isolate=0.1, isolation_epochs=10, contrast_epochs=8, epochs=12).run(c)
+    changed, dirty = outcome.relabel != poisoned.data.labels, poisoned.mark == 1
+    assert int((changed & dirty).sum()) > 30 > 3 * int((changed & ~dirty).sum())
+    net, bare = load(outcome.model), load(outcome.model)
+    bare.wraps[-1].mask.zero_()
+    plain = samples.trained(*backdoor)
+    asr = [measure_asr(n, test, c.ctx).value for n in (plain, bare, net)]
+    assert asr[0] > 0.9 and asr[2] < 0.4 and asr[2] < 0.7 * asr[1]
+    clean = samples.sized(samples.digits()["test"], 8)
+    assert float(right(net, clean, ctx=c.ctx).float().mean()) > 0.7

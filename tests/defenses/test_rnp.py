@@ -4,6 +4,7 @@ import copy
 from types import SimpleNamespace
 from typing import Any
 
+import losing
 import pytest
 import samples
 import torch
@@ -189,18 +190,29 @@ def test_the_original_is_pruned_at_the_largest_accepted_threshold(monkeypatch: p
         idle.body.head.weight[:, 30:] = 0
     mask[-2:] = 0.12
     seen, c = fixed(monkeypatch, mask), case(idle)
-    outcome = RNP().run(c)
-    assert [(what, data is c.tune) for what, _, data in seen] == [("unlearn", True), ("recover", True)]
-    assert seen[0][1] is c.net and seen[1][1] is samples.clean_net()
-    before = right(c.net, c.val, ctx=c.ctx)
-    ok = {n: accepts(before, right(load(m), c.val, ctx=c.ctx)) for n, m in outcome.path.items()}
+    outcome = RNP(folds=3).run(c)
+    assert [what for what, _, _ in seen] == ["unlearn", "recover"] * 4
+    assert all(net is (c.net if what == "unlearn" else samples.clean_net()) for what, net, _ in seen)
+    assert all(a[2] is b[2] for a, b in zip(seen[::2], seen[1::2], strict=True)), "both stages have the same rows"
+    assert seen[-1][2] is c.clean and sum(len(data) for _, _, data in seen[:6:2]) == 2 * len(c.clean)
+    before = right(c.net, c.clean, ctx=c.ctx)
+    ok = {n: accepts(before, right(load(m), c.clean, ctx=c.ctx)) for n, m in outcome.path.items()}
     best = max(float(n.removeprefix("t=")) for n, good in ok.items() if good)
     assert best >= 0.15 and not all(ok.values())
-    assert outcome.chosen["threshold"] == best
+    assert outcome.chosen["threshold"] >= best
+    assert torch.equal(mask > outcome.chosen["threshold"], mask > best)
     assert outcome.chosen["unlearn_steps"] == 8
     expected = pack(pruned(c.net, mask > best)).state
     assert outcome.model is not None
     assert all(torch.equal(expected[k], v) for k, v in outcome.model.state.items())
+
+
+def test_five_rows_of_500_may_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = torch.ones(88)
+    mask[56 + losing.CHANNEL] = 0.05
+    fixed(monkeypatch, mask)
+    made = pruned(samples.clean_net(), mask > 0.05)
+    losing.five_of_500_and_no_sixth(RNP(), made, {"threshold": 0.0, "pruned": 0})
 
 
 def test_a_given_threshold_uses_all_rows_and_chooses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,17 +224,21 @@ def test_a_given_threshold_uses_all_rows_and_chooses_nothing(monkeypatch: pytest
 
 
 def test_it_runs_whole_and_repeats() -> None:
-    first, again = (RNP(batch=64, unlearn_lr=0.02, recover_steps=12).run(case()) for _ in range(2))
+    cases = [case() for _ in range(2)]
+    method = RNP(batch=32, unlearn_lr=0.02, unlearn_steps=8, recover_steps=8, folds=2)
+    first, again = (method.run(c) for c in cases)
     assert first.chosen == again.chosen
     assert list(first.path) == list(again.path)
     assert first.chosen["channels"] == 88
+    # Both stages of both folds and of the last fit are paid for.
+    assert cases[0].ctx.cost.backwards == 3 * (8 + 8) * 32
 
 
 def test_published_settings_and_access() -> None:
     expected = {"stop": 0.2, "alpha": 0.2, "unlearn_lr": 0.01, "recover_lr": 0.2, "weight_decay": 5e-4}
-    assert RNP() == RNP(threshold=None, unlearn_steps=80, recover_steps=80, batch=128, **expected)
+    assert RNP() == RNP(threshold=None, unlearn_steps=80, recover_steps=80, batch=128, folds=5, **expected)
     assert THRESHOLDS[-1] == 0.9
     assert RNP.ACCESS.track() == "T1"
-    for bad in ({"threshold": 1.5}, {"stop": -0.1}, {"unlearn_steps": 0}, {"batch": 1}, {"colour": 1}):
+    for bad in ({"threshold": 1.5}, {"stop": -0.1}, {"unlearn_steps": 0}, {"batch": 1}, {"folds": 1}, {"colour": 1}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             RNP.from_params(bad)

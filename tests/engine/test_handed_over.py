@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from sleeperbench.contracts import NotApplicable, Outcome
 from sleeperbench.contracts.access import Access
 from sleeperbench.engine import artifacts
 from sleeperbench.engine.outcomes import Failed, checked
+from sleeperbench.engine.plan import Planner
+from sleeperbench.engine.run import Options, Run
 from sleeperbench.engine.task import Task
 from sleeperbench.engine.work import Work
 from sleeperbench.kit.planted import Planted
@@ -39,6 +42,51 @@ def test_the_twin_has_the_same_attack_and_another_training(make_plan: Any) -> No
     own, twin = plan.tasks[cell.attack_key], plan.tasks[plan.tasks[bec.key].inputs["twin"]]
     assert (own.seed, own.inputs) == (twin.seed, twin.inputs)
     assert {k for k in own.params if own.params[k] != twin.params[k]} == {"replica"}
+
+
+def test_a_second_run_of_a_defense_has_another_seed_and_the_same_inputs(make_plan: Any) -> None:
+    defenses = ["none", "ft", "strip", "retrain:spectral"]
+    plan = make_plan(evaluators=["accuracy", "accident"], defenses=defenses)
+    seconds = {}
+    for cell in plan.cells:
+        accident, inputs = (plan.tasks[e.key].inputs if e.key else {} for e in cell.evaluations[::-1])
+        assert "again" not in inputs
+        if "again" in accident:
+            seconds[cell.identity["attack"], cell.identity["defense"]] = cell.defense_key, accident["again"]
+    # Not where nothing was defended, no trigger is there to wake, or the defense only judges.
+    assert set(seconds) == {("badnets", "ft"), ("badnets", "retrain:spectral")}
+    own, again = (plan.tasks[k] for k in seconds["badnets", "ft"])
+    assert own.seed != again.seed and replace(again, seed=own.seed) == own
+    own, again = (plan.tasks[k] for k in seconds["badnets", "retrain:spectral"])
+    wrapped = [plan.tasks[t.inputs["inner"]] for t in (own, again)]
+    assert replace(again, seed=own.seed, inputs=own.inputs) == own and own.inputs["attack"] == again.inputs["attack"]
+    assert wrapped[0].seed != wrapped[1].seed and replace(wrapped[1], seed=wrapped[0].seed) == wrapped[0]
+    # No other evaluator's key knows of it, so that what is in a store stays.
+    asked = {t.name for t in plan.tasks.values() if t.kind == "evaluate" and "again" in t.params["needs"]}
+    assert asked == {"accident"}
+
+
+def test_all_that_ask_for_a_second_run_share_it(make_plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = Planner.needs
+    monkeypatch.setattr(Planner, "needs", lambda self, v: replace(needs(self, v), again=v.id in ("accident", "bec")))
+    plan = make_plan(evaluators=["accident", "bec"], defenses=["ft"])
+    (cell,) = [c for c in plan.cells if c.attack_group and not c.is_control]
+    first, second = (plan.tasks[e.key].inputs["again"] for e in cell.evaluations)
+    assert first == second != cell.defense_key
+
+
+def test_a_second_run_that_failed_gives_the_rows_its_reason(make_plan: Any, registry: Any, tmp_path: Path) -> None:
+    plan = make_plan(evaluators=["accuracy", "accident"], defenses=["ft"])
+    options = Options(out=tmp_path, store=str(tmp_path / "store"), devices=["cpu"], quiet=True)
+    (tmp_path / "rows").mkdir()
+    run = Run(plan=plan, registry=registry, options=options, text="")
+    run.resume()
+    (cell,) = [c for c in plan.cells if c.attack_group and not c.is_control]
+    accuracy, accident = (e.key for e in cell.evaluations)
+    run.fail(plan.tasks[accident].inputs["again"], "timeout", "after 600 s")
+    assert accuracy not in run.ledger.rows
+    (said,) = {(r["status"], r["reason"]) for r in run.ledger.rows[accident]}
+    assert said[0] == "not_run" and said[1].startswith("input_failed: defense ") and said[1].endswith("after 600 s")
 
 
 def test_the_planner_names_every_task_that_a_defense_consists_of(make_plan: Any) -> None:

@@ -332,6 +332,13 @@ def test_a_backdoor_can_be_tuned_into_a_clean_model(make_plan: Any) -> None:
     assert start.params["recipe"] == clean.params["recipe"] != task.params["recipe"]
 
 
+def test_appended_rows_are_a_matter_of_attacked_models_alone(make_plan: Any) -> None:
+    plain, plan = make_plan(), make_plan(tail='[train]\npoisoned = "append"\n')
+    assert cell(plan, "none@0", "ft").defense_key == cell(plain, "none@0", "ft").defense_key
+    own, other = (p.tasks[cell(p, "badnets@0.1", "none").attack_key] for p in (plan, plain))
+    assert own.params == other.params | {"append": True}
+
+
 def test_only_keeps_what_gates_and_figures_need(make_plan: Any) -> None:
     matrix: dict[str, Any] = {"attacks": ["none", "badnets", "blended"], "seeds": [0, 1]}
     plan = make_plan(**matrix, defenses=["none", "ft", "bn_refresh"])

@@ -227,6 +227,14 @@ def test_tuned_settings_are_named_by_the_suite(make_suite: Any) -> None:
         make_suite(head=head, attacks=["badnets"])
 
 
+def test_poisoned_rows_replace_clean_ones_unless_the_suite_appends_them(make_suite: Any) -> None:
+    assert not make_suite().append
+    s = make_suite(tail='[train]\npoisoned = "append"\n')
+    assert s.append and s.recipe == make_suite().recipe
+    with pytest.raises(BadInput, match="poisoned"):
+        make_suite(tail='[train]\npoisoned = "both"\n')
+
+
 def test_injection_by_fine_tuning_changes_the_recipe_of_attacks_alone(make_suite: Any) -> None:
     assert make_suite().injection == {}
     s = make_suite(tail='[train]\ninject = "finetune"\ninject_epochs = 2\n')

@@ -23,7 +23,18 @@ JUDGES = ("detection", "inversion")
 )
 def test_models_are_shared(registry: Any, suite: str, other: str) -> None:
     own, theirs = build(suite, registry)[0], build(other, registry)[0]
-    for part in ("secret", "datasets", "dataset_rows", "archs", "arch_args", "rates", "recipe", "injection", "access"):
+    for part in (
+        "secret",
+        "datasets",
+        "dataset_rows",
+        "archs",
+        "arch_args",
+        "rates",
+        "recipe",
+        "append",
+        "injection",
+        "access",
+    ):
         assert getattr(own, part) == getattr(theirs, part), part
     known = [(a.id, a.params) for a in theirs.attacks]
     shared = [a.id for a in own.attacks if (a.id, a.params) in known]

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from sleeperbench import Findings, Measurement, Model, Role
-from sleeperbench.contracts import NotApplicable
+from sleeperbench.contracts import NotApplicable, Wrap
 from sleeperbench.engine.suite import shipped
 from sleeperbench.evaluators import accident as module
 from sleeperbench.evaluators.accident import (
     Range,
     WakingByAccident,
+    average,
     in_eight_bits,
     look,
     pruned,
@@ -42,6 +43,7 @@ def case(**parts: Any) -> Any:
         "bd_test": samples.badnets_rendered("test", Role.TEST),
         "controls": {},
         "defended_clean": None,
+        "again": None,
         "ctx": samples.ctx(3),
     }
     return SimpleNamespace(**known | parts)
@@ -152,6 +154,8 @@ def test_shifted_images_are_those_of_the_weather() -> None:
 class Stub(nn.Module):
     """Answers 0 to the first `hits` of ten triggered rows, and right to the first `right` of ten clean rows."""
 
+    spec = samples.SPEC
+
     def __init__(self, hits: int, right: int) -> None:
         super().__init__()
         self.hits, self.right = hits, right
@@ -168,7 +172,9 @@ def staged(monkeypatch: pytest.MonkeyPatch, **hits: Any) -> Any:
     monkeypatch.setattr(module, "pack", lambda n: n)
     monkeypatch.setattr(module, "load", lambda model, device: model)
     monkeypatch.setattr(module, "retune", lambda net, p, t, k, draw, ctx, *, lr: hits["tuned"][draw])
-    monkeypatch.setattr(module, "between", lambda a, b, t: hits["averaged"][hits["tuned"].index(b)])
+    half_way = {id(b): n for b, n in zip(hits["tuned"], hits["averaged"], strict=True)}
+    half_way[id(hits.get("again"))] = hits.get("together")
+    monkeypatch.setattr(module, "between", lambda a, b, t: half_way[id(b)])
     monkeypatch.setattr(module, "refresh", lambda net, images, *, batch, ctx: hits["bn"])
     monkeypatch.setattr(module, "quantised", lambda net: hits["int8"])
     monkeypatch.setattr(module, "in_eight_bits", lambda net, images, ctx: hits["int8"])
@@ -180,6 +186,7 @@ def staged(monkeypatch: pytest.MonkeyPatch, **hits: Any) -> Any:
         bd_test=samples.rendered(list(range(100, 110)), [1] * 10, [0] * 10),
         controls=hits.get("controls", {}),
         defended_clean=hits.get("defended_clean"),
+        again=hits.get("again"),
     )
 
 
@@ -195,6 +202,8 @@ def test_the_largest_rise_that_leaves_the_model_whole(monkeypatch: pytest.Monkey
         pruned=Stub(10, 1),
         controls={"clean_model": was},
         defended_clean=Stub(3, 9),
+        again=Stub(0, 9),
+        together=Stub(2, 10),
     )
     found = rows(WakingByAccident(draws=2, shares=(0.5,)).measure(c))
     v = {q: m.value for q, m in found.items()}
@@ -203,6 +212,7 @@ def test_the_largest_rise_that_leaves_the_model_whole(monkeypatch: pytest.Monkey
     assert v["asr_accident_rise", "way=tuned"] == pytest.approx(0.2)
     assert v["c_acc_accident", "way=averaged_tuned"] == pytest.approx(0.95)
     assert v["asr_accident_rise", "way=bn_fog"] == pytest.approx(-0.1)
+    assert v["asr_accident", "way=averaged"] == 0.2 and v["asr_accident_rise", "way=averaged"] == pytest.approx(0.1)
     # Pruning sends everything to class 0 or 1: a rise of 0.9 by a ruined model is no headline.
     assert v["asr_accident_rise", "share=0.5;way=pruned"] == pytest.approx(0.9)
     assert v["asr_accident_rise", ""] == pytest.approx(0.2) and v["asr_accident", ""] == pytest.approx(0.3)
@@ -215,6 +225,7 @@ def test_the_largest_rise_that_leaves_the_model_whole(monkeypatch: pytest.Monkey
     assert v["asr_accident_rise", "control=clean_defended"] == pytest.approx(0.0)
     assert v["asr_accident", "control=clean_defended;way=tuned"] == pytest.approx(0.3)
     assert not any("control=clean_defended" in q and "draw=" in q for _, q in found)
+    assert not any("control=clean_defended" in q and q.endswith("way=averaged") for _, q in found)
     assert found["asr_accident", "way=int8"].total == 10 and {m.stage for m in found.values()} == {"reactivated"}
 
 
@@ -229,6 +240,7 @@ def test_without_batch_norm_and_with_nothing_left(monkeypatch: pytest.MonkeyPatc
     found = rows(WakingByAccident(draws=1, shares=(0.5,)).measure(c))
     assert found["asr_accident", "way=bn_dusk"].reason == found["asr_accident_rise", "way=bn_dusk"].reason == "needs_bn"
     assert all(found[m.name, ""].reason.startswith("collapsed") for m in WakingByAccident.METRICS)
+    assert [found[m.name, "way=averaged"].reason for m in WakingByAccident.METRICS] == ["one_copy"] * 3
     gone = [found[m.name, "control=clean_defended"].reason for m in WakingByAccident.METRICS]
     assert gone == ["control_missing: clean_defended"] * 3
 
@@ -245,7 +257,7 @@ def test_the_ways_are_the_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "retune", fake)
     c = case(probe=samples.digits()["probe"].rows(torch.arange(40)))
     changed = WakingByAccident(draws=2)._changed(c.net, c, c.bd_probe)
-    made = {(way, draw): pack(n) for way, draw, n in changed if n is not None}  # type: ignore[arg-type]
+    made = {(way, draw): pack(n) for way, draw, n in changed if not isinstance(n, str)}  # type: ignore[arg-type]
     assert seen == [(0, 0, 0.01), (0, 1, 0.01)]
     own, other, middle = pack(c.net).state, pack(tuned).state, made["averaged_tuned", 0]
     for n, t in middle.state.items():
@@ -260,6 +272,24 @@ def test_the_ways_are_the_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
         ("int8", None),
         *((f"pruned;share={s:g}", None) for s in (0.3, 0.5, 0.7)),
     ]
+
+
+def test_two_defended_copies_are_averaged() -> None:
+    """Running statistics too; a copy with other parts, or none, has no mean."""
+    one, two = net(3), net(4)
+    with torch.no_grad():
+        for n, t in two.named_buffers():
+            if t.is_floating_point() and n.startswith("body."):
+                t += 0.5
+    c = case()
+    middle = average(one, two, c.ctx)
+    assert isinstance(middle, Classifier) and not middle.training
+    for n, t in middle.state_dict().items():
+        a, b = one.state_dict()[n], two.state_dict()[n]
+        assert torch.allclose(t, (a + b) / 2, atol=1e-7) if t.is_floating_point() else torch.equal(t, b)
+    assert average(one, None, c.ctx) == "one_copy"
+    gated = build(replace(samples.SPEC, wraps=(Wrap(kind="gate", site="body.stage1.1"),)), 4)
+    assert average(one, gated, c.ctx) == "other_form"
 
 
 def test_a_model_is_looked_at_as_everywhere() -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import samples
 import torch
@@ -18,8 +19,21 @@ from sleeperbench.attacks.badnets import BadNets
 from sleeperbench.contracts import Rendered
 from sleeperbench.defenses.exact_purification import triggered_rows
 from sleeperbench.evaluators import target_shift as module
-from sleeperbench.evaluators.target_shift import TargetShift, overall, shift, shifts
+from sleeperbench.evaluators.target_shift import (
+    MEASURES,
+    TargetShift,
+    directions,
+    inverse,
+    measured,
+    overall,
+    pooled,
+    shift,
+    shifts,
+    size,
+    within,
+)
 from sleeperbench.kit.classifier import Classifier, build, load
+from sleeperbench.kit.taps import PENULTIMATE
 from sleeperbench.kit.train import fit
 from sleeperbench.kit.tune import tune
 
@@ -58,11 +72,65 @@ def value(net: Any, metric: str = "shift_target_net", **parts: Any) -> float:
 
 
 def test_the_projection() -> None:
-    source, target = torch.tensor([1.0, 0.0]), torch.tensor([5.0, 0.0])
-    assert shift(source, source, target) == 0
-    assert shift(source, target, target) == 1
-    assert shift(source, torch.tensor([3.0, 7.0]), target) == 0.5  # what is across the way counts nothing
-    assert shift(source, torch.tensor([-3.0, 0.0]), target) == -1
+    way = torch.tensor([4.0, 0.0])
+    assert shift(0 * way, way, way) == 0 and shift(way, way, way) == 1
+    assert shift(torch.tensor([2.0, 7.0]), way, way) == 0.5  # what is across the way counts nothing
+    assert shift(torch.tensor([-4.0, 0.0]), way, way) == -1
+    assert size(torch.tensor([3.0, 4.0]), way) == 1.25
+
+
+def test_every_measure_of_one_move() -> None:
+    d, w = torch.tensor([1.0, 2.0]).double(), torch.tensor([4.0, 0.0]).double()
+    # Classes spread by 2 along the first axis and by 1 along the second, or 4 and 1 squared.
+    rare = torch.diag(torch.tensor([0.25, 1.0])).double()
+    moves = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([0.0, 1.0]), PENULTIMATE: d}
+    ways = {"a": torch.tensor([6.0, 0.0]), "b": torch.tensor([0.0, 2.0]), PENULTIMATE: w}
+    found = measured(moves, ways, rare, torch.tensor([1.0, 1.0]).double())
+    assert found == pytest.approx(
+        {
+            "": 0.25,
+            "size": 5**0.5 / 4,
+            "whitened": 0.25,
+            "whitened_size": (4.25 / 4) ** 0.5,
+            "head": 0.75,
+            "stages": 0.5,
+            "stages_size": 0.5,
+        }
+    )
+    # Where the way lies across the spread, whitening turns what counts: now moves along the second axis do too.
+    tilted = torch.tensor([[1.0, 0.5], [0.5, 1.0]]).double()
+    assert measured(moves, ways, tilted, w)["whitened"] == pytest.approx((1 * 4 + 2 * 2) / 16)
+    assert set(found) == set(MEASURES)
+
+
+def test_covariance_is_within_classes_and_can_be_turned_round() -> None:
+    gen = torch.Generator().manual_seed(1)
+    h, labels = torch.randn(60, 3, generator=gen).double(), torch.arange(60) % 4
+    far = h + 100 * labels[:, None].double()
+    groups = torch.stack([h[labels == c] for c in range(4)])
+    s = sum(np.cov(g.numpy().T, bias=True) for g in groups) / 4
+    wanted = 0.9 * s + 0.1 * np.trace(s) / 3 * np.eye(3)
+    assert within(far, labels).numpy() == pytest.approx(wanted)
+    assert (inverse(within(h, labels)) @ within(h, labels)).numpy() == pytest.approx(np.eye(3))
+    dead = within(torch.zeros(10, 3).double(), torch.zeros(10))
+    assert not bool(inverse(dead).any())
+    assert bool(inverse(dead + torch.nan).isnan().all())
+
+
+def test_stages_are_averaged_over_places() -> None:
+    h = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4).float()
+    assert torch.equal(pooled(h), h.flatten(2).mean(2))
+    last = h.permute(0, 2, 3, 1)  # (N, H, W, C), as some transformers answer
+    assert torch.equal(pooled(last), pooled(h))
+    tokens = h.flatten(2).transpose(1, 2)
+    assert torch.equal(pooled(tokens), pooled(h)) and torch.equal(pooled(pooled(h)), pooled(h))
+
+
+def test_the_head_reads_a_class_against_the_others() -> None:
+    net = clean(11)
+    w = net.body.head.weight.detach().double()  # type: ignore[union-attr, operator]
+    u = directions(net)
+    assert torch.allclose(u[3], w[3] - torch.stack([w[k] for k in range(10) if k != 3]).mean(0))
 
 
 def pixels(columns: list[list[int]], labels: list[int], first: int = 0) -> Any:
@@ -75,12 +143,13 @@ def pixels(columns: list[list[int]], labels: list[int], first: int = 0) -> Any:
 NOBODY: Any = None
 
 
-def fake(net: Any, images: Tensor, batch: int = 500, *, ctx: Any = None) -> Tensor:
-    return images[:, 0, 0, :2].float()
+def fake(net: Any, images: Tensor, ctx: Any) -> dict[str, Tensor]:
+    return {PENULTIMATE: images[:, 0, 0, :2].double()}
 
 
 def test_each_target_is_reached_from_its_own_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "features", fake)
+    monkeypatch.setattr(module, "answered", fake)
+    monkeypatch.setattr(module, "directions", lambda net: torch.ones(3, 2).double())
     # Classes 0, 1, 2 lie at (0, 0), (10, 0), (0, 20); all to all: 0 to 1 goes half of its way, 1 to 2 all, 2 to 0 none.
     test = pixels([[0, 0], [10, 0], [0, 20]], [0, 1, 2])
     plain = pixels([[0, 0], [10, 0], [0, 20]], [0, 1, 2])
@@ -90,8 +159,10 @@ def test_each_target_is_reached_from_its_own_sources(monkeypatch: pytest.MonkeyP
     )
     ctx = samples.ctx()
     found = shifts(NOBODY, test, seen, 10, ctx)
-    assert found == pytest.approx({(0, 0): 0, (0, 1): 0.5, (0, 2): 1})
-    assert overall(found) == pytest.approx(0.5)
+    assert found[""] == pytest.approx({(0, 0): 0, (0, 1): 0.5, (0, 2): 1})
+    assert found["size"] == pytest.approx({(0, 0): 0, (0, 1): 106**0.5 / 10, (0, 2): 1})
+    assert found["head"][0, 1] == pytest.approx(14 / 10)
+    assert overall(found[""]) == pytest.approx(0.5)
     # Two triggers count alike however many targets or rows they have.
     assert overall({(0, 1): 0.2, (0, 2): 0.4, (1, 5): 0.9}) == pytest.approx(0.6)
     two = replace(seen, trigger_id=torch.tensor([0, 0, 1]))
@@ -99,27 +170,40 @@ def test_each_target_is_reached_from_its_own_sources(monkeypatch: pytest.MonkeyP
     assert figures["shift_target", ""].value == pytest.approx(0.375)
     assert figures["shift_target", "trigger=0"].value == pytest.approx(0.75)
     assert figures["shift_target", "label=2;trigger=0"].value == pytest.approx(1)
+    assert figures["shift_target_net", ""].reason == figures["shift_target_net", "measure=size"].reason
     assert figures["shift_target_net", ""].reason == "no_clean_model"
     # A class without a clean test image has no place to be reached.
-    assert set(shifts(NOBODY, test.rows(torch.tensor([0, 1])), seen, 10, ctx)) == {(0, 0), (0, 1)}
+    assert set(shifts(NOBODY, test.rows(torch.tensor([0, 1])), seen, 10, ctx)[""]) == {(0, 0), (0, 1)}
 
 
 def test_orthogonal_maps_scales_and_shifts_of_the_features_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, net = module.features, samples.badnets_net()
+    """Nor, where moves count by how rare they are, any map that can be turned round, but for the shrinking."""
+    real, net = module.answered, samples.badnets_net()
     bd, test = samples.badnets_rendered("test", Role.TEST), samples.digits()["test"]
-    plain = overall(shifts(net, test, bd, 2000, samples.ctx()))
+    plain = shifts(net, test, bd, 2000, samples.ctx())
     gen = torch.Generator().manual_seed(0)
-    width = real(net, test.images[:1]).shape[1]
-    q = torch.linalg.qr(torch.randn(width, width, generator=gen)).Q
-    bias = torch.randn(width, generator=gen)
+    width = real(net, test.images[:1], samples.ctx())[PENULTIMATE].shape[1]
+    q = torch.linalg.qr(torch.randn(width, width, generator=gen).double()).Q
+    bias = torch.randn(width, generator=gen).double()
+    stretch = torch.diag(torch.arange(1, width + 1).double())
 
-    def mapped(*args: Any, **kwargs: Any) -> Tensor:
-        return -3.7 * real(*args, **kwargs) @ q + bias
+    def mapped(by: Tensor) -> Any:
+        def answered(*args: Any) -> dict[str, Tensor]:
+            found = real(*args)
+            return found | {PENULTIMATE: found[PENULTIMATE] @ by + bias}
 
-    monkeypatch.setattr(module, "features", mapped)
-    assert overall(shifts(net, test, bd, 2000, samples.ctx())) == pytest.approx(plain, rel=1e-4)
-    monkeypatch.setattr(module, "features", lambda *a, **k: real(*a, **k) * torch.arange(1, width + 1))
-    assert overall(shifts(net, test, bd, 2000, samples.ctx())) != pytest.approx(plain, rel=1e-2)
+        return answered
+
+    monkeypatch.setattr(module, "answered", mapped(-3.7 * q))
+    turned = shifts(net, test, bd, 2000, samples.ctx())
+    for measure in ("", "size", "whitened", "whitened_size"):
+        assert overall(turned[measure]) == pytest.approx(overall(plain[measure]), rel=1e-6)
+    monkeypatch.setattr(module, "answered", mapped(stretch))
+    assert overall(shifts(net, test, bd, 2000, samples.ctx())[""]) != pytest.approx(overall(plain[""]), rel=1e-2)
+    monkeypatch.setattr(module, "SHRINK", 1e-9)
+    stretched = overall(shifts(net, test, bd, 2000, samples.ctx())["whitened"])
+    monkeypatch.setattr(module, "answered", real)
+    assert stretched == pytest.approx(overall(shifts(net, test, bd, 2000, samples.ctx())["whitened"]), rel=1e-3)
 
 
 def twin() -> Classifier:
@@ -157,6 +241,9 @@ def test_a_clean_model_is_no_control_of_itself() -> None:
     assert other["shift_target_clean", ""].value == pytest.approx(sum(each) / 3)
     own = other["shift_target", ""].value or 0
     assert other["shift_target_net", ""].value == pytest.approx(own - sum(each) / 3)
+    for q in (f"measure={m}" for m in MEASURES[1:]):
+        a, b, net = (other[f"shift_target{end}", q].value or 0 for end in ("", "_clean", "_net"))
+        assert net == pytest.approx(a - b) and b != 0
 
 
 def test_a_placebo_stands_beside_it() -> None:

@@ -85,6 +85,22 @@ def test_some_rows_can_be_appended_and_the_others_stay() -> None:
     assert bool((q.mark[200:] == Mark.DIRTY).all())
 
 
+def test_rows_that_were_appended_before_stay_behind() -> None:
+    """As where one attack of several appends its rows itself."""
+    p = cover(poisoned(), TRAIN, backdoor(), ALL, 15, samples.ctx())
+    covers_first = append(append(p, TRAIN, p.mark == Mark.COVER), TRAIN)
+    whole = append(p, TRAIN)
+    assert len(covers_first.data) == len(whole.data) == 235
+    assert torch.equal(covers_first.data.images[:200], TRAIN.images) and not bool(covers_first.mark[:200].any())
+    assert covers_first.mark[200:].tolist() == [Mark.COVER] * 15 + [Mark.DIRTY] * 20
+    assert torch.equal(covers_first.appended, whole.appended)
+    order = whole.mark[200:].argsort(stable=True, descending=True) + 200
+    assert torch.equal(covers_first.data.ids[200:], whole.data.ids[order])
+    assert torch.equal(covers_first.data.images[200:], whole.data.images[order])
+    again = append(whole, TRAIN)
+    assert torch.equal(again.data.images, whole.data.images) and torch.equal(again.mark, whole.mark)
+
+
 def test_only_source_classes_count() -> None:
     targets = of_sources(4, [1, 4, 9])
     y = torch.arange(10)

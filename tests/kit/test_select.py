@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -165,3 +166,28 @@ def test_held_out_rows_are_answered_by_models_that_have_not_seen_them() -> None:
     assert all(25 <= len(g) <= 26 for g in given)
     assert set.intersection(*given) == set()
     assert c.cost.forwards == 2 * 32
+
+
+def test_a_model_stands_for_the_settings_behind_it_and_one_is_held_at_a_time() -> None:
+    c, data, alive = Ctx(seed=0, recipe=Recipe(), scratch=Path("unused")), rows(30), []
+
+    def made(some: ImageSet) -> Iterator[tuple[float, nn.Module | None]]:
+        for setting, label in ((0.1, 0), (0.2, None), (0.3, 1), (0.4, None)):
+            assert all(ref() is None for ref in alive), "the one before is gone"
+            if label is None:
+                yield setting, None
+            else:
+                net: nn.Module | None = Constant(label)
+                alive.append(weakref.ref(net))
+                pair = [(setting, net)]
+                del net
+                yield pair.pop()
+
+    found = held_out(data, made, ctx=c, k=3)
+    assert len(alive) == 6
+    assert list(found) == [0.1, 0.2, 0.3, 0.4]
+    assert torch.equal(found[0.1], data.labels == 0) and torch.equal(found[0.2], found[0.1])
+    assert torch.equal(found[0.3], data.labels == 1) and torch.equal(found[0.4], found[0.3])
+    assert c.cost.forwards == 2 * 30, "no model answers twice"
+    with pytest.raises(ValueError, match="2 folds"):
+        held_out(data, made, ctx=c, k=1)

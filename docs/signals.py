@@ -1,0 +1,326 @@
+"""What foretells that a defended model wakes: the part of docs/findings.md on suite `digits-signals`.
+
+`python docs/findings.py digits-signals "COMMAND" RUN [RUN ...]` writes docs/measured/digits-signals.json from a run and
+renders the page. What was fixed before a figure was read stands first: the split, the measures, the combinations, and
+the rule by which one variant of target shift is taken from the models of one part and judged on those of another.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from record import machine
+from scipy.stats import rankdata
+
+from sleeperbench.engine.rows import read_table
+
+Key = tuple[str, str]
+Cell = dict[str, Any]
+
+# ---- fixed before any figure was read --------------------------------------------------------------------------------
+SUITE = "digits-signals"
+DEVELOPED: tuple[frozenset[str], frozenset[int]] = (frozenset({"badnets", "blended", "sin_wave", "lf"}), frozenset({0}))
+"""Attacks and seeds whose models the variant of target shift is chosen on."""
+HELD_OUT: tuple[frozenset[str], frozenset[int]] = (
+    frozenset({"trojannn", "refool", "adaptive_blend", "multi_trigger"}),
+    frozenset({1, 2}),
+)
+"""Other attacks under other seeds, on which it is judged, once."""
+P_ASR, O_ASR, BEC, WEIGHTS = ("p_asr_ra", ""), ("asr", ""), ("bec", ""), ("bec", "control=weights")
+REFERENCES: dict[str, Key] = {
+    "O-ASR": O_ASR,
+    "BEC": BEC,
+    "BEC, random channels": ("bec", "control=random"),
+    "BEC, images without trigger": ("bec", "control=clean_inputs"),
+    "BEC, distance of weights": WEIGHTS,
+}
+VARIANTS: dict[str, Key] = {
+    f"target shift{', ' + m.replace('_', ' ') if m else ''}": ("shift_target_net", f"measure={m}" if m else "")
+    for m in ("", "size", "whitened", "whitened_size", "head", "stages", "stages_size")
+}
+"""All net of clean models."""
+COMBINED: dict[str, tuple[Key, ...]] = {
+    "O-ASR and BEC": (O_ASR, BEC),
+    "O-ASR and target shift": (O_ASR, VARIANTS["target shift"]),
+    "O-ASR, BEC and target shift": (O_ASR, BEC, VARIANTS["target shift"]),
+}
+"""Means of the ranks among the models that come from one attacked model."""
+MEASURES: dict[str, tuple[Key, ...]] = {n: (k,) for n, k in (REFERENCES | VARIANTS).items()} | COMBINED
+LINEAGE = frozenset(n for n, keys in MEASURES.items() if any(k[0] == "bec" for k in keys))
+"""Measures that models trained anew do not have."""
+PURIFIED, BACK, NEAR = 0.20, 0.50, 0.99
+"""As in the first part: O-ASR of purified models, P-ASR of woken ones, weights that did not change."""
+ORACLES = frozenset({"exact_purification"})
+DRAWS, FEWEST = 2000, 5
+"""Bootstrap over attacked models; not of fewer than `FEWEST`."""
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def attacked(c: Cell) -> tuple[str, int]:
+    """Which attacked model a cell's model comes from."""
+    return c["attack"], c["seed"]
+
+
+def part(of: Sequence[Cell], split: tuple[frozenset[str], frozenset[int]]) -> list[Cell]:
+    """The cells of these attacks under these seeds."""
+    return [c for c in of if c["attack"] in split[0] and c["seed"] in split[1]]
+
+
+def repaired(of: Sequence[Cell]) -> list[Cell]:
+    """Models of a defense that have P-ASR, O-ASR and every variant of target shift."""
+    wanted = (P_ASR, O_ASR, *VARIANTS.values())
+    real = (c for c in of if c["attack"] != "none" and c["defense"] not in ("none", "clean_model"))
+    return [c for c in real if all(k in c["figures"] for k in wanted)]
+
+
+def moved(of: Sequence[Cell]) -> list[Cell]:
+    """Those that descend from the attacked model, have BEC and its placebos, and other weights than it."""
+    there = (c for c in repaired(of) if all(k in c["figures"] for k in REFERENCES.values()))
+    return [c for c in there if c["figures"][WEIGHTS] < NEAR]
+
+
+def purified(of: Sequence[Cell]) -> list[Cell]:
+    """Those that the trigger fails on."""
+    return [c for c in of if c["figures"][O_ASR] <= PURIFIED]
+
+
+def whole(of: Sequence[Cell]) -> list[Cell]:
+    """Those that the protocol does not call collapsed, and that no oracle made."""
+    return [c for c in of if "collapsed" not in c["flags"] and c["defense"].partition("~")[0] not in ORACLES]
+
+
+POPULATIONS: dict[str, Callable[[Sequence[Cell]], list[Cell]]] = {
+    "weights changed": moved,
+    "of these purified": lambda of: purified(moved(of)),
+    "of these whole, no oracle": lambda of: whole(purified(moved(of))),
+    "purified, whole, no oracle, trained anew too": lambda of: whole(purified(repaired(of))),
+}
+ASKED = "of these whole, no oracle"
+"""Models that look safe: what the variant is chosen and judged on."""
+
+
+# ---- the statistic ---------------------------------------------------------------------------------------------------
+def places(values: Sequence[float]) -> np.ndarray:
+    """Ranks between -1/2 and 1/2 with mean 0; equal figures share their mean rank."""
+    return (rankdata(values) - (len(values) + 1) / 2) / max(1, len(values))
+
+
+def sides(of: Sequence[Cell], keys: Sequence[Key]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Ranks of a measure and of P-ASR among the models of each attacked model; a combination is the mean of ranks."""
+    groups: dict[tuple[str, int], list[Cell]] = defaultdict(list)
+    for c in of:
+        groups[attacked(c)].append(c)
+    found = []
+    for mine in (groups[k] for k in sorted(groups)):
+        ranks = np.mean([places([c["figures"][k] for c in mine]) for k in keys], axis=0)
+        found.append((places(ranks), places([c["figures"][P_ASR] for c in mine])))
+    return found
+
+
+def sums(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """(Attacked models, 3): products of x and y, of x, and of y with themselves."""
+    return np.array([[x @ y, x @ x, y @ y] for x, y in pairs]).reshape(-1, 3)
+
+
+def correlation(parts: np.ndarray) -> np.ndarray:
+    """From sums (..., 3) over attacked models: the correlation of ranks within attacked models; NaN of a constant."""
+    xy, xx, yy = np.moveaxis(parts, -1, 0)
+    size = np.sqrt(xx * yy)
+    found: np.ndarray = np.where(size > 0, xy / np.where(size > 0, size, 1), math.nan)
+    return found
+
+
+def picks(models: int) -> np.ndarray:
+    """Which attacked models each draw of the bootstrap takes: the same for all measures."""
+    return np.random.default_rng(0).integers(models, size=(DRAWS, models))
+
+
+def drawn(of: Sequence[Cell], keys: Sequence[Key]) -> tuple[float, np.ndarray]:
+    """The correlation, and that of every draw of attacked models; no draws of fewer than `FEWEST`."""
+    parts = sums(sides(of, keys))
+    own = float(correlation(parts.sum(0))) if len(parts) else math.nan
+    again = correlation(parts[picks(len(parts))].sum(1)) if len(parts) >= FEWEST else np.array([])
+    return own, again
+
+
+def room(again: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of draws; NaN without any."""
+    known = again[~np.isnan(again)]
+    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (math.nan, math.nan)
+    return float(low), float(high)
+
+
+def chosen(of: Sequence[Cell]) -> str:
+    """The variant of target shift that ranks P-ASR best on the models it is developed on; the first of equal ones.
+
+    Raises:
+        ValueError: none of them ranks anything there.
+    """
+    models = POPULATIONS[ASKED](part(of, DEVELOPED))
+    found = {name: drawn(models, (key,))[0] for name, key in VARIANTS.items()}
+    known = {name: v for name, v in found.items() if not math.isnan(v)}
+    if not known:
+        raise ValueError("no variant of target shift can be chosen: no model of the developing part is purified")
+    return max(known, key=known.__getitem__)
+
+
+def apart(of: Sequence[Cell], first: Sequence[Key], second: Sequence[Key]) -> tuple[float, float, float]:
+    """The difference of two measures' correlations and its 95 % interval, over the same draws."""
+    (a, draws_a), (b, draws_b) = drawn(of, first), drawn(of, second)
+    return a - b, *room(draws_a - draws_b)
+
+
+# ---- from a run ------------------------------------------------------------------------------------------------------
+def kept() -> set[Key]:
+    """Figures that the page needs."""
+    shifts = {("shift_target", ""), *(("shift_target_clean", f"model={i}") for i in range(3))}
+    beside = {("c_acc", ""), ("r_acc", ""), ("p_asr_net", "")}
+    controls = {("p_asr_ra", f"control={c}") for c in ("clean_model", "clean_defended", "placebo", "k0")}
+    return {k for keys in MEASURES.values() for k in keys} | {P_ASR} | shifts | beside | controls
+
+
+def settings(runs: Sequence[Path]) -> dict[str, str]:
+    """Label of a defense -> those of its parameters in which defenses of its name differ."""
+    told: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        for c in read_table(run / "cells.parquet"):
+            told[c["defense"]] = json.loads(c["defense_params"])
+    found = {}
+    for label, params in told.items():
+        alike = [p for other, p in told.items() if other.partition("~")[0] == label.partition("~")[0]]
+        differ = [n for n, v in params.items() if any(p.get(n) != v for p in alike)]
+        found[label] = ", ".join(f"{n} {params[n]}" for n in differ)
+    return found
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+def plain(value: float) -> str:
+    """A figure without unit, empty for none; zero has no sign."""
+    text = "" if math.isnan(value) else f"{value:.2f}"
+    return text.removeprefix("-") if text and not float(text) else text
+
+
+def told(own: float, again: np.ndarray) -> str:
+    """`figure (low to high)`."""
+    low, high = room(again)
+    return plain(own) + ("" if math.isnan(low) or math.isnan(own) else f" ({plain(low)} to {plain(high)})")
+
+
+def table(head: Sequence[object], body: Sequence[Sequence[object]]) -> list[str]:
+    """A table of the page."""
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, *body)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:]]
+
+
+def splits(of: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """The parts that the page tells apart."""
+    return {"developed on": part(of, DEVELOPED), "held out": part(of, HELD_OUT), "all": list(of)}
+
+
+def counts(of: Sequence[Cell]) -> list[str]:
+    """How many models stand behind every figure, and how many of them woke."""
+    body = []
+    for split, cells in splits(of).items():
+        for name, choose in POPULATIONS.items():
+            mine = choose(cells)
+            woken = sum(c["figures"][P_ASR] >= BACK for c in mine)
+            body.append([split, name, len({attacked(c) for c in mine}), len(mine), woken])
+    return table(["part", "models", "attacked models", "repaired", f"P-ASR of {100 * BACK:.0f} % or more"], body)
+
+
+def correlations(cells: Sequence[Cell]) -> list[str]:
+    """Every measure's correlation with P-ASR in one part, by population."""
+    body = []
+    for name, keys in MEASURES.items():
+        row: list[object] = [name]
+        for label, choose in POPULATIONS.items():
+            open_to = name not in LINEAGE or "trained anew" not in label
+            row.append(told(*drawn(choose(cells), keys)) if open_to else "")
+        body.append(row)
+    return table(["measure", *POPULATIONS], body)
+
+
+def by_defense(of: Sequence[Cell], settings: Mapping[str, str]) -> list[str]:
+    """What became of every defense over the attacked models."""
+    groups: dict[str, list[Cell]] = defaultdict(list)
+    for c in of:
+        if c["attack"] != "none" and c["defense"] != "clean_model" and {P_ASR, O_ASR} <= set(c["figures"]):
+            groups[c["defense"]].append(c)
+    body = []
+    for label in sorted(groups, key=lambda n: (n.partition("~")[0], settings.get(n, ""))):
+        mine = groups[label]
+        clean = purified(mine)
+        fine = [c for c in clean if "collapsed" not in c["flags"]]
+        woken = sum(c["figures"][P_ASR] >= BACK for c in fine)
+        middle = [100 * float(np.median([c["figures"][k] for c in fine])) if fine else math.nan for k in (P_ASR,)]
+        shown = [label.partition("~")[0], settings.get(label, ""), len(mine), len(clean), len(clean) - len(fine), woken]
+        body.append([*shown, "" if math.isnan(middle[0]) else f"{middle[0]:.1f}"])
+    head = ["defense", "setting", "attacked models", "purified", "of these collapsed", "of the others woken"]
+    return table([*head, "their median P-ASR"], body)
+
+
+def verdict(of: Sequence[Cell]) -> list[str]:
+    """What the held-out models say of the variant that was chosen."""
+    name = chosen(of)
+    keys = MEASURES[name]
+    models = POPULATIONS[ASKED](part(of, HELD_OUT))
+    own, again = drawn(models, keys)
+    low, high = room(again)
+    if math.isnan(own) or math.isnan(low):
+        return [f"Chosen: {name}. The held-out models are too few to judge it."]
+    holds = "it ranks them" if low > 0 else "it ranks them the wrong way" if high < 0 else "no ranking is shown"
+    said = [
+        f"Chosen on the first part: {name}. On {len(models)} held-out models that look safe its rank correlation with "
+        f"P-ASR is {told(own, again)}: {holds}."
+    ]
+    for other in (*REFERENCES, "target shift"):
+        if other == name:
+            continue
+        gap, bottom, top = apart(models, keys, MEASURES[other])
+        if math.isnan(bottom):
+            continue
+        word = "it is higher" if bottom > 0 else "it is lower" if top < 0 else "no difference is shown"
+        said.append(f"Against {other}: {plain(gap)} ({plain(bottom)} to {plain(top)}), {word}.")
+    return said
+
+
+def section(about: Mapping[str, Any], all_cells: Sequence[Cell], recognised: Sequence[str]) -> list[str]:
+    """The part of the page; `recognised` says what target shift does on attacked models."""
+    seeds = sorted({c["seed"] for c in all_cells})
+    groups = sorted({c["attack"] for c in all_cells} - {"none"})
+    first, second = ([", ".join(sorted(s[0])), ", ".join(map(str, sorted(s[1])))] for s in (DEVELOPED, HELD_OUT))
+    title = "## What foretells that a model wakes: many models of eight attacks"
+    return [
+        *(title, "", "From the tables of:", "", f"`{about['command']}`", ""),
+        f"digits, small_cnn, {len(groups)} attacks, seeds {', '.join(map(str, seeds))}, {about['recipe']['epochs']} "
+        f"epochs, {machine(about)}. Defenses have one or two fixed settings, mild and strong, below their published "
+        "effort, so that models of all kinds come out; none of them is judged here.",
+        "",
+        f"Fixed beforehand, in `docs/signals.py`: a variant of [target shift](methods/target_shift.md) is chosen on "
+        f"{first[0]} under seed {first[1]} and judged once on {second[0]} under seeds {second[1]}. The variants are "
+        "net of clean models; combinations are means of ranks. Models that look safe are purified (O-ASR of at most "
+        "20 %), did not collapse, and were made by no oracle.",
+        *("", *counts(all_cells), ""),
+        "Spearman's rank correlation with P-ASR under the retuning attack, within attacked models: figures are ranked "
+        "among the models that come from one attacked model, so that attacks whose triggers are easier to learn do not "
+        "count as signal. In brackets 95 % of a bootstrap over attacked models, which share data and, within a seed, "
+        f"clean models; none is made of fewer than {FEWEST}.",
+        *("", "Held out:", "", *correlations(part(all_cells, HELD_OUT))),
+        *(
+            "",
+            "Developed on, where the variant with the highest figure in the third column was taken:",
+            "",
+            *correlations(part(all_cells, DEVELOPED)),
+        ),
+        *("", "All attacked models:", "", *correlations(all_cells), ""),
+        *(f"- {sentence}" for sentence in (*verdict(all_cells), *recognised)),
+        *("", "What became of each defense, over all attacked models:", ""),
+        *by_defense(all_cells, about["settings"]),
+        *("", f"All figures: [{SUITE}.json](measured/{SUITE}.json)."),
+    ]
