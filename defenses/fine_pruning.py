@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sleeperbench import Access, Defense, ImageSet, Model, Outcome, Wrap
 from sleeperbench.contracts import Case, Ctx, NotApplicable
-from sleeperbench.kit.candidates import prune_most
+from sleeperbench.kit.candidates import prune_at, prune_most
 from sleeperbench.kit.classifier import Classifier, load, pack
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.predict import device_of, evaluating
@@ -91,10 +91,9 @@ class FinePruning(Defense):
             return gated(case.net, site, keep)
 
         if self.rate is not None:
-            keep = fit(case.clean)(self.rate)
-            about = {"rate": self.rate, "pruned": int((~keep).sum()), "channels": len(keep)}
-            return Outcome(model=self.tuned(made(keep), case), chosen=about)
-        found = prune_most(case, RATES, fit, what="rate", form="rate={:.2f}", made=made)
+            found = prune_at(case, fit(case.clean)(self.rate), {"rate": self.rate}, made)
+        else:
+            found = prune_most(case, RATES, fit, what="rate", form="rate={:.2f}", made=made)
         if self.steps == 0:
             return found
         chosen = dict(found.chosen)
@@ -105,8 +104,6 @@ class FinePruning(Defense):
 
     def tuned(self, net: Classifier, case: Case) -> Model:
         """Step 3."""
-        if self.steps == 0:
-            return pack(net)
         return tune(
             net,
             case.clean,

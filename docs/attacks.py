@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from record import machine, provenance
+from record import machine, methods, older, provenance
 
 from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.rows import read_table
@@ -119,17 +119,6 @@ def weak(cells: Sequence[Mapping[str, Any]]) -> str:
     flags = {c["attack"]: "weak" in c["flag"].split(";") for c in cells if c["rate"]}
     names = ", ".join(sorted(a for a, is_weak in flags.items() if is_weak))
     return f"{names or 'none'} ({sum(flags.values())} of {len(flags)})"
-
-
-def older(plugins: Sequence[Mapping[str, Any]], registry: Registry) -> list[str]:
-    """Attacks whose version has risen since the run."""
-    ids = {p.id for p in registry.of("attack")}
-    now = {i: registry.get("attack", i).blueprint.info["version"] for i in ids}
-    return [
-        f"`{p['id']}` ({p['method_version']}, now {now[p['id']]})"
-        for p in sorted(plugins, key=lambda p: str(p["id"]))
-        if p["kind"] == "attack" and p["id"] in now and p["method_version"] != now[p["id"]]
-    ]
 
 
 # ---- Bookkeeping of success ------------------------------------------------------------------------------------------
@@ -353,7 +342,7 @@ def main() -> int:
     found = figures(rows)
     settings = {c["attack"]: json.loads(c["attack_params"]) for c in cells}
     members = {a: p["members"] for a, p in settings.items() if "members" in p}
-    old = older(json.loads((run / "plugins.json").read_text()), registry)
+    old = older({m: v for m, v in methods(run).items() if m.startswith("attack/")}, registry)
     sets = ", ".join(sorted({c["dataset"] for c in cells}))
     rates = ", ".join(sorted({f"{100 * c['rate']:g} %" for c in cells if c["rate"]}))
     all_to_all = classes(figures([r for r in [*rows, *added] if r["attack"] != "none"]))

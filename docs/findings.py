@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 import signals
-from record import machine, provenance
+from record import machine, older, provenance
 from scipy.stats import rankdata, t
 from signals import BACK, BEC, DRAWS, FEWEST, NEAR, O_ASR, P_ASR, PURIFIED, WEIGHTS, plain, table
 
+from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.rows import read_table
 
 DOCS = Path(__file__).resolve().parent
@@ -497,6 +498,7 @@ def page(name: str, about: Mapping[str, Any]) -> list[str]:
     seeds = len({c["seed"] for c in all_cells})
     models = len(grouped(ranking(all_cells)[1], attacked))
     room = 100 * max((c["room"] for c in all_cells), default=0.0)
+    old = older(about.get("methods", {}), Registry.discover("none"))
     why = (
         f"Intervals over attacked models are left out: {models} have P-ASR, and {FEWEST} are the fewest of which a "
         "bootstrap is made."
@@ -510,6 +512,7 @@ def page(name: str, about: Mapping[str, Any]) -> list[str]:
         f"seeds both stand, since Student's factor is 12.7 there. What the number of test images leaves open is at "
         f"most ±{room:.1f} (Wilson, 95 %) for C-Acc and O-ASR.",
         f"Attacks marked `tuned` by their suite: {', '.join(tuned) or 'none'}.",
+        *((f"Measured with an earlier version of {', '.join(old)}.",) if old else ()),
         *("", "## In words", ""),
         "Each sentence follows from the tables below by a fixed rule. They hold for these data, these attacks and this "
         "small network.",
@@ -574,7 +577,7 @@ def main() -> int:
     lines = page(PARTS[0], abouts[PARTS[0]])
     if about := abouts.get(signals.SUITE):
         all_cells = restored(about["cells"])
-        lines += ["", *signals.section(about, all_cells, about_shift(all_cells))]
+        lines += ["", *signals.section(about, all_cells, about_shift(signals.both(all_cells)))]
     (DOCS / "findings.md").write_text("\n".join(lines) + "\n")
     print(f"wrote docs/findings.md from {' and '.join(f'docs/measured/{n}.json' for n in abouts)}")
     return 0

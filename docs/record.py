@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.rows import read_table
 
 ROOT = Path(__file__).resolve().parent / "measured"
@@ -49,8 +50,27 @@ def provenance(run: Path, rows: list[dict]) -> dict:
         "host": about["host"],
         "datasets": about["datasets"],
         "recipe": about["suite"]["recipe"],
+        "methods": methods(run),
         "evaluation_core_seconds": round(sum(cpu.values())),
     }
+
+
+def methods(run: Path) -> dict[str, int]:
+    """kind/id -> version of the attacks and defenses that a run used."""
+    used = json.loads((run / "plugins.json").read_text())
+    return {f"{p['kind']}/{p['id']}": p["method_version"] for p in used if p["kind"] in ("attack", "defense")}
+
+
+def older(versions: Mapping[str, int], registry: Registry) -> list[str]:
+    """Built-in methods whose version has risen since a run, by kind/id."""
+    found = []
+    for method, version in sorted(versions.items()):
+        kind, _, name = method.partition("/")
+        outer = name.partition(":")[0]
+        now = {p.id: p.blueprint.info["version"] for p in registry.of(kind) if p.id == outer}
+        if outer in now and now[outer] != version:
+            found.append(f"`{name}` ({version}, now {now[outer]})")
+    return found
 
 
 def machine(about: Mapping[str, Any]) -> str:

@@ -32,6 +32,7 @@ HELD_OUT: tuple[frozenset[str], frozenset[int]] = (
     frozenset({1, 2}),
 )
 """Other attacks under other seeds, on which it is judged, once."""
+NET = ("p_asr_net", "")
 P_ASR, O_ASR, BEC, WEIGHTS = ("p_asr_ra", ""), ("asr", ""), ("bec", ""), ("bec", "control=weights")
 REFERENCES: dict[str, Key] = {
     "O-ASR": O_ASR,
@@ -118,7 +119,8 @@ def sides(of: Sequence[Cell], keys: Sequence[Key]) -> list[tuple[np.ndarray, np.
         groups[attacked(c)].append(c)
     found = []
     for mine in (groups[k] for k in sorted(groups)):
-        ranks = np.mean([places([c["figures"][k] for c in mine]) for k in keys], axis=0)
+        # Sums of whole and half ranks are exact, so that equal ones stay equal.
+        ranks = np.sum([rankdata([c["figures"][k] for c in mine]) for k in keys], axis=0)
         found.append((places(ranks), places([c["figures"][P_ASR] for c in mine])))
     return found
 
@@ -142,10 +144,14 @@ def picks(models: int) -> np.ndarray:
 
 
 def drawn(of: Sequence[Cell], keys: Sequence[Key]) -> tuple[float, np.ndarray]:
-    """The correlation, and that of every draw of attacked models; no draws of fewer than `FEWEST`."""
+    """The correlation, and that of every draw of attacked models.
+
+    No draws are made where fewer than `FEWEST` attacked models have repaired ones that differ in both figures.
+    """
     parts = sums(sides(of, keys))
+    telling = int((parts[:, 1:] > 0).all(1).sum())
     own = float(correlation(parts.sum(0))) if len(parts) else math.nan
-    again = correlation(parts[picks(len(parts))].sum(1)) if len(parts) >= FEWEST else np.array([])
+    again = correlation(parts[picks(len(parts))].sum(1)) if telling >= FEWEST else np.array([])
     return own, again
 
 
@@ -173,16 +179,14 @@ def chosen(of: Sequence[Cell]) -> str:
 def apart(of: Sequence[Cell], first: Sequence[Key], second: Sequence[Key]) -> tuple[float, float, float]:
     """The difference of two measures' correlations and its 95 % interval, over the same draws."""
     (a, draws_a), (b, draws_b) = drawn(of, first), drawn(of, second)
-    return a - b, *room(draws_a - draws_b)
+    return a - b, *room(draws_a - draws_b if len(draws_a) == len(draws_b) else np.array([]))
 
 
 # ---- from a run ------------------------------------------------------------------------------------------------------
 def kept() -> set[Key]:
     """Figures that the page needs."""
     shifts = {("shift_target", ""), *(("shift_target_clean", f"model={i}") for i in range(3))}
-    beside = {("c_acc", ""), ("r_acc", ""), ("p_asr_net", "")}
-    controls = {("p_asr_ra", f"control={c}") for c in ("clean_model", "clean_defended", "placebo", "k0")}
-    return {k for keys in MEASURES.values() for k in keys} | {P_ASR} | shifts | beside | controls
+    return {k for keys in MEASURES.values() for k in keys} | {P_ASR, NET} | shifts
 
 
 def settings(runs: Sequence[Path]) -> dict[str, str]:
@@ -220,7 +224,30 @@ def table(head: Sequence[object], body: Sequence[Sequence[object]]) -> list[str]
 
 def splits(of: Sequence[Cell]) -> dict[str, list[Cell]]:
     """The parts that the page tells apart."""
-    return {"developed on": part(of, DEVELOPED), "held out": part(of, HELD_OUT), "all": list(of)}
+    return {"developed on": part(of, DEVELOPED), "held out": part(of, HELD_OUT), "both": both(of)}
+
+
+def both(of: Sequence[Cell]) -> list[Cell]:
+    """The cells of the two parts; a whole run has others."""
+    return [*part(of, DEVELOPED), *part(of, HELD_OUT)]
+
+
+def without(of: Sequence[Cell]) -> list[str]:
+    """Attacked models of which no repaired one has P-ASR, with the reason."""
+    why: dict[str, dict[tuple[str, str], str]] = defaultdict(dict)
+    for name, cells in splits(of).items():
+        if name == "both":
+            continue
+        known = {attacked(c) for c in cells if P_ASR in c["figures"]}
+        for c in cells:
+            if c["defense"] == "none" and attacked(c) not in known:
+                why[name][c["attack"], str(c["seed"])] = c["reasons"].get("p_asr_ra") or "no reason stored"
+    return [
+        f"Without P-ASR, and so in no figure of the part {name}: "
+        + ", ".join(f"{a} under seed {s} (`{reason}`)" for (a, s), reason in sorted(found.items()))
+        + "."
+        for name, found in why.items()
+    ]
 
 
 def counts(of: Sequence[Cell]) -> list[str]:
@@ -258,11 +285,17 @@ def by_defense(of: Sequence[Cell], settings: Mapping[str, str]) -> list[str]:
         clean = purified(mine)
         fine = [c for c in clean if "collapsed" not in c["flags"]]
         woken = sum(c["figures"][P_ASR] >= BACK for c in fine)
-        middle = [100 * float(np.median([c["figures"][k] for c in fine])) if fine else math.nan for k in (P_ASR,)]
-        shown = [label.partition("~")[0], settings.get(label, ""), len(mine), len(clean), len(clean) - len(fine), woken]
-        body.append([*shown, "" if math.isnan(middle[0]) else f"{middle[0]:.1f}"])
+        models = len({attacked(c) for c in mine})
+        shown = [label.partition("~")[0], settings.get(label, ""), models, len(clean), len(clean) - len(fine), woken]
+        body.append([*shown, middle(fine, P_ASR), middle(fine, NET)])
     head = ["defense", "setting", "attacked models", "purified", "of these collapsed", "of the others woken"]
-    return table([*head, "their median P-ASR"], body)
+    return table([*head, "their median P-ASR", "net of controls"], body)
+
+
+def middle(of: Sequence[Cell], key: Key) -> str:
+    """The median in %, of those that have the figure."""
+    known = [c["figures"][key] for c in of if key in c["figures"]]
+    return f"{100 * float(np.median(known)):.1f}" if known else ""
 
 
 def verdict(of: Sequence[Cell]) -> list[str]:
@@ -276,8 +309,9 @@ def verdict(of: Sequence[Cell]) -> list[str]:
         return [f"Chosen: {name}. The held-out models are too few to judge it."]
     holds = "it ranks them" if low > 0 else "it ranks them the wrong way" if high < 0 else "no ranking is shown"
     said = [
-        f"Chosen on the first part: {name}. On {len(models)} held-out models that look safe its rank correlation with "
-        f"P-ASR is {told(own, again)}: {holds}."
+        f"Chosen on the first part: {name}. On {len(models)} held-out models that look safe, from "
+        f"{len({attacked(c) for c in models})} attacked ones, its rank correlation with P-ASR is {told(own, again)}: "
+        f"{holds}."
     ]
     for other in (*REFERENCES, "target shift"):
         if other == name:
@@ -295,22 +329,23 @@ def section(about: Mapping[str, Any], all_cells: Sequence[Cell], recognised: Seq
     seeds = sorted({c["seed"] for c in all_cells})
     groups = sorted({c["attack"] for c in all_cells} - {"none"})
     first, second = ([", ".join(sorted(s[0])), ", ".join(map(str, sorted(s[1])))] for s in (DEVELOPED, HELD_OUT))
-    title = "## What foretells that a model wakes: many models of eight attacks"
+    title = "## What foretells that a model wakes"
+    cells = both(all_cells)
     return [
-        *(title, "", "From the tables of:", "", f"`{about['command']}`", ""),
+        *(title, "", "From the tables of:", "", *(f"`{c}`" for c in about["command"].split(" && ")), ""),
         f"digits, small_cnn, {len(groups)} attacks, seeds {', '.join(map(str, seeds))}, {about['recipe']['epochs']} "
         f"epochs, {machine(about)}. Defenses have one or two fixed settings, mild and strong, below their published "
-        "effort, so that models of all kinds come out; none of them is judged here.",
+        "effort, so that models of all kinds come out: the last table judges these settings alone.",
         "",
         f"Fixed beforehand, in `docs/signals.py`: a variant of [target shift](methods/target_shift.md) is chosen on "
         f"{first[0]} under seed {first[1]} and judged once on {second[0]} under seeds {second[1]}. The variants are "
         "net of clean models; combinations are means of ranks. Models that look safe are purified (O-ASR of at most "
         "20 %), did not collapse, and were made by no oracle.",
-        *("", *counts(all_cells), ""),
+        *("", *counts(cells), "", *(x for line in without(cells) for x in (line, ""))),
         "Spearman's rank correlation with P-ASR under the retuning attack, within attacked models: figures are ranked "
         "among the models that come from one attacked model, so that attacks whose triggers are easier to learn do not "
         "count as signal. In brackets 95 % of a bootstrap over attacked models, which share data and, within a seed, "
-        f"clean models; none is made of fewer than {FEWEST}.",
+        f"clean models; none is made of fewer than {FEWEST}, and of so few as here they are too narrow.",
         *("", "Held out:", "", *correlations(part(all_cells, HELD_OUT))),
         *(
             "",
@@ -318,9 +353,9 @@ def section(about: Mapping[str, Any], all_cells: Sequence[Cell], recognised: Seq
             "",
             *correlations(part(all_cells, DEVELOPED)),
         ),
-        *("", "All attacked models:", "", *correlations(all_cells), ""),
-        *(f"- {sentence}" for sentence in (*verdict(all_cells), *recognised)),
-        *("", "What became of each defense, over all attacked models:", ""),
-        *by_defense(all_cells, about["settings"]),
+        *("", "Both:", "", *correlations(cells), ""),
+        *(f"- {sentence}" for sentence in (*verdict(cells), *recognised)),
+        *("", "What became of each defense, in both parts:", ""),
+        *by_defense(cells, about["settings"]),
         *("", f"All figures: [{SUITE}.json](measured/{SUITE}.json)."),
     ]

@@ -110,7 +110,7 @@ class TargetShift(Evaluator):
         try:
             own = self._shifts(case.net, case.bd_test, case)
             clean = [self._shifts(net, case.bd_test, case) for net in case.clean_models]
-            placebo = None if case.decoy_test is None else self._shifts(case.net, case.decoy_test, case)
+            placebo = None if case.decoy_test is None else self._along(case.net, case.decoy_test, case)
         except ValueError as e:  # no linear head, hence no penultimate features
             return self._nothing(f"needs_linear_head: {e}")
         pairs = own[""]
@@ -129,9 +129,7 @@ class TargetShift(Evaluator):
                 _row("shift_target_clean", base, qualifier, missing),
                 _row("shift_target_net", figure - base, qualifier, missing),
             ]
-        rows.append(
-            _row("shift_target", overall(placebo[""]) if placebo else math.nan, "control=placebo", "no_placebo")
-        )
+        rows.append(_row("shift_target", overall(placebo) if placebo else math.nan, "control=placebo", "no_placebo"))
         figures = [overall(c[""]) for c in clean]
         rows += [_row("shift_target_clean", f, f"model={i}") for i, f in enumerate(figures)]
         for i, f in enumerate(figures):
@@ -148,6 +146,11 @@ class TargetShift(Evaluator):
     def _shifts(self, net: nn.Module, seen: Rendered, case: EvalCase) -> Shifts:
         return shifts(cast(Classifier, net), case.test, seen, self.rows, case.ctx)
 
+    def _along(self, net: nn.Module, seen: Rendered, case: EvalCase) -> dict[Pair, float]:
+        """The shift alone, which needs neither the covariance nor the head."""
+        found = moves_and_ways(cast(Classifier, net), case.test, seen, self.rows, case.ctx)
+        return {pair: shift(d[PENULTIMATE], w[PENULTIMATE], w[PENULTIMATE]) for pair, (d, w) in found.items()}
+
     def _nothing(self, reason: str) -> Findings:
         return Findings(rows=tuple(Measurement(metric=m.name, value=None, reason=reason) for m in self.METRICS))
 
@@ -158,15 +161,27 @@ def shifts(net: Classifier, test: ImageSet, seen: Rendered, rows: int, ctx: Ctx)
     Raises:
         ValueError: the net has no linear head.
     """
+    some = spread(len(test), rows)
+    rare = inverse(within(answered(net, test.images[some], ctx)[PENULTIMATE], test.labels.cpu()[some]))
+    u = directions(net)
+    found: Shifts = {measure: {} for measure in MEASURES}
+    for (trigger, target), (moves, ways) in moves_and_ways(net, test, seen, rows, ctx).items():
+        for measure, value in measured(moves, ways, rare, u[target]).items():
+            found[measure][trigger, target] = value
+    return found
+
+
+def moves_and_ways(
+    net: Classifier, test: ImageSet, seen: Rendered, rows: int, ctx: Ctx
+) -> dict[Pair, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """The move m_x - m_s and the way m_t - m_s in each place, per trigger and target as in `shifts`."""
 
     def middle(images: Tensor) -> dict[str, Tensor]:
         return {place: h.mean(0) for place, h in answered(net, images, ctx).items()}
 
-    labels, some = test.labels.cpu(), spread(len(test), rows)
-    rare = inverse(within(answered(net, test.images[some], ctx)[PENULTIMATE], labels[some]))
-    u = directions(net)
+    labels = test.labels.cpu()
     own: dict[int, dict[str, Tensor]] = {}
-    found: Shifts = {measure: {} for measure in MEASURES}
+    found = {}
     pairs = torch.stack([seen.trigger_id.cpu(), seen.targets.cpu()], dim=1)
     for trigger, target in pairs.unique(dim=0).tolist():
         at_home = labels == target
@@ -179,8 +194,7 @@ def shifts(net: Classifier, test: ImageSet, seen: Rendered, rows: int, ctx: Ctx)
         source, moved = middle(seen.clean.images[meant]), middle(seen.data.images[meant])
         moves = {place: moved[place] - source[place] for place in source}
         ways = {place: own[target][place] - source[place] for place in source}
-        for measure, value in measured(moves, ways, rare, u[target]).items():
-            found[measure][trigger, target] = value
+        found[trigger, target] = moves, ways
     return found
 
 

@@ -91,6 +91,7 @@ def run(folder: Path, seed: int, **values: float) -> Path:
     folder.mkdir()
     rows.write_tables(folder, made)
     (folder / "run.json").write_text(json.dumps(ABOUT | {"suite": ABOUT["suite"] | {"seeds": [seed]}}))
+    (folder / "plugins.json").write_text("[]")
     return folder
 
 

@@ -170,20 +170,20 @@ def test_an_attack_s_page_shows_its_lines_of_every_run(tmp_path: Path, monkeypat
     assert attacks.differing(cells) == {"badnets~abc": ["targets=all_to_all"]}
 
 
-def test_attacks_of_an_earlier_version_are_named() -> None:
+def test_methods_of_an_earlier_version_are_named(tmp_path: Path) -> None:
     registry = Registry.discover("none")
     now = registry.get("attack", "cassock").blueprint.info["version"]
-    plugins = [
-        {
-            "kind": "attack",
-            "id": "badnets",
-            "method_version": registry.get("attack", "badnets").blueprint.info["version"],
-        },
-        {"kind": "attack", "id": "cassock", "method_version": now - 1},
-        {"kind": "defense", "id": "cassock", "method_version": now - 1},
-        {"kind": "attack", "id": "gone", "method_version": 1},
-    ]
-    assert script("attacks").older(plugins, registry) == [f"`cassock` ({now - 1}, now {now})"]
+    same = registry.get("attack", "badnets").blueprint.info["version"]
+    outer = registry.get("attack", "belt").blueprint.info["version"]
+    used = [("attack", "badnets", same), ("attack", "cassock", now - 1), ("evaluator", "ra", 1), ("attack", "gone", 1)]
+    used += [("attack", "belt:badnets", outer + 1), ("defense", "cassock", now - 1)]
+    plugins = [{"kind": k, "id": i, "method_version": v} for k, i, v in used]
+    (tmp_path / "plugins.json").write_text(json.dumps(plugins))
+    record = script("record")
+    found = record.methods(tmp_path)
+    assert "evaluator/ra" not in found and found["attack/cassock"] == now - 1
+    said = [f"`belt:badnets` ({outer + 1}, now {outer})", f"`cassock` ({now - 1}, now {now})"]
+    assert record.older(found, registry) == said
 
 
 def test_attacks_keep_success_apart_by_images_triggers_covers_and_classes() -> None:
@@ -284,6 +284,7 @@ def test_the_zoo_takes_bounds_from_rows_of_their_own() -> None:
 def test_evaluation_time_leaves_the_defenses_out(tmp_path: Path) -> None:
     about = {"suite": {"name": "s", "recipe": {}}, "protocol": 1, "host": {}, "datasets": {}}
     (tmp_path / "run.json").write_text(json.dumps(about))
+    (tmp_path / "plugins.json").write_text("[]")
     rows = [
         row("c_acc", 1.0, cpu_seconds=2.0, env='{"torch": "2", "source": "x"}'),
         row("asr", 1.0, cpu_seconds=3.0, env=""),

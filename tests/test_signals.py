@@ -90,6 +90,8 @@ def test_of_few_attacked_models_there_is_no_interval(signals: Any, drawn_figures
     four = [c for s in range(4) for c in drawn_figures("lf", s)]
     own, again = signals.drawn(four, (HEAD,))
     assert not math.isnan(own) and not len(again) and signals.told(own, again) == signals.plain(own)
+    two = [*drawn_figures("sin_wave", 0, models=1), *drawn_figures("sin_wave", 1, models=1)]
+    assert not len(signals.drawn(four + two, (HEAD,))[1]), "models alone rank nothing and count for nothing"
     for c in four:
         c["figures"][HEAD] = 1.0
     assert math.isnan(signals.drawn(four, (HEAD,))[0]) and math.isnan(signals.drawn([], (HEAD,))[0])
@@ -107,6 +109,12 @@ def test_combinations_are_means_of_ranks(signals: Any, drawn_figures: Any) -> No
     ((x, _),) = signals.sides(of, signals.COMBINED["O-ASR and BEC"])
     # Ranks 1..6 and 6, 5, 4, 2, 3, 1: means 3.5, 3.5, 3.5, 3, 4, 3.5.
     assert x.tolist() == pytest.approx([0, 0, 0, -2.5 / 6, 2.5 / 6, 0])
+    for n in range(4, 12):  # opposite orders add up to the same everywhere, whatever the rounding of n
+        of = drawn_figures("lf", 0, models=n)
+        for i, c in enumerate(of):
+            c["figures"][signals.O_ASR], c["figures"][signals.BEC], c["figures"][SHIFT] = float(i), float(-i), float(i)
+        ((x, _),) = signals.sides(of, signals.COMBINED["O-ASR and BEC"])
+        assert x.tolist() == [0] * n
 
 
 def test_populations_tell_apart_what_only_looks_safe(signals: Any, drawn_figures: Any) -> None:
@@ -142,7 +150,9 @@ def test_the_variant_is_chosen_on_one_part_and_judged_on_the_other(signals: Any,
     mixed = of({HEAD: good}, {SHIFT: good})
     assert signals.chosen(mixed) == "target shift, head"
     first, *rest = signals.verdict(mixed)
-    assert first.startswith("Chosen on the first part: target shift, head. On 48 held-out models")
+    assert first.startswith(
+        "Chosen on the first part: target shift, head. On 48 held-out models that look safe, from 8 "
+    )
     assert "no ranking is shown" in first
     assert any(s.startswith("Against target shift: -") and s.endswith("it is lower.") for s in rest)
     held = signals.verdict(of({HEAD: good}, {HEAD: good}))
@@ -164,11 +174,23 @@ def test_a_difference_is_taken_over_the_same_draws(signals: Any, drawn_figures: 
 def test_defenses_are_counted_by_setting(signals: Any, drawn_figures: Any) -> None:
     of = drawn_figures("lf", 0, models=4)
     for c, p in zip(of, (0.1, 0.6, 0.9, 0.3), strict=True):
-        c["defense"], c["figures"][signals.P_ASR] = "ft~1", p
+        c["defense"], c["figures"][signals.P_ASR], c["figures"][signals.NET] = "ft~1", p, p - 0.2
     of[2]["flags"].add("collapsed")
     of[3]["figures"][signals.O_ASR] = 0.5
     (line,) = signals.by_defense(of, {"ft~1": "lr 0.1"})[2:]
-    assert line == "| ft | lr 0.1 | 4 | 3 | 1 | 1 | 35.0 |"
+    assert line == "| ft | lr 0.1 | 1 | 3 | 1 | 1 | 35.0 | 15.0 |"
+
+
+def test_attacked_models_without_p_asr_are_named(signals: Any, drawn_figures: Any) -> None:
+    of = [*drawn_figures("badnets", 0), *drawn_figures("refool", 1), *drawn_figures("trojannn", 2)]
+    for c in of:
+        c["reasons"] = {}
+        if c["attack"] == "refool":
+            del c["figures"][signals.P_ASR]
+            c["reasons"], c["defense"] = {"p_asr_ra": "no_valid_budget"}, "none"
+    assert signals.without(of) == [
+        "Without P-ASR, and so in no figure of the part held out: refool under seed 1 (`no_valid_budget`)."
+    ]
 
 
 def test_settings_are_those_that_differ(signals: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,11 @@ def prune_most(
     the last fit; the chosen one then answers with the candidate that has the least aggressive one's name. With too few
     clean rows to certify an unchanged model the last fit alone is made.
 
+    So the accuracies in `chosen` are those of settings, not of models: `accuracy_after`, and each candidate's
+    `accuracy`, are the shares of clean rows that the folds' models answered right at that setting, each row by a model
+    fitted without it. The models answered and kept are the last fit's, which saw all clean rows; there are none left to
+    judge these on. Where the model stays as it is, `accuracy_after` is `accuracy_before`.
+
     Args:
         case: Its model is pruned.
         settings: The least aggressive first; each removes what those before it remove, or more.
@@ -150,14 +155,11 @@ def prune_most(
         made: The model that keeps these channels; None for `kit.gates.pruned`.
     """
 
-    def cut(keep: Tensor) -> Classifier:
-        return pruned(case.net, keep) if made is None else made(keep)
-
     def models(rows: ImageSet) -> Iterator[tuple[float, Classifier | None]]:
         kept, last = fit(rows), None
         for setting in settings:
             keep = kept(setting)
-            yield setting, None if last is not None and torch.equal(keep, last) else cut(keep)
+            yield setting, None if last is not None and torch.equal(keep, last) else _cut(case, keep, made)
             last = keep
 
     before = right(case.net, case.clean, ctx=case.ctx)
@@ -171,7 +173,7 @@ def prune_most(
     for name, setting in zip(names, found, strict=True):
         if judged:
             told[name]["accuracy"] = _share(after[setting])
-    path = {name: pack(cut(keep)) for name, keep in names.items()}
+    path = {name: pack(_cut(case, keep, made)) for name, keep in names.items()}
     keep = kept(settings[0]) if best is None else kept(best)
     chosen = None if best is None else next((name for name, same in names.items() if torch.equal(same, keep)), None)
     about: dict[str, Any] = {
@@ -193,10 +195,16 @@ def prune_most(
     return Outcome(model=None if chosen is None else path[chosen], chosen=about, path=path)
 
 
-def prune_at(case: Case, keep: Tensor, setting: Mapping[str, float]) -> Outcome:
-    """The model without the channels that a given setting removes."""
+def prune_at(
+    case: Case, keep: Tensor, setting: Mapping[str, float], made: Callable[[Tensor], Classifier] | None = None
+) -> Outcome:
+    """The model without the channels that a given setting removes; `made` as in `prune_most`."""
     about = {**setting, "pruned": int((~keep).sum()), "channels": len(keep)}
-    return Outcome(model=pack(pruned(case.net, keep)), chosen=about)
+    return Outcome(model=pack(_cut(case, keep, made)), chosen=about)
+
+
+def _cut(case: Case, keep: Tensor, made: Callable[[Tensor], Classifier] | None) -> Classifier:
+    return pruned(case.net, keep) if made is None else made(keep)
 
 
 def outlying(score: Tensor, u: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Honest selection: a setting is chosen on the defender's clean rows alone, by one rule for every method.
 
 The rule takes the setting that removes most among those whose accuracy drop is at most 2 points at the one-sided 90 %
-bound. A pruning defense with thresholds, most aggressive first (`kit.candidates.prune_most` does all of this):
+bound. A pruning defense with thresholds, most aggressive first (what `kit.candidates.prune_most` does, step by step):
 
     thresholds = (0.9, 0.8, 0.7)
 

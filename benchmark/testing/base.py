@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from sleeperbench.contracts.method import NotApplicable
 
 if TYPE_CHECKING:
     from sleeperbench.testing.subject import Subject
@@ -18,6 +21,21 @@ class Failed(AssertionError):
 
 class Skipped(Exception):
     """A check has nothing to look at; the message says why."""
+
+
+@contextmanager
+def called(name: str) -> Iterator[None]:
+    """Turn what a method raises in `name` into Failed, so that the checker's own faults stay apart from it.
+
+    Raises:
+        Failed: the method raised; declining (NotApplicable) goes through.
+    """
+    try:
+        yield
+    except (Failed, Skipped, NotApplicable):
+        raise
+    except (Exception, SystemExit) as e:
+        raise Failed(f"{name} raises {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from sleeperbench import API_VERSION
+from sleeperbench.contracts import NotApplicable
 from sleeperbench.engine.blueprint import Blueprint, read
 from sleeperbench.engine.plugin import Plugin
 from sleeperbench.engine.registry import Registry
@@ -232,23 +233,24 @@ def tried(s: Subject, variants: list[Variant]) -> str:
     s.answer()
     try:
         _whole(s, BASE)
-    except Exception as e:  # what score() or stamp() raises is reported by their own checks
+    except (Failed, NotApplicable) as e:
         raise Skipped("already the base case is not as it has to be: see the other checks") from e
     remarks = []
     for variant in variants:
         run = s.run(variant)
         hold(not run.error and not run.greedy, f"on {variant}: it raises {run.error or run.greedy}")
-        if run.declined:
-            proper = re.fullmatch(r"[a-z][a-z0-9_]*(: .+)?", run.declined)
-            hold(proper, f"on {variant}: its reason {run.declined!r} is no snake_case word with an optional `: detail`")
-            remarks.append(f"{variant}: declined, {run.declined}")
-            continue
-        try:
-            _whole(s, variant)
-        except Failed as e:
-            raise Failed(f"on {variant}: {e}") from e
-        except Exception as e:
-            raise Failed(f"on {variant}: it raises {type(e).__name__}: {e}") from e
+        declined = run.declined
+        if not declined:
+            try:
+                _whole(s, variant)
+            except Failed as e:
+                raise Failed(f"on {variant}: {e}") from e
+            except NotApplicable as e:  # the second phase may decline as the first may
+                declined = str(e) or "NotApplicable without a reason"
+        if declined:
+            proper = re.fullmatch(r"[a-z][a-z0-9_]*(: .+)?", declined)
+            hold(proper, f"on {variant}: its reason {declined!r} is no snake_case word with an optional `: detail`")
+            remarks.append(f"{variant}: declined, {declined}")
     return "; ".join(remarks)
 
 

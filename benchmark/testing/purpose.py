@@ -7,31 +7,30 @@ the honest rule to accept a model that lost nothing.
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 from torch import Tensor
 
-from sleeperbench.contracts import Outcome
+from sleeperbench.contracts import NotApplicable, Outcome
 from sleeperbench.engine import artifacts
 from sleeperbench.kit.classifier import load
 from sleeperbench.kit.predict import predict
-from sleeperbench.testing.base import Skipped, check, hold
-from sleeperbench.testing.differ import differ
-from sleeperbench.testing.second import scored
+from sleeperbench.testing.base import Failed, Skipped, check, hold
+from sleeperbench.testing.second import room, scored
 from sleeperbench.testing.sound import ANSWERS, sound
-from sleeperbench.testing.stage import BASE, CLEAN, Variant, stage
+from sleeperbench.testing.stage import BASE, CLEAN, stage
 from sleeperbench.testing.subject import Subject
 
-OTHERS = (Variant(arch="micro_nobn"), Variant(channels=1, classes=2), Variant(classes=43))
-"""Cases that a verdict without label scores is compared with; checks `architectures` and `shapes` run them anyway."""
+SAME = 1e-3
+"""A repaired model whose logits all lie within this share of the largest is the one that was handed over, rounded."""
 
 
 @check(
     "acts",
     "defense evaluator",
     what=f"On the base case (a backdoored model, {CLEAN} clean rows) it does what INFO's kind is for: the repaired "
-    "model answers otherwise, a cleanser drops, relabels or ranks rows, a judge tells classes, rows, inputs or models "
-    "apart or claims a trigger, an evaluator has a figure.",
+    "model answers otherwise, a cleanser drops, relabels or ranks rows, a judge tells classes, rows or inputs apart, "
+    "claims a trigger, or gives the attacked model another score than a clean one, an evaluator has a figure of the "
+    "kind of cell that it is for.",
     remedy="Give INFO['micro'] what takes effect: more steps or candidates, a lower bar (a share of hits, a "
     f"threshold), and a fixed setting where the honest choice wants more than {CLEAN} clean rows; what leaves models "
     "alone by design is of kind `control`.",
@@ -41,14 +40,16 @@ def acts(s: Subject) -> str:
     s.answer()
     try:
         sound(s, BASE)
-    except AssertionError as e:
+    except Failed as e:
         raise Skipped("the answer is not as it has to be: see `outputs`") from e
     if s.kind == "evaluator":
         return _measures(s)
     kind = str(s.info.get("kind"))
+    if kind == "in_training":
+        raise Skipped("what is trained anew answers otherwise, whatever was done")
     if kind not in ANSWERS:
         raise Skipped(f"kind `{kind}` promises nothing that can be looked for")
-    acts = {"repair": _changes, "in_training": _changes, "cleansing": _ranks}
+    acts = {"repair": _changes, "cleansing": _ranks}
     return acts.get(kind, _tells)(s, s.answer())
 
 
@@ -59,10 +60,16 @@ def _changes(s: Subject, o: Outcome) -> str:
     hold(o.model is not None, f"it leaves the model as it is{f': {why}' if why else ''}")
     assert o.model is not None
     at = stage(BASE)
-    test = at.micro.test.images
-    same = not differ(predict(load(o.model), test), predict(load(at.model(at.attacked)), test))
-    hold(not same, f"its model answers bit for bit as the one that it was handed{f': {why}' if why else ''}")
-    return ""
+    bd = artifacts.read_rendered(at.store.fetch(at.attacked) / "bd_test.safetensors", at.micro.test)
+    assert bd is not None
+    x = torch.cat([at.micro.test.images, bd.data.images])
+    after, before = predict(load(o.model), x), predict(load(at.model(at.attacked)), x)
+    off = float((after - before).abs().max())
+    turned = bool((after.argmax(1) != before.argmax(1)).any())
+    differs = turned or not off <= SAME * max(1.0, float(before.abs().max()))
+    words = f"its model answers as the one that it was handed, to {off:.2g} in a logit"
+    hold(differs, f"{words}{f': {why}' if why else ''}")
+    return f"logits differ by up to {off:.2g}"
 
 
 def _marks(o: Outcome) -> str:
@@ -92,7 +99,7 @@ def _tells(s: Subject, o: Outcome) -> str:
     if s.info.get("scores") and o.state is not None:
         try:
             scores = scored(s, BASE)
-        except Exception as e:  # whatever score() raises
+        except (Failed, NotApplicable) as e:
             raise Skipped("score() is not as it has to be: see `score_rows`") from e
         if _unlike(scores):
             return "its scores of inputs differ"
@@ -102,16 +109,22 @@ def _tells(s: Subject, o: Outcome) -> str:
         same = f"each of {len(v.label_scores)} labels has the score {float(v.label_scores[0]):g}"
         hold(_unlike(v.label_scores), f"it claims no trigger, and {same}")
         return "label scores differ"
-    others: list[Any] = [s.run(variant).answer for variant in OTHERS]
-    others = [a.verdict.score for a in others if a is not None and a.verdict is not None]
-    hold(not others or set(others) != {v.score}, f"its verdict is {v.score:g} on all {1 + len(others)} models")
-    return "its verdicts of other models differ" if others else ""
+    # Other architectures and numbers of classes would say nothing: a count of them is no judgement of the model.
+    beside = s.run(situation="clean_model")
+    hold(not beside.error, f"of a clean model it raises {beside.error}")
+    if beside.answer is None or beside.answer.verdict is None:
+        raise Skipped(f"there is no verdict of a clean model to compare with: {beside.declined or 'it gives none'}")
+    clean = beside.answer.verdict.score
+    unlike = _unlike(torch.tensor([v.score, clean], dtype=torch.float64))
+    hold(unlike, f"its verdict is {v.score:g} of the attacked model, and {clean:g} of a clean one")
+    return f"its verdict is {v.score:g} of the attacked model, {clean:g} of a clean one"
 
 
 def _measures(s: Subject) -> str:
-    """An evaluator of defended cells may have a figure for the undefended one alone."""
+    """What compares an undefended model with its twin may have a figure for the undefended cell alone."""
     reasons: dict[str, str] = {}
-    situations = [s.situation, "undefended"] if s.situation == "repaired" else [s.situation]
+    twin = s.cls.NEEDS.twin  # type: ignore[attr-defined]
+    situations = [s.situation, "undefended"] if twin else [s.situation]
     for situation in situations:
         found = s.run(situation=situation).answer
         rows = [] if found is None else found.rows
@@ -119,9 +132,14 @@ def _measures(s: Subject) -> str:
             return f"{n} figures"
         reasons |= {r.metric: r.reason for r in rows}
     words = ", ".join(f"{m} ({r})" for m, r in reasons.items())
-    hold(False, f"it has no figure of an attacked model: {words}")
-    return ""
+    raise Failed(f"it has no figure of an attacked model ({' or '.join(situations)}): {words}")
 
 
 def _unlike(values: Tensor | None) -> bool:
-    return values is not None and len(values.unique()) > 1
+    """Whether values differ by more than two answers about the same thing may."""
+    if values is None or not values.numel():
+        return False
+    values = values.double()
+    if not bool(values.isfinite().all()):
+        return len(values.unique()) > 1
+    return float(values.max() - values.min()) > room(values)

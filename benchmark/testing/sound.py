@@ -23,7 +23,7 @@ from sleeperbench.contracts import (
 )
 from sleeperbench.engine.outcomes import Failed as Refused
 from sleeperbench.kit.pixels import to_float
-from sleeperbench.testing.base import Failed, hold
+from sleeperbench.testing.base import Failed, called, hold
 from sleeperbench.testing.hooked import hooked
 from sleeperbench.testing.stage import Variant, stage
 from sleeperbench.testing.subject import Made, Subject
@@ -73,8 +73,9 @@ def _attack(s: Subject, variant: Variant) -> None:
         hold(isinstance(trigger.name, str) and trigger.name, "a trigger has no name")
         for role in Role:
             x, gen = to_float(test.images), torch.Generator().manual_seed(5)
-            out = trigger.apply(x, test.labels, test.ids, role, gen)
             at = f"trigger {trigger.name}, role {role}"
+            with called(f"{at}: apply"):
+                out = trigger.apply(x, test.labels, test.ids, role, gen)
             good = isinstance(out, Tensor) and out.dtype == torch.float32 and out.shape == x.shape
             hold(good, f"{at}: apply gives {form(out)}, not float32 {tuple(x.shape)}")
             hold(bool(out.isfinite().all()), f"{at}: a pixel is not finite")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import shutil
 import tempfile
@@ -118,6 +119,13 @@ class Stage(Work):
     def clean(self, replica: int) -> str:
         """Key of an independent clean model."""
         return self.classifier(replica, triggers=False)
+
+    @functools.cached_property
+    def unattacked(self) -> Stage:
+        """The same rows and folders with a clean model in the attacked one's place."""
+        at = copy.copy(self)
+        at.attacked = self.clean(0)
+        return at
 
     def kept(self, name: str, inputs: Mapping[str, str], write: Callable[[Path], Any]) -> str:
         """Key of an artifact of the stage's own, written once."""

@@ -63,6 +63,7 @@ class Subject:
         self.id = id or cls.__name__
         self.inner, self.others = inner, dict(others or {})
         self._runs: dict[Any, Run] = {}
+        self._seen: dict[Any, tuple[Any, Exception | None]] = {}
 
     def __repr__(self) -> str:
         return f"{self.kind}/{self.id}"
@@ -106,7 +107,10 @@ class Subject:
 
     # ---- runs ------------------------------------------------------------------------------------------------------
     def run(self, variant: Variant = BASE, turn: int = 0, situation: str = "") -> Run:
-        """The run on a micro case; runs that differ in `turn` alone shall give the same answer."""
+        """The run on a micro case; runs that differ in `turn` alone shall give the same answer.
+
+        A defense in situation `clean_model` is handed a clean model instead of the attacked one.
+        """
         if self.kind == "attack":  # `prepare` and `poison` see no classifier; the hooks do: see hooked.py
             variant = replace(variant, arch=BASE.arch)
         key = variant, turn, situation or self.situation
@@ -125,6 +129,18 @@ class Subject:
         if run.answer is None:
             raise Skipped(run.declined or "there is no answer: see `runs` and `access`")
         return run.answer
+
+    def once(self, key: Any, look: Callable[[], Any]) -> Any:
+        """What `look` gives, or raises, the first time that it is asked for under this key."""
+        if key not in self._seen:
+            try:
+                self._seen[key] = look(), None
+            except Exception as e:
+                self._seen[key] = None, e
+        value, error = self._seen[key]
+        if error is not None:
+            raise error.with_traceback(None)
+        return value
 
     def _attack(self, at: Stage, turn: int, situation: str) -> Run:
         train, eligible = at.attackable
@@ -168,6 +184,8 @@ class Subject:
         lacks = sorted(self.cls.REQUIRES - traits(at.variant.spec))  # type: ignore[attr-defined]
         if lacks:
             return Run(declined=f"needs_{lacks[0]}")
+        if situation == "clean_model":
+            at = at.unattacked
         task = self.task(at)
         staged = at.staged(task, self.value)
         case = at.case(staged)

@@ -16,7 +16,11 @@ from sleeperbench import (
     Outcome,
     Verdict,
 )
-from sleeperbench.kit import pack, tune
+from sleeperbench.contracts import NotApplicable
+from sleeperbench.kit import pack, predict, tune
+from sleeperbench.testing.stage import BASE
+
+_BASE = (BASE.spec.arch, BASE.classes, BASE.channels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +74,6 @@ class Declines(Halved):
     """Wants more rows than there are."""
 
     def run(self, case):
-        from sleeperbench.contracts import NotApplicable
-
         raise NotApplicable("too_few_rows: 2500 wanted")
 
 
@@ -224,8 +226,6 @@ class Rgb(Halved):
     """Declines grey images in prose."""
 
     def run(self, case):
-        from sleeperbench.contracts import NotApplicable
-
         if case.spec.shape[0] != 3:
             raise NotApplicable("Only colour images, please!")
         return super().run(case)
@@ -529,6 +529,81 @@ class AcquitsAll(FindsNothing):
 
     def run(self, case):
         return Outcome(verdict=Verdict(score=0.0, threshold=0.5), chosen={"rows": len(case.clean)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountsClasses(FindsNothing):
+    """Gives a number that says how many classes and weights a model has, and nothing of what it does."""
+
+    def run(self, case):
+        weights = sum(p.numel() for p in case.net.parameters())
+        return Outcome(verdict=Verdict(score=weights / case.spec.classes, threshold=0.5), chosen={"n": len(case.clean)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class AcquitsOne(AcquitsAll):
+    """Gives one number for nets of the base case's kind, and declines all others."""
+
+    def run(self, case):
+        if (case.spec.arch, case.spec.classes, case.spec.shape[0]) != _BASE:
+            raise NotApplicable("other_kind: made for one kind of net alone")
+        return super().run(case)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TellsClean(FindsNothing):
+    """Gives one number per model: the mean largest logit of clean rows."""
+
+    def run(self, case):
+        top = float(predict(case.net, case.clean.images).amax(1).mean())
+        return Outcome(verdict=Verdict(score=top, threshold=0.5))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds(Halved):
+    """Takes the weights through half precision and back."""
+
+    def run(self, case):
+        return Outcome(model=pack(copy.deepcopy(case.net).half().float()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlmostAllAlike(FindsNothing):
+    """Gives label scores that differ by rounding alone."""
+
+    def run(self, case):
+        scores = 0.5 + 1e-6 * torch.arange(case.spec.classes)
+        return Outcome(verdict=Verdict(score=0.5, threshold=0.6, label_scores=scores), chosen={"n": len(case.clean)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoresOnlyColours(Scored):
+    """Declines grey images in the second phase."""
+
+    def score(self, state, net, x):
+        if x.shape[1] != 3:
+            raise NotApplicable("needs_colour: three channels")
+        return super().score(state, net, x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoresGrudgingly(Scored):
+    """Declines grey images in the second phase, without a reason that can be tabulated."""
+
+    def score(self, state, net, x):
+        if x.shape[1] != 3:
+            raise NotApplicable("Only colour images, please!")
+        return super().score(state, net, x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StampsOnlyColours(Stamping):
+    """Declines grey images in the second phase."""
+
+    def stamp(self, state, inv, x):
+        if x.shape[1] != 3:
+            raise NotApplicable("needs_colour: three channels")
+        return super().stamp(state, inv, x)
 
 
 @dataclass(frozen=True, kw_only=True)

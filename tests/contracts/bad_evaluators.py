@@ -120,3 +120,27 @@ class Reticent(Right):
         enough = len(case.test) >= 10_000
         row = super().measure(case).rows[0]
         return Findings(rows=(row if enough else Measurement(metric="c_acc", value=None, reason="too_few_rows"),))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UndefendedOnly(Right):
+    """Is for defended cells, and has a figure for the undefended one alone."""
+
+    def measure(self, case):
+        if case.is_defended:
+            return Findings(rows=(Measurement(metric="c_acc", value=None, reason="defended"),))
+        return super().measure(case)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparesTwins(UndefendedOnly):
+    """Compares an undefended model with its twin: elsewhere there is none."""
+
+    NEEDS = Needs(twin=True)
+
+    def measure(self, case):
+        found = super().measure(case)
+        if case.is_defended:
+            return found
+        count, total = hits(predict(case.twin, case.test.images), case.test.labels)
+        return Findings(rows=(Measurement(metric="c_acc", value=count / total, count=count, total=total),))

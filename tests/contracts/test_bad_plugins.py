@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import bad_attacks
@@ -12,9 +14,20 @@ import plugins
 import pytest
 
 from sleeperbench.cli import main
-from sleeperbench.testing import CheckFailed, Subject, check_attack, check_defense, check_evaluator, defenses, general
-from sleeperbench.testing.base import CHECKS
+from sleeperbench.testing import (
+    CheckFailed,
+    Subject,
+    check_attack,
+    check_defense,
+    check_evaluator,
+    defenses,
+    general,
+    purpose,
+    second,
+)
+from sleeperbench.testing.base import CHECKS, Failed, Skipped
 from sleeperbench.testing.report import Result, perform, results
+from sleeperbench.testing.stage import BASE, Variant
 
 GENTLE = '''from dataclasses import dataclass
 from sleeperbench import Access, Defense, Outcome
@@ -60,15 +73,21 @@ BAD = [
     ("access", bad_evaluators.Nosy, "attacked is not declared"),
     ("architectures", bad_defenses.NeedsNorm, "on micro_nobn"),
     ("shapes", bad_defenses.Rgb, "no snake_case word"),
-    ("shapes", bad_defenses.ScoresColours, "on micro_bn, 1 x 16 x 16, 2 classes: it raises IndexError"),
-    ("shapes", bad_defenses.StampsColours, "on micro_bn, 1 x 16 x 16, 2 classes: it raises IndexError"),
+    ("shapes", bad_defenses.ScoresColours, "on micro_bn, 1 x 16 x 16, 2 classes: score() raises IndexError"),
+    ("shapes", bad_defenses.StampsColours, "on micro_bn, 1 x 16 x 16, 2 classes: stamp() raises IndexError"),
+    ("shapes", bad_defenses.ScoresGrudgingly, "its reason 'Only colour images, please!' is no snake_case word"),
     ("acts", bad_defenses.LeavesAlone, "it leaves the model as it is: 120 rows are too few"),
-    ("acts", bad_defenses.GivesBack, "bit for bit as the one that it was handed"),
+    ("acts", bad_defenses.GivesBack, "as the one that it was handed, to 0 in a logit"),
+    ("acts", bad_defenses.Rounds, "as the one that it was handed"),
     ("acts", bad_defenses.KeepsAll, "it keeps all rows"),
     ("acts", bad_defenses.SuspectsAllAlike, "the same score"),
     ("acts", bad_defenses.FindsNothing, "each of 10 labels has the score 0"),
-    ("acts", bad_defenses.AcquitsAll, "its verdict is 0 on all 4 models"),
-    ("acts", bad_evaluators.Reticent, "no figure of an attacked model: c_acc (too_few_rows)"),
+    ("acts", bad_defenses.AlmostAllAlike, "each of 10 labels has the score 0.5"),
+    ("acts", bad_defenses.AcquitsAll, "its verdict is 0 of the attacked model, and 0 of a clean one"),
+    ("acts", bad_defenses.AcquitsOne, "its verdict is 0 of the attacked model, and 0 of a clean one"),
+    ("acts", bad_defenses.CountsClasses, "of a clean one"),
+    ("acts", bad_evaluators.Reticent, "no figure of an attacked model (repaired): c_acc (too_few_rows)"),
+    ("acts", bad_evaluators.UndefendedOnly, "no figure of an attacked model (repaired): c_acc (defended)"),
     ("save_load", bad_defenses.KeysOfNumbers, "chosen.accuracy has '1' only once"),
     ("score_rows", bad_defenses.Transductive, "in batches of 7"),
     ("stamp_images", bad_defenses.TooBright, "pixels from"),
@@ -165,15 +184,62 @@ GOOD = [
     bad_defenses.Halved,
     bad_defenses.Scored,
     bad_defenses.Stamping,
+    bad_defenses.TellsClean,
+    bad_defenses.ScoresOnlyColours,
+    bad_defenses.StampsOnlyColours,
     bad_attacks.Tinted,
     bad_attacks.PerImage,
     bad_evaluators.Right,
+    bad_evaluators.ComparesTwins,
 ]
 
 
 @pytest.mark.parametrize("cls", GOOD, ids=lambda c: c.__name__)
 def test_what_the_bad_ones_are_made_from_is_good(cls: type) -> None:
     assert [(r.check.name, r.message) for r in results(Subject(cls)) if r.status == "failed"] == []
+
+
+@pytest.mark.parametrize("cls", [bad_defenses.ScoresOnlyColours, bad_defenses.StampsOnlyColours])
+def test_a_second_phase_may_decline(cls: type) -> None:
+    remark = general.tried(Subject(cls), [Variant(channels=1, classes=2)])
+    assert remark == "micro_bn, 1 x 16 x 16, 2 classes: declined, needs_colour: three channels"
+
+
+def test_a_fault_of_the_checker_is_not_taken_for_the_method_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_):
+        raise KeyError("a fault of the checker")
+
+    monkeypatch.setattr(second, "surroundings", type("Broken", (), {"look": broken})())
+    for at in (purpose.acts, lambda s: general.tried(s, [])):
+        with pytest.raises(KeyError, match="a fault of the checker"):
+            at(Subject(bad_defenses.Scored))
+
+
+def test_what_score_did_is_looked_at_once_and_dies_with_the_method() -> None:
+    asked = []
+
+    class Fails(bad_defenses.Scored):
+        def score(self, state, net, x):
+            asked.append(len(x))
+            raise ValueError("not today")
+
+    subject = Subject(Fails)
+    for _ in range(2):
+        with pytest.raises(Failed, match=r"score\(\) raises ValueError: not today"):
+            second.scored(subject, BASE)
+    assert len(asked) == 1
+    gone = weakref.ref(subject)
+    del subject
+    gc.collect()
+    assert gone() is None
+
+
+def test_training_anew_is_no_proof_of_anything() -> None:
+    class Anew(bad_defenses.Halved):
+        INFO = {**bad_defenses.Halved.INFO, "kind": "in_training"}
+
+    with pytest.raises(Skipped, match="trained anew"):
+        purpose.acts(Subject(Anew))
 
 
 def test_every_check_is_failed_by_a_bad_plugin() -> None:

@@ -255,7 +255,7 @@ def test_settings_are_the_published_ones(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_triggered_images_come_nearer_to_their_class() -> None:
-    """Zeros and ones with a patch towards 0; 400 updates on all ten digits are on the method's page."""
+    """Zeros and ones with a patch towards 0."""
 
     def two(part: str) -> Any:
         data = samples.sized(samples.digits()[part], 8)

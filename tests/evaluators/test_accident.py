@@ -19,6 +19,7 @@ from sleeperbench.evaluators.accident import (
     Range,
     WakingByAccident,
     average,
+    averages,
     in_eight_bits,
     look,
     pruned,
@@ -159,6 +160,7 @@ class Stub(nn.Module):
     def __init__(self, hits: int, right: int) -> None:
         super().__init__()
         self.hits, self.right = hits, right
+        self.state = {"answers": torch.tensor([hits, right])}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         value = (x[:, 0, 0, 0] * 255).round().long()
@@ -191,7 +193,12 @@ def staged(monkeypatch: pytest.MonkeyPatch, **hits: Any) -> Any:
 
 
 def test_the_largest_rise_that_leaves_the_model_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    was = Findings(rows=(Measurement(metric="asr_accident_rise", value=0.05, qualifier="way=int8"),))
+    was = Findings(
+        rows=(
+            Measurement(metric="asr_accident_rise", value=0.05, qualifier="way=int8"),
+            Measurement(metric="asr_accident_rise", value=0.01, qualifier="way=averaged"),
+        )
+    )
     c = staged(
         monkeypatch,
         before=Stub(1, 9),
@@ -203,7 +210,7 @@ def test_the_largest_rise_that_leaves_the_model_whole(monkeypatch: pytest.Monkey
         controls={"clean_model": was},
         defended_clean=Stub(3, 9),
         again=Stub(0, 9),
-        together=Stub(2, 10),
+        together=Stub(6, 9),
     )
     found = rows(WakingByAccident(draws=2, shares=(0.5,)).measure(c))
     v = {q: m.value for q, m in found.items()}
@@ -212,7 +219,10 @@ def test_the_largest_rise_that_leaves_the_model_whole(monkeypatch: pytest.Monkey
     assert v["asr_accident_rise", "way=tuned"] == pytest.approx(0.2)
     assert v["c_acc_accident", "way=averaged_tuned"] == pytest.approx(0.95)
     assert v["asr_accident_rise", "way=bn_fog"] == pytest.approx(-0.1)
-    assert v["asr_accident", "way=averaged"] == 0.2 and v["asr_accident_rise", "way=averaged"] == pytest.approx(0.1)
+    # The mean of two copies is the largest rise of a whole model, but has no control: it is no headline either.
+    assert v["asr_accident", "way=averaged"] == 0.6 and v["asr_accident_rise", "way=averaged"] == pytest.approx(0.5)
+    assert v["c_acc_accident", "way=averaged"] == 0.9
+    assert not any("control=" in q and q.endswith("way=averaged") for _, q in found)
     # Pruning sends everything to class 0 or 1: a rise of 0.9 by a ruined model is no headline.
     assert v["asr_accident_rise", "share=0.5;way=pruned"] == pytest.approx(0.9)
     assert v["asr_accident_rise", ""] == pytest.approx(0.2) and v["asr_accident", ""] == pytest.approx(0.3)
@@ -225,7 +235,6 @@ def test_the_largest_rise_that_leaves_the_model_whole(monkeypatch: pytest.Monkey
     assert v["asr_accident_rise", "control=clean_defended"] == pytest.approx(0.0)
     assert v["asr_accident", "control=clean_defended;way=tuned"] == pytest.approx(0.3)
     assert not any("control=clean_defended" in q and "draw=" in q for _, q in found)
-    assert not any("control=clean_defended" in q and q.endswith("way=averaged") for _, q in found)
     assert found["asr_accident", "way=int8"].total == 10 and {m.stage for m in found.values()} == {"reactivated"}
 
 
@@ -243,6 +252,17 @@ def test_without_batch_norm_and_with_nothing_left(monkeypatch: pytest.MonkeyPatc
     assert [found[m.name, "way=averaged"].reason for m in WakingByAccident.METRICS] == ["one_copy"] * 3
     gone = [found[m.name, "control=clean_defended"].reason for m in WakingByAccident.METRICS]
     assert gone == ["control_missing: clean_defended"] * 3
+
+
+def test_two_equal_copies_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defense that draws nothing: its rise of 0 would be no finding."""
+    same = Stub(1, 9)
+    parts: Any = {"tuned": [same], "averaged": [same], "bn": same, "int8": same, "pruned": same, "together": same}
+    c = staged(monkeypatch, before=Stub(1, 9), again=Stub(1, 9), **parts)
+    found = rows(WakingByAccident(draws=1, shares=(0.5,)).measure(c))
+    told = [found[m.name, "way=averaged"] for m in WakingByAccident.METRICS]
+    assert [(m.value, m.reason) for m in told] == [(None, "same_copy")] * 3
+    assert found["asr_accident_rise", "way=tuned"].value == 0
 
 
 def test_the_ways_are_the_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,14 +302,20 @@ def test_two_defended_copies_are_averaged() -> None:
             if t.is_floating_point() and n.startswith("body."):
                 t += 0.5
     c = case()
-    middle = average(one, two, c.ctx)
+    middle = averages(one, two, c.ctx)
     assert isinstance(middle, Classifier) and not middle.training
+    assert middle.state_dict().keys() == average(one, two, c.ctx).state_dict().keys()
     for n, t in middle.state_dict().items():
         a, b = one.state_dict()[n], two.state_dict()[n]
         assert torch.allclose(t, (a + b) / 2, atol=1e-7) if t.is_floating_point() else torch.equal(t, b)
-    assert average(one, None, c.ctx) == "one_copy"
+    assert averages(one, None, c.ctx) == "one_copy"
+    assert averages(one, load(pack(one)), c.ctx) == "same_copy"
+    near = load(pack(one))
+    with torch.no_grad():
+        near.get_buffer(next(n for n, _ in near.named_buffers() if n.endswith("running_mean"))).add_(0.1)
+    assert isinstance(averages(one, near, c.ctx), Classifier), "running statistics are tensors too"
     gated = build(replace(samples.SPEC, wraps=(Wrap(kind="gate", site="body.stage1.1"),)), 4)
-    assert average(one, gated, c.ctx) == "other_form"
+    assert averages(one, gated, c.ctx) == "other_form"
 
 
 def test_a_model_is_looked_at_as_everywhere() -> None:

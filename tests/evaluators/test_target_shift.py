@@ -256,6 +256,24 @@ def test_a_placebo_stands_beside_it() -> None:
     )
 
 
+def test_covariance_and_head_are_computed_once_per_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The placebo has the shift alone, which is the same figure without them."""
+    net, bd = samples.badnets_net(), samples.badnets_rendered("test", Role.TEST)
+    placebo = replace(bd, data=replace(bd.data, images=bd.clean.images // 2))
+    expected = overall(shifts(net, samples.digits()["test"], placebo, 50, samples.ctx())[""])
+    made: list[str] = []
+
+    def counted(name: str) -> None:
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: (made.append(name), real(*args))[1])
+
+    for name in ("within", "inverse", "directions"):
+        counted(name)
+    found = rows(TargetShift(rows=50).measure(case(net, decoy_test=placebo)))
+    assert found["shift_target", "control=placebo"].value == expected != 0
+    assert sorted(made) == ["directions"] * 4 + ["inverse"] * 4 + ["within"] * 4  # this model and three clean ones
+
+
 def test_reasons_and_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {m.name for m in TargetShift.METRICS}
     ruined = copy.deepcopy(samples.badnets_net())

@@ -304,6 +304,10 @@ def test_a_network_is_pruned_as_the_gates_prune_it() -> None:
     assert given.chosen == {"u": 0.5, "pruned": size, "channels": size}
     assert given.model is not None and not given.path
     assert float(given.model.state["body.stage1.1.weight"].abs().sum()) == 0
+    other = samples.badnets_net()
+    own = prune_at(c, all_gone, {"u": 0.5}, lambda keep: other if torch.equal(keep, all_gone) else c.net)
+    assert own.chosen == given.chosen and own.model is not None
+    assert all(torch.equal(v, own.model.state[k]) for k, v in pack(other).state.items())
 
 
 def test_outlying_scores_equal_numpy() -> None:
