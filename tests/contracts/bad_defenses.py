@@ -18,9 +18,8 @@ from sleeperbench import (
 )
 from sleeperbench.contracts import NotApplicable
 from sleeperbench.kit import pack, predict, tune
-from sleeperbench.testing.stage import BASE
 
-_BASE = (BASE.spec.arch, BASE.classes, BASE.channels)
+_BASE = ("small_cnn", 10, 3)  # a defense's file must not import sleeperbench.testing
 
 
 @dataclass(frozen=True, kw_only=True)
