@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from record import machine, methods, older, provenance
+from record import aged, machine, methods, older, provenance
 
 from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.rows import read_table
@@ -298,7 +298,9 @@ def kept(registry: Registry) -> dict[str, list[list[str]]]:
             plain = attack.partition("~")[0]
             infos = [p.blueprint.info for p in registry.chain("attack", plain)]
             of = figures(rows)[attack]
+            versions = {m: v for m, v in whole.get("methods", {}).items() if m == f"attack/{plain}"}
             flags = sorted({f for r in rows for f in r["flag"].split(";") if f})
+            flags += ["of an earlier version"] if older(versions, registry) else []
             name = ", ".join([plain, *whole.get("settings", {}).get(attack, [])])
             shown = [span(of.get((m, ""), {}), scale, n) for m, (_, scale, n) in SHOWN.items()]
             share = float(rate or 0)
@@ -342,7 +344,7 @@ def main() -> int:
     found = figures(rows)
     settings = {c["attack"]: json.loads(c["attack_params"]) for c in cells}
     members = {a: p["members"] for a, p in settings.items() if "members" in p}
-    old = older({m: v for m, v in methods(run).items() if m.startswith("attack/")}, registry)
+    old = aged({m: v for m, v in methods(run).items() if m.startswith("attack/")}, registry)
     sets = ", ".join(sorted({c["dataset"] for c in cells}))
     rates = ", ".join(sorted({f"{100 * c['rate']:g} %" for c in cells if c["rate"]}))
     all_to_all = classes(figures([r for r in [*rows, *added] if r["attack"] != "none"]))
@@ -358,7 +360,7 @@ def main() -> int:
         "this run should reach; a wrapper has those of its own paper. *Silhouette* is near 1 where triggered images "
         "lie apart from the target class's own in the last layer's features, near 0 where they overlap.",
         *("", f"Below their bar, and so `weak`: {weak(cells)}."),
-        *(("", f"Measured with an earlier version of {', '.join(old)}.") if old else ()),
+        *(x for sentence in old for x in ("", sentence)),
         *("", *lines(rows, cells, registry)),
         *("", "## Where an attack should work, and where not", ""),
         "A source-specific attack (tact, cassock) counts on images of its source classes; *leak* is the share of the "

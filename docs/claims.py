@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from record import machine, provenance
+from record import aged, machine, provenance
 
+from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.rows import read_table
 from sleeperbench.published.judge import FAILS, HOLDS, NOT_RUN, OUTSIDE, Judged, Line, judge
 from sleeperbench.published.paper import of_suite
@@ -154,6 +155,7 @@ def section(name: str, run: Mapping[str, Any]) -> list[str]:
     text += [
         "",
         f"{sets}, seeds {', '.join(map(str, run['seeds']))}, {about['recipe']['epochs']} epochs, {machine(about)}.",
+        *aged(about.get("methods", {}), Registry.discover("none")),
     ]
     told = [c for c in claims if c["lines"]]
     text += table(

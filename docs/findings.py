@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import signals
-from record import machine, older, provenance
+from record import aged, machine, provenance
 from scipy.stats import rankdata, t
 from signals import BACK, BEC, DRAWS, FEWEST, NEAR, O_ASR, P_ASR, PURIFIED, WEIGHTS, plain, table
 
@@ -498,7 +498,6 @@ def page(name: str, about: Mapping[str, Any]) -> list[str]:
     seeds = len({c["seed"] for c in all_cells})
     models = len(grouped(ranking(all_cells)[1], attacked))
     room = 100 * max((c["room"] for c in all_cells), default=0.0)
-    old = older(about.get("methods", {}), Registry.discover("none"))
     why = (
         f"Intervals over attacked models are left out: {models} have P-ASR, and {FEWEST} are the fewest of which a "
         "bootstrap is made."
@@ -512,7 +511,7 @@ def page(name: str, about: Mapping[str, Any]) -> list[str]:
         f"seeds both stand, since Student's factor is 12.7 there. What the number of test images leaves open is at "
         f"most ±{room:.1f} (Wilson, 95 %) for C-Acc and O-ASR.",
         f"Attacks marked `tuned` by their suite: {', '.join(tuned) or 'none'}.",
-        *((f"Measured with an earlier version of {', '.join(old)}.",) if old else ()),
+        *aged(about.get("methods", {}), Registry.discover("none")),
         *("", "## In words", ""),
         "Each sentence follows from the tables below by a fixed rule. They hold for these data, these attacks and this "
         "small network.",

@@ -73,6 +73,12 @@ def older(versions: Mapping[str, int], registry: Registry) -> list[str]:
     return found
 
 
+def aged(versions: Mapping[str, int], registry: Registry) -> list[str]:
+    """The sentence of a page whose run had earlier versions; nothing where it had none."""
+    old = older(versions, registry)
+    return [f"Measured with an earlier version of {', '.join(old)}."] if old else []
+
+
 def machine(about: Mapping[str, Any]) -> str:
     """What computed a run, from its provenance: torch, kind of processor."""
     v = about["versions"]

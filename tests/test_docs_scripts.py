@@ -145,7 +145,7 @@ def test_an_attack_s_page_shows_its_lines_of_every_run(tmp_path: Path, monkeypat
     small = [of("digits/small_cnn/badnets@0.1", "badnets", i, a, f) for i, a, f in ((1, 0.5, "weak"), (0, 1.0, ""))]
     swept = [of("fashion_mnist/small_cnn/badnets~abc@0.05", "badnets~abc", 0, 0.75)]
     around = [of("digits/small_cnn/belt:badnets@0.1", "belt:badnets", 0, 0.25)]
-    named = {"settings": {"badnets~abc": ["targets=all_to_all"]}}
+    named = {"settings": {"badnets~abc": ["targets=all_to_all"]}, "methods": {"attack/badnets": 99}}
     (tmp_path / "measured" / "attacks-digits.json").write_text(json.dumps({"rows": small + around}))
     (tmp_path / "measured" / "attacks-fashion.json").write_text(json.dumps({"rows": swept} | named))
     page = tmp_path / "methods" / "badnets.md"
@@ -159,7 +159,7 @@ def test_an_attack_s_page_shows_its_lines_of_every_run(tmp_path: Path, monkeypat
         ["| badnets", "digits 10 %", "90", "100.0, 50.0"],
         ["| badnets, targets=all_to_all", "fashion_mnist 5 %", "90", "75.0"],
     ]
-    assert [line[-1].strip("| ") for line in body] == ["weak", ""]
+    assert [line[-1].strip("| ") for line in body] == ["weak", "of an earlier version"]
     assert once.startswith("# BadNets\n\nText.\n\n## Declared, published, measured\n")
     assert once.endswith("\n\n## Measured\n\nBy `make measure`.\n")
     assert "| belt:badnets | digits 10 % | 90 |" in (tmp_path / "methods" / "belt.md").read_text()
@@ -184,6 +184,8 @@ def test_methods_of_an_earlier_version_are_named(tmp_path: Path) -> None:
     assert "evaluator/ra" not in found and found["attack/cassock"] == now - 1
     said = [f"`belt:badnets` ({outer + 1}, now {outer})", f"`cassock` ({now - 1}, now {now})"]
     assert record.older(found, registry) == said
+    assert record.aged(found, registry) == [f"Measured with an earlier version of {', '.join(said)}."]
+    assert record.aged({"attack/cassock": now}, registry) == []
 
 
 def test_attacks_keep_success_apart_by_images_triggers_covers_and_classes() -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -44,12 +43,15 @@ class Hooked:
     marks: Tensor
 
 
-@functools.cache
 def hooked(s: Subject, variant: Variant, turn: int = 0) -> Hooked | None:
-    """Train a micro net with the attack's hooks; None if it has none.
+    """Train a micro net with the attack's hooks, once for all checks; None if it has none.
 
     It starts from a `prepare` of its own, since hooks may train what the trigger is made of.
     """
+    return cast(Hooked | None, s.once(("hooked", variant, turn), lambda: _hooked(s, variant)))
+
+
+def _hooked(s: Subject, variant: Variant) -> Hooked | None:
     if s.cls.hooks is Attack.hooks:  # type: ignore[attr-defined]
         return None
     at = stage(variant)

@@ -19,7 +19,7 @@ from sleeperbench import (
 from sleeperbench.contracts import NotApplicable
 from sleeperbench.kit import pack, predict, tune
 
-_BASE = ("small_cnn", 10, 3)  # a defense's file must not import sleeperbench.testing
+BASE = ("small_cnn", 10, 3)  # a defense's file must not import sleeperbench.testing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -544,7 +544,7 @@ class AcquitsOne(AcquitsAll):
     """Gives one number for nets of the base case's kind, and declines all others."""
 
     def run(self, case):
-        if (case.spec.arch, case.spec.classes, case.spec.shape[0]) != _BASE:
+        if (case.spec.arch, case.spec.classes, case.spec.shape[0]) != BASE:
             raise NotApplicable("other_kind: made for one kind of net alone")
         return super().run(case)
 

@@ -150,6 +150,10 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
 
+def test_the_bad_plugins_know_the_base_case() -> None:
+    assert (BASE.spec.arch, BASE.classes, BASE.channels) == bad_defenses.BASE
+
+
 @pytest.mark.usefixtures("importable")
 @pytest.mark.parametrize(
     ("cls", "seen"),
