@@ -26,8 +26,10 @@ $(VENV)/.dev: $(VENV)/.installed
 quick: $(VENV)/.installed ## train backdoors on digits, defend, measure, open the page it names (about 6 minutes)
 	@$(BIN)/sleeperbench run quick --out runs/quick $(ARGS)
 
+# Compiled modules are kept, whatever the environment says: else each of some hundred processes compiles them anew.
 test: $(VENV)/.dev ## the tests, without real data sets
-	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not real and not gpu" --durations=30 $(ARGS)
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder \
+	    -m "not real and not gpu" --durations=30 $(ARGS)
 
 test-full: $(VENV)/.dev ## `sleeperbench check --full` of every built-in method, on two processes
 	@SLEEPERBENCH_FULL=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=30 tests/contracts/test_registry_checks.py $(ARGS)

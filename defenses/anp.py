@@ -64,7 +64,7 @@ class AdversarialNeuronPruning(Defense):
         "kind": "repair",
         "version": 2,
         "api": 1,
-        "micro": {"steps": 15, "batch": 32, "folds": 2},
+        "micro": {"steps": 7, "batch": 32, "folds": 2},
         "effort": ["steps", "folds"],
         "presets": {"reduced": {"steps": 530, "folds": 2}},
     }

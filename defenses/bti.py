@@ -49,7 +49,7 @@ class BTI(Defense):
         "version": 2,
         "api": 1,
         "stamps": True,
-        "micro": {"pretrain_steps": 4, "mask_steps": 4, "generator_steps": 4, "width": 4},
+        "micro": {"pretrain_steps": 2, "mask_steps": 2, "generator_steps": 2, "width": 2},
         "effort": ["pretrain_steps", "mask_steps", "generator_steps"],
         "traverses": False,
         "presumes": "one target and features that no label needs; nothing of the trigger's shape",

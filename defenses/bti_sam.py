@@ -49,7 +49,7 @@ class BTISAM(Defense):
         "kind": "repair",
         "version": 1,
         "api": 1,
-        "micro": {"rounds": 1, "steps": 4, "pretrain_steps": 3, "mask_steps": 3, "generator_steps": 3, "width": 4},
+        "micro": {"rounds": 1, "steps": 2, "pretrain_steps": 2, "mask_steps": 2, "generator_steps": 2, "width": 2},
         "effort": ["rounds", "steps", "pretrain_steps", "mask_steps", "generator_steps"],
         "presets": {"reduced": {"pretrain_steps": 77, "mask_steps": 30, "generator_steps": 46, "steps": 46}},
     }

@@ -58,7 +58,7 @@ class BTIUnlearning(Defense):
         "kind": "repair",
         "version": 1,
         "api": 1,
-        "micro": {"rounds": 1, "pretrain_steps": 3, "mask_steps": 3, "generator_steps": 3, "steps": 4, "width": 4},
+        "micro": {"rounds": 1, "pretrain_steps": 2, "mask_steps": 2, "generator_steps": 2, "steps": 2, "width": 2},
         "effort": ["pretrain_steps", "mask_steps", "generator_steps", "steps"],
         "presets": {"reduced": {"pretrain_steps": 53, "mask_steps": 21, "generator_steps": 32, "steps": 32}},
     }

@@ -64,7 +64,7 @@ class IsTr(Defense):
         "kind": "inversion",
         "version": 2,
         "api": 1,
-        "micro": {"steps": 6, "step": 0.1, "labels": 1, "reference_steps": 6},
+        "micro": {"steps": 2, "step": 0.1, "labels": 1, "reference_steps": 2},
         "effort": ["steps", "labels", "reference_steps"],
         "prepares": True,
         "traverses": False,

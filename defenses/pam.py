@@ -70,7 +70,7 @@ class PAM(Defense):
         "kind": "repair",
         "version": 2,
         "api": 1,
-        "micro": {"rounds": 1, "steps": 4, "pretrain_steps": 3, "mask_steps": 3, "generator_steps": 3, "width": 4},
+        "micro": {"rounds": 1, "steps": 2, "pretrain_steps": 2, "mask_steps": 2, "generator_steps": 2, "width": 2},
         "effort": ["rounds", "steps", "pretrain_steps", "mask_steps", "generator_steps"],
         "presets": {"reduced": {"pretrain_steps": 80, "mask_steps": 32, "generator_steps": 48, "steps": 48}},
     }

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,10 @@ def _lines(rows: list[dict[str, Any]], attacked: dict[str, dict[str, float]]) ->
 
 
 def table(lines: dict[str, dict[str, Any]], *, several: bool) -> list[str]:
-    """One line per cell: its figures, in the order above; of `several` runs, which one it is of."""
+    """One line per cell that has a figure, in the order above; of `several` runs, which one it is of."""
+    beside = {*ATTACKED, "flags", "origin"}
+    lines = {cell: v for cell, v in lines.items() if v.keys() - beside}
+    place = common_place(lines)
     shown = [m for m in (*SHARES, *PLAIN) if any(m in v for v in lines.values())]
     known = {*SHARES, *PLAIN, "flags", "origin"}
     shown += sorted({m for v in lines.values() for m in v} - known)
@@ -119,8 +123,14 @@ def table(lines: dict[str, dict[str, Any]], *, several: bool) -> list[str]:
     for cell in sorted(lines):
         values = [_shown(m, lines[cell].get(m)) for m in shown]
         ends = [lines[cell]["flags"], *([str(lines[cell]["origin"])] if several else [])]
-        text.append("| " + " | ".join([cell.removeprefix("cifar10/small_resnet/"), *values, *ends]) + " |")
+        text.append("| " + " | ".join([cell.removeprefix(place), *values, *ends]) + " |")
     return text
+
+
+def common_place(cells: Iterable[str]) -> str:
+    """`dataset/arch/` of cells that share it, which need not say it each; else nothing."""
+    places = {"/".join(cell.split("/")[:2]) + "/" for cell in cells}
+    return places.pop() if len(places) == 1 else ""
 
 
 def candidates(rows: list[dict[str, Any]]) -> list[str]:
@@ -138,8 +148,9 @@ def candidates(rows: list[dict[str, Any]]) -> list[str]:
         "| cell | candidate | c_acc | asr |",
         "|---|---|---|---|",
     ]
+    place = common_place(cell for cell, _ in found)
     for (cell, name), v in sorted(found.items()):
-        short = cell.removeprefix("cifar10/small_resnet/")
+        short = cell.removeprefix(place)
         text.append(f"| {short} | {name} | {_shown('c_acc', v.get('c_acc'))} | {_shown('asr', v.get('asr'))} |")
     return text
 
@@ -201,13 +212,19 @@ def write(runs: list[Path], kind: str, name: str, said: str, *, keep: bool) -> N
 
 def _source(about: dict[str, Any]) -> str:
     """What a run was made of, in a sentence or two."""
+    found = {m[1] for r in about["measurements"] if (m := re.search(r"@([\d.]+)", r["cell"]))} - {"0"}
+    rates = ", ".join(f"{100 * float(x):g}" for x in sorted(found, key=float))
+    said = [f"{n}, {rows:,} rows" if rows else n for n, rows in about.get("train_rows", {}).items()]
+    parts = [
+        *(said or about["datasets"]),
+        f"{about['recipe']['epochs']} epochs",
+        *([f"rate {rates} %"] if rates else []),
+    ]
     notes = [
         f"The copy of {n} differs from its release: {d['note']}." for n, d in about["datasets"].items() if d["note"]
     ]
-    return (
-        f"(suite `cpu`: 10,000 rows, {about['recipe']['epochs']} epochs, rate 5 %), {machine(about)}. Shares in %. "
-        f"{' '.join(notes)}"
-    ).strip()
+    whole = f"(suite `{about['suite']}`: {', '.join(parts)}), {machine(about)}. Shares in %. {' '.join(notes)}"
+    return whole.strip()
 
 
 def main() -> int:

@@ -49,6 +49,7 @@ def provenance(run: Path, rows: list[dict]) -> dict:
         "versions": env,
         "host": about["host"],
         "datasets": about["datasets"],
+        "train_rows": {n: about["suite"]["dataset_rows"].get(n, {}).get("train") for n in about["datasets"]},
         "recipe": about["suite"]["recipe"],
         "methods": methods(run),
         "evaluation_core_seconds": round(sum(cpu.values())),

@@ -73,7 +73,7 @@ class QueryReactivation(Evaluator):
         "kind": "reactivation",
         "version": 2,
         "api": 1,
-        "micro": {"steps": 10},
+        "micro": {"steps": 2},
     }
     NEEDS = Needs(
         white_box=True,

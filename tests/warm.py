@@ -23,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -253,6 +254,7 @@ def become(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
+    tempfile.tempdir = None  # a library has asked for it, and the answer lies in the environment
     _, _, module, *words = request["argv"]
     sys.argv = [module, *words]
     sys.path = [request["cwd"], *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *BASE]

@@ -22,8 +22,9 @@ from sleeperbench.testing.stage import BASE, Variant
 from sleeperbench.testing.subject import Subject
 
 ALL = "attack defense evaluator"
-SECONDS, SLACK = 1.0, 5.0
-"""Processor seconds that a micro run may take, and how much slower than the reference a machine may be."""
+SECONDS, SLACK = 1.0, 4.0
+"""Processor seconds that a micro run aims at, and how many times as many it may take: a core whose neighbours are busy
+counts more, and a few methods have no parameter that brings them so low (docs/check.md)."""
 
 
 def _blueprint(s: Subject) -> Blueprint:
@@ -292,7 +293,7 @@ def shapes(s: Subject) -> str:
 @check(
     "micro",
     ALL,
-    what=f"INFO['micro'] makes a run of {SECONDS:g} processor second; {SLACK:g} are allowed for slow machines.",
+    what=f"INFO['micro'] makes a run of {SECONDS:g} processor second; {SLACK:g} are allowed for loaded machines.",
     remedy="Lower counts of steps, rounds, draws or candidates in INFO['micro'] until it fits; the algorithm stays.",
 )
 def micro(s: Subject) -> str:

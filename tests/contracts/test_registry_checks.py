@@ -23,7 +23,6 @@ from sleeperbench.kit.candidates import certifies
 from sleeperbench.testing import Subject, parametrize_with_checks
 from sleeperbench.testing.base import CHECKS, KINDS, Skipped
 from sleeperbench.testing.general import tried
-from sleeperbench.testing.report import subjects
 from sleeperbench.testing.stage import BASE, Variant, stage
 
 REGISTRY = Registry.discover("none")
@@ -52,7 +51,7 @@ def usable() -> list[Subject]:
     found = []
     for p in OWN:
         try:
-            found += subjects(f"{p.kind}:{p.id}", full=FULL)
+            found.append(Subject(REGISTRY.load(p.kind, p.id), id=p.id, full=FULL))
         except BrokenPlugin:
             continue  # the test below names it
     return found

@@ -28,6 +28,9 @@ defenses = [
 ]
 evaluators = ["accuracy", "cost", "toys/detect", "toys/toy_ra", "toys/qra", "toys/tba"]
 seeds = [0]
+[dataset.digits]
+train = 500
+test = 150
 [train]
 epochs = 1
 batch = 64

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import snoop
 import torch
+
+from sleeperbench.engine.sandbox import drop_capabilities
 
 
 def text() -> str:
@@ -44,40 +47,55 @@ def plant(place: str, folder: Path) -> object:
         local.secret = tensor()
         return local
     elif place == "logs":
-        fd = os.open(folder / "case" / "task.log", os.O_RDWR | os.O_CREAT)
+        fd = os.open(folder / "sleeperbench-1" / "case" / "task.log", os.O_RDWR | os.O_CREAT)
         os.write(fd, text().encode())
         os.dup2(fd, 2)
     elif place == "temporary_folders":
-        other = folder / "case-other"
+        other = folder / "sleeperbench-1" / "case-other"
         other.mkdir()
         (other / "case.json").write_text(json.dumps({"attack": text()}))
+    elif place == "the run's temporary folder":
+        (folder / "left.json").write_text(json.dumps({"attack": text()}))
+    elif place == "the machine's temporary folder":
+        left = Path("/tmp") / f"attack-{os.getpid()}"
+        left.mkdir()
+        (left / "case.json").write_text(json.dumps({"attack": text()}))
+        return left
     elif place == "arguments":
         sys.argv.append(text())
     elif place == "working_folder":
-        (folder / "case" / "in").mkdir()
-        (folder / "case" / "in" / "marks.json").write_text(json.dumps(text()))
+        given = folder / "sleeperbench-1" / "case" / "in"
+        given.mkdir()
+        (given / "marks.json").write_text(json.dumps(text()))
     elif place == "objects":
         return [tensor()]
     return None
 
 
+LOOKED = dict.fromkeys(["the run's temporary folder", "the machine's temporary folder"], "temporary_folders")
+"""What finds a secret in a place that does not bear a probe's name."""
+
+
 def found(place: str, folder: Path) -> bool:
-    (folder / "case" / "scratch").mkdir(parents=True)
-    os.chdir(folder / "case" / "scratch")
-    os.environ["TMPDIR"] = str(folder / "case" / "scratch")
+    scratch = folder / "sleeperbench-1" / "case" / "scratch"  # as the engine lays it out
+    scratch.mkdir(parents=True)
+    os.chdir(scratch)
+    os.environ |= {"HOME": str(scratch), "TMPDIR": str(scratch)}
     tempfile.tempdir = None
     held = plant(place, folder)
     secret = tensor() if place == "frames" else None
-    there = snoop.PLACES[place]() & {snoop.digest(text().encode()), snoop.digest(tensor().numpy().tobytes())}
+    probe = snoop.PLACES[LOOKED.get(place, place)]
+    there = probe() & {snoop.digest(text().encode()), snoop.digest(tensor().numpy().tobytes())}
     if isinstance(held, Path):
-        held.unlink()
+        shutil.rmtree(held) if held.is_dir() else held.unlink()
     del secret
     return bool(there)
 
 
 def main() -> None:
+    drop_capabilities()  # as the engine's child does: other runs' cases on this machine cannot be listed
     answers = {}
-    for place in snoop.PLACES:
+    for place in [*snoop.PLACES, *LOOKED]:
         with tempfile.TemporaryDirectory() as folder:
             pid = os.fork()
             if pid == 0:

@@ -57,13 +57,15 @@ KINDS = (str, bytes, bytearray, int, torch.Tensor, torch.nn.Parameter, np.ndarra
 
 
 def of_all(values: list[object]) -> set[int]:
-    """Digests of everything in a list, each text once."""
-    texts = {v for v in values if type(v) is str}
-    found = of_text("\n".join(texts))
+    """Digests of everything in a list, each text and each object once."""
+    texts, others = set(), {}
     for v in values:
-        if type(v) in KINDS and type(v) is not str:
-            found |= of_value(v)
-    return found
+        kind = type(v)
+        if kind is str:
+            texts.add(v)
+        elif kind in KINDS:
+            others[id(v)] = v
+    return of_text("\n".join(texts)).union(*map(of_value, others.values()))
 
 
 def of_file(path: Path | str) -> set[int]:
@@ -188,12 +190,14 @@ def in_logs() -> set[int]:
 
 
 def in_temporary_folders() -> set[int]:
-    found = of_tree(tempfile.gettempdir())
-    here = Path.cwd().parent.parent  # where other cases would lie
-    for folder in {"/tmp", "/var/tmp", str(here)}:
+    cases = Path.cwd().parent.parent  # where other cases would lie, below the run's own temporary folder
+    found = of_tree(tempfile.gettempdir()) | of_tree(cases) | of_tree(cases.parent)
+    for folder in {"/tmp", "/var/tmp"}:
         with contextlib.suppress(OSError):
             for name in os.listdir(folder):
-                if name.startswith(("case-", "sleeperbench-", "attack-", "evaluate-")) or folder == str(here):
+                # `sleeperbench check` works in folders of its own, of which other tests leave many meanwhile.
+                checks = name.startswith("sleeperbench-check-")
+                if name.startswith(("case-", "sleeperbench-", "attack-", "evaluate-")) and not checks:
                     found |= of_tree(os.path.join(folder, name)) | of_text(name)
     return found
 

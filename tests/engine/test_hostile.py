@@ -7,13 +7,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import plugins
 import pytest
+import shorts
 
 from sleeperbench.engine.casefiles import JSON_BYTES, Unusable, check_answer, read_plain
 from sleeperbench.engine.forkserver import LOG_BYTES
@@ -57,7 +58,6 @@ CASES: dict[str, tuple[str, str, str]] = {
     "nothing": ("return None", "failed", "raised: TypeError: run returned NoneType"),
     "verdict": ("return Outcome(verdict=Verdict(score=float('nan'), threshold=0.0))", "failed", "nan: "),
     "hangs": ("time.sleep(3600)", "timeout", "budget: no answer after"),
-    "hungry": ("torch.ones(20 << 30, dtype=torch.uint8)", "out_of_memory", "out_of_memory: "),
     "exits": ("sys.exit(0)", "failed", "raised: SystemExit"),
     "vanishes": ("os._exit(0)", "failed", "raised: the process ended with exit code 0"),
     "kills_itself": ("os.kill(os.getpid(), signal.SIGKILL)", "failed", "raised: the process ended with signal 9"),
@@ -108,9 +108,13 @@ CASES: dict[str, tuple[str, str, str]] = {
 }
 
 
-def source() -> str:
+HUNGRY = "torch.ones(20 << 30, dtype=torch.uint8)"
+"""Costs two new workers, so it has a run of its own, of processes that find torch imported."""
+
+
+def source(bodies: Mapping[str, str]) -> str:
     parts = [HEAD]
-    for name, (body, _, _) in CASES.items():
+    for name, body in bodies.items():
         parts.append(CLASS.format(name=f"Bad{name.title()}", body="\n".join(f"        {x}" for x in body.split("\n"))))
     return "".join(parts)
 
@@ -128,7 +132,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory, cold: Callable, sleeper: Calla
     """One run with every bad defense beside a good one, and one of the good one alone, on stores of their own."""
     folder = tmp_path_factory.mktemp("hostile")
     ids = {n: f"hostile:Bad{n.title()}" for n in CASES}
-    dist = plugins.install(folder, "bad", "1.0", {"hostile.py": source()}, {"sleeperbench.defenses": ids})
+    code = source({name: body for name, (body, _, _) in CASES.items()})
+    dist = plugins.install(folder, "bad", "1.0", {"hostile.py": code}, {"sleeperbench.defenses": ids})
     args = ["run", "smoke", "--attack", "none", "--evaluator", "accuracy", "--defense", "ft", "--jobs", 1]
     args += ["--device", "cpu", "--no-site", "--timeout", 30]
     for change in ("train.epochs=1", "defense.ft.steps=2", "budget.memory_gb=1"):
@@ -161,12 +166,17 @@ def test_the_row_says_what_happened(ran: Ran, name: str) -> None:
     assert all(r.startswith(reason) for r in measured.reason), list(measured.reason)
 
 
-def test_the_others_have_the_figures_of_a_run_without_the_bad(ran: Ran) -> None:
-    keep = [c for c in ran.table.columns if c not in VOLATILE]
+def assert_the_others_are_untouched(table: pd.DataFrame, alone: pd.DataFrame) -> None:
+    """The figures of what is not bad are those of a run without the bad."""
+    keep = [c for c in table.columns if c not in VOLATILE]
     order = ["defense", "task_key", "metric", "qualifier"]
-    beside = ran.table[~ran.table.defense.str.startswith("bad/")][keep].sort_values(order, ignore_index=True)
+    beside = table[~table.defense.str.startswith("bad/")][keep].sort_values(order, ignore_index=True)
     # Whole numbers become floats beside rows that have none.
-    pd.testing.assert_frame_equal(beside, ran.alone[keep].sort_values(order, ignore_index=True), check_dtype=False)
+    pd.testing.assert_frame_equal(beside, alone[keep].sort_values(order, ignore_index=True), check_dtype=False)
+
+
+def test_the_others_have_the_figures_of_a_run_without_the_bad(ran: Ran) -> None:
+    assert_the_others_are_untouched(ran.table, ran.alone)
 
 
 def test_what_is_printed_is_capped_and_its_end_kept(ran: Ran) -> None:
@@ -186,9 +196,6 @@ def test_no_process_and_no_folder_is_left(ran: Ran) -> None:
                 held.append((entry / "cmdline").read_bytes())
     assert held == []
     assert list(ran.temporary.glob("sleeperbench-*")) == []
-    lines = [json.loads(x) for x in (ran.out / "tasks.jsonl").read_text().splitlines()]
-    tries = [x["status"] for x in lines if x["plugin"] == "bad/hungry"]
-    assert tries == ["out_of_memory"] * 2, "once, and once more alone"
 
 
 HOARDER = '''import torch
@@ -210,20 +217,47 @@ class Hoarder(Evaluator):
 '''
 
 
-def test_what_ran_out_of_memory_is_tried_again_in_a_new_worker(tmp_path: Path, sleeper: Callable) -> None:
+def test_what_ran_out_of_memory_is_tried_again_in_a_new_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeper: Callable, ran: Ran
+) -> None:
+    points = {"sleeperbench.defenses": {"hungry": "hostile:BadHungry"}}
+    bad = plugins.install(tmp_path, "bad", "1.0", {"hostile.py": source({"hungry": HUNGRY})}, points)
     ids = {"hoarder": "hoarder:Hoarder"}
-    dist = plugins.install(tmp_path, "hoard", "1.0", {"hoarder.py": HOARDER}, {"sleeperbench.evaluators": ids})
-    args = ["run", "smoke", "--attack", "none", "--evaluator", "hoard/hoarder", "--defense", "ft", "--jobs", 1]
-    args += ["--device", "cpu", "--no-site", "--out", tmp_path / "run", "--store", tmp_path / "store"]
+    hoard = plugins.install(tmp_path, "hoard", "1.0", {"hoarder.py": HOARDER}, {"sleeperbench.evaluators": ids})
+    args = ["run", "smoke", "--attack", "none", "--evaluator", "accuracy", "--evaluator", "hoard/hoarder"]
+    args += ["--defense", "ft", "--defense", "bad/hungry", "--jobs", 1, "--device", "cpu", "--no-site"]
+    args += ["--out", tmp_path / "run", "--store", tmp_path / "store"]
     for change in ("train.epochs=1", "defense.ft.steps=2", "budget.memory_gb=2"):
         args += ["--set", change]
-    answer = sleeper(*args, path=(dist,))
-    assert answer.code == 0, answer.err
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.chdir(tmp_path)  # the processes of this run work here, and no others
+    answer = sleeper(*args, path=(bad, hoard), TMPDIR=str(tmp_path / "tmp"))
+    assert answer.code == 1, answer.err
     lines = [json.loads(x) for x in (tmp_path / "run" / "tasks.jsonl").read_text().splitlines()]
+    tries = [x["status"] for x in lines if x["plugin"] == "bad/hungry"]
+    assert tries == ["out_of_memory"] * 2, "once, and once more alone"
     tries = [x["status"] for x in lines if x["plugin"] == "hoard/hoarder"]
     assert tries == ["ok", "out_of_memory", "ok"], "of two cells the second finds no room, and then a new process"
     table = pd.read_parquet(tmp_path / "run" / "measurements.parquet")
-    assert set(table[table.metric == "held"].value) == {1.0}
+    failed = table[table.defense == "bad/hungry"]
+    assert set(failed.metric) >= {"c_acc", "held"}
+    assert set(failed.status) == {"out_of_memory"}
+    assert all(r.startswith("out_of_memory: ") for r in failed.reason), list(failed.reason)
+    assert set(table[(table.metric == "held") & (table.status == "ok")].value) == {1.0}
+    assert_the_others_are_untouched(table[table.metric != "held"], ran.alone)
+    # Prepared processes that were not needed end with the one that prepared them, a moment later.
+    assert shorts.until(lambda: working_in(tmp_path) == [], 20), working_in(tmp_path)
+    assert list((tmp_path / "tmp").glob("sleeperbench-*")) == []
+
+
+def working_in(folder: Path) -> list[int]:
+    """Other processes whose working folder it is, or lies in it."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdecimal() and Path(os.readlink(entry / "cwd")).is_relative_to(folder):
+                found.append(int(entry.name))
+    return sorted(set(found) - {os.getpid()})
 
 
 def test_answers_are_looked_at_before_they_are_read(tmp_path: Path) -> None:

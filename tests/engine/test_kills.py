@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,31 +77,37 @@ def test_kills_of_the_whole_group(
     assert computed(store) == whole
 
 
-def children(pid: int, what: str) -> list[int]:
-    found = []
-    for p in shorts.family(pid):
+def serving(pid: int) -> tuple[int, int] | None:
+    """Worker and fork server of a run, seen from the defense that they run: its parent, and the parent's parent."""
+    found = shorts.family(pid)
+    for p in found:
         try:
-            line = Path(f"/proc/{p}/cmdline").read_bytes()
+            at_work = "/case-" in os.readlink(f"/proc/{p}/cwd")
         except OSError:
             continue
-        if what.encode() in line:
-            found.append(p)
-    return sorted(found)  # a fork server's children bear its command line; it came before them
+        server = int(shorts.stat(p)[1]) if at_work and shorts.stat(p) else 0
+        worker = int(shorts.stat(server)[1]) if server in found and shorts.stat(server) else 0
+        if worker in found and pid not in (server, worker):
+            return worker, server
+    return None
 
 
 def test_kills_of_workers_and_fork_servers(env: Mapping[str, str], nursery: Nursery, tmp_path: Path) -> None:
     hold, out = tmp_path / "hold", tmp_path / "out"
     hold.touch()  # defenses wait for it to vanish, so that the run cannot end before the kills
     file = shorts.suite(tmp_path / "short.toml", f'[defense."short/idle"]\nwait = "{hold}"\n')
-    command = shorts.command(file, out, "--store", tmp_path / "store")
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    for what in ("sleeperbench.engine.worker", "sleeperbench.engine.forkserver"):
-        victims = shorts.until(lambda name=what: children(process.pid, name))
-        assert victims, what
-        os.kill(victims[0], signal.SIGKILL)
+    process = nursery.start(shorts.command(file, out, "--store", tmp_path / "store"), env)
+    first = shorts.until(lambda: serving(process.pid))
+    assert first
+    os.kill(first[0], signal.SIGKILL)
+    second = shorts.until(lambda: (s := serving(process.pid)) and s[0] != first[0] and s)
+    assert second
+    os.kill(second[1], signal.SIGKILL)
+    third = shorts.until(lambda: (s := serving(process.pid)) and s[1] != second[1] and s)
+    assert third and third[1] not in (first[1], second[1])
     hold.unlink()
     _, err = process.communicate()
-    assert process.returncode == 0, err.decode()
+    assert process.returncode == 0, err
     quiet = tmp_path / "quiet"
     again = nursery.run(shorts.command(file, quiet, "--store", tmp_path / "other"), env)
     assert again.code == 0, again.err

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import planted
 import plugins
 import pytest
 import snoop
@@ -43,6 +44,8 @@ def looked(tmp_path_factory: pytest.TempPathFactory, cold: Callable) -> Looked:
         {"sleeperbench.defenses": {"snoop": "snoop:Snoop", "oracle": "snoop:Oracle"}},
     )
     out, store = folder / "runofthisleak", folder / "storeofthisleak"
+    temporary = tmp_path_factory.mktemp("temporary")  # of this run alone, so that all of it can be looked through
+    (temporary / "markofthisleak").touch()
     answer = cold(
         # A seed and a pattern of this test's own: other runs on this machine may lie in the same places.
         *(
@@ -59,6 +62,7 @@ def looked(tmp_path_factory: pytest.TempPathFactory, cold: Callable) -> Looked:
         *("--defense", "snoop/snoop", "--defense", "snoop/oracle", "--evaluator", "accuracy"),
         *("--only", "*/badnets*/snoop/*", "--keep-unimplanted", "--no-site", "--out", out, "--store", store),
         path=(dist,),
+        before=("env", f"TMPDIR={temporary}"),
     )
     assert answer.code == 0, answer.err
     tasks = {}
@@ -105,6 +109,7 @@ def test_what_was_given_is_found(looked: Looked) -> None:
     """The probes look in the right process: they see their own case, and an oracle's trigger."""
     assert all(len(looked.found[p]) > 3 for p in ("objects", "frames", "modules", "arguments", "environment"))
     assert snoop.of_text("scratch") <= looked.found["working_folder"]
+    assert snoop.of_text("markofthisleak") <= looked.found["temporary_folders"]
     for place in ("objects", "frames", "working_folder"):
         assert looked.tensors["trigger"] & looked.oracle[place], place
 
@@ -112,7 +117,7 @@ def test_what_was_given_is_found(looked: Looked) -> None:
 def test_every_probe_finds_what_is_planted() -> None:
     env = os.environ | {"PYTHONPATH": str(HERE)}
     done = subprocess.run([sys.executable, HERE / "planted.py"], capture_output=True, text=True, env=env, check=True)
-    assert json.loads(done.stdout) == dict.fromkeys(snoop.PLACES, True)
+    assert json.loads(done.stdout) == dict.fromkeys([*snoop.PLACES, *planted.LOOKED], True)
 
 
 def _job(case: Path, **more: object) -> bytes:

@@ -78,7 +78,7 @@ PARTS += ("environment",)
 
 
 @pytest.fixture(scope="module")
-def reached(tmp_path_factory: pytest.TempPathFactory, cold: Callable, sleeper: Callable) -> dict[str, dict]:
+def reached(tmp_path_factory: pytest.TempPathFactory, sleeper: Callable) -> dict[str, dict]:
     """Level -> what a defense got at, and what is its own; `c_acc` of a good one beside it."""
     if shutil.which("bwrap") is None:
         pytest.skip("allowed: bubblewrap is not installed")
@@ -103,11 +103,8 @@ def reached(tmp_path_factory: pytest.TempPathFactory, cold: Callable, sleeper: C
             for k, v in sets.items():
                 args += ["--set", f"{k}={v}"]
             args += ["--out", mine / "run", "--store", mine / "store"]
-            # What bubblewrap is to hold back is looked for from interpreters as a user starts them.
-            if level == "bwrap":
-                answer = cold(*args, path=(dist,), before=("env", "SECRET=1"))
-            else:
-                answer = sleeper(*args, path=(dist,), SECRET="1")
+            # Within bubblewrap the defense runs in an interpreter of its own, whatever started bubblewrap.
+            answer = sleeper(*args, path=(dist,), SECRET="1")
             assert answer.code == 0, answer.err
             manifests = [json.loads(f.read_text()) | {"at": f.parent} for f in mine.rglob("manifest.json")]
             own = next(m for m in manifests if m["task"]["name"] == "reach/reach")
