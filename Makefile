@@ -26,7 +26,8 @@ $(VENV)/.dev: $(VENV)/.installed
 quick: $(VENV)/.installed ## train backdoors on digits, defend, measure, open the page it names (about 6 minutes)
 	@$(BIN)/sleeperbench run quick --out runs/quick $(ARGS)
 
-# Compiled modules are kept, whatever the environment says: else each of some hundred processes compiles them anew.
+# Compiled modules are kept, whatever the environment says: otherwise each of about a hundred processes
+# compiles them anew.
 test: $(VENV)/.dev ## the tests, without real data sets
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder \
 	    -m "not real and not gpu" --durations=30 $(ARGS)

@@ -81,6 +81,8 @@ def collect(run: Path, kind: str, name: str) -> tuple[dict[str, Any], list[dict[
     rows = read_table(run / "measurements.parquet")
     if kind == "evaluator":
         rows = [r for r in rows if r["evaluator"] == name]
+        told = {r["cell"] for r in rows if r["value"] is not None}
+        rows = [r for r in rows if r["cell"] in told or r["defense"] != "none"]
     else:
         known = {name, *controls(kind, name)}
         rows = [r for r in rows if plugin(r[kind]) in known]
@@ -97,10 +99,14 @@ def collect(run: Path, kind: str, name: str) -> tuple[dict[str, Any], list[dict[
 
 
 def _lines(rows: list[dict[str, Any]], attacked: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """Cell -> its figures without qualifier, its flags, and the undefended model's figures."""
+    """Cell -> its figures without qualifier, its flags, or why it has no figure, and the undefended model's figures."""
     lines: dict[str, dict[str, Any]] = {}
+    told = {r["cell"] for r in rows if r["value"] is not None}
     for r in rows:
         line = lines.setdefault(r["cell"], {"flags": r["flag"]})
+        if r["cell"] not in told:
+            why = r["reason"].partition(":")[0]
+            line["flags"] = ";".join(sorted({*line["flags"].split(";"), why} - {""}))
         if not r["qualifier"] and r["value"] is not None:
             line[r["metric"]] = r["value"]
             if r["metric"] == "cost_forwards":  # whose row carries the defense's own time
@@ -111,9 +117,7 @@ def _lines(rows: list[dict[str, Any]], attacked: dict[str, dict[str, float]]) ->
 
 
 def table(lines: dict[str, dict[str, Any]], *, several: bool) -> list[str]:
-    """One line per cell that has a figure, in the order above; of `several` runs, which one it is of."""
-    beside = {*ATTACKED, "flags", "origin"}
-    lines = {cell: v for cell, v in lines.items() if v.keys() - beside}
+    """One line per cell: its figures, in the order above; of `several` runs, which one it is of."""
     place = common_place(lines)
     shown = [m for m in (*SHARES, *PLAIN) if any(m in v for v in lines.values())]
     known = {*SHARES, *PLAIN, "flags", "origin"}
@@ -214,9 +218,9 @@ def _source(about: dict[str, Any]) -> str:
     """What a run was made of, in a sentence or two."""
     found = {m[1] for r in about["measurements"] if (m := re.search(r"@([\d.]+)", r["cell"]))} - {"0"}
     rates = ", ".join(f"{100 * float(x):g}" for x in sorted(found, key=float))
-    said = [f"{n}, {rows:,} rows" if rows else n for n, rows in about.get("train_rows", {}).items()]
+    said = [f"{n}, {rows:,} rows" for n, rows in about["train_rows"].items()]
     parts = [
-        *(said or about["datasets"]),
+        *said,
         f"{about['recipe']['epochs']} epochs",
         *([f"rate {rates} %"] if rates else []),
     ]

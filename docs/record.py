@@ -26,7 +26,7 @@ def record(run: Path, name: str, command: str) -> None:
     cells = read_table(run / "cells.parquet")
     rows = read_table(run / "measurements.parquet")
     kept = ("cell", "evaluator", "metric", "qualifier", "value", "count", "total", "lower", "upper", "status", "reason")
-    out = {"command": command} | provenance(run, rows)
+    out = {"command": command} | provenance(run, rows) | spent(run)
     figures = [json.dumps({k: r[k] for k in kept if r[k] is not None}) for r in rows]
     ROOT.mkdir(exist_ok=True)
     # A figure is a line: with a line per key the file of suite quick would be above a megabyte.
@@ -49,10 +49,23 @@ def provenance(run: Path, rows: list[dict]) -> dict:
         "versions": env,
         "host": about["host"],
         "datasets": about["datasets"],
-        "train_rows": {n: about["suite"]["dataset_rows"].get(n, {}).get("train") for n in about["datasets"]},
+        "train_rows": {
+            n: about["suite"]["dataset_rows"].get(n, {}).get("train") or d["rows"]["train"]
+            for n, d in about["datasets"].items()
+        },
         "recipe": about["suite"]["recipe"],
         "methods": methods(run),
         "evaluation_core_seconds": round(sum(cpu.values())),
+    }
+
+
+def spent(run: Path) -> dict[str, int]:
+    """Core-seconds of all tasks that the run computed, and seconds from the first one's start to the last one's end."""
+    lines = [json.loads(line) for line in (run / "tasks.jsonl").read_text().splitlines()]
+    done = {x["key"]: x for x in lines if x["result"]}.values()
+    return {
+        "task_core_seconds": round(sum(x["result"].get("cpu_seconds") or 0 for x in done)),
+        "task_wall_seconds": round(max(x["time"] for x in done) - min(x["result"]["started"] for x in done)),
     }
 
 
@@ -89,9 +102,9 @@ def machine(about: Mapping[str, Any]) -> str:
 def _page(name: str, out: dict, cells: list[dict], rows: list[dict]) -> str:
     text = [f"# Measured: {name}", "", f"`{out['command']}`", ""]
     host, v = out["host"], out["versions"]
-    text.append(
-        f"{host['cores']} cores ({host['machine']}, {v['cpu']}), torch {v['torch']}, Python {v['python']}. Shares in %."
-    )
+    where = f"{host['cores']} cores ({host['machine']}, {v['cpu']}), torch {v['torch']}, Python {v['python']}"
+    took = f"{out['task_core_seconds']} core-seconds, {out['task_wall_seconds']} seconds from the first to the last"
+    text.append(f"{where}. Shares in %. Its tasks took {took}.")
     for n, d in out["datasets"].items():
         if not d["canonical"]:
             text.append(f"The copy of {n} differs from its release: {d['note']}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,36 +15,13 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
+from pieces import LONGEST, piece
 from warm import Answer, Nursery
-
-LONGEST = [
-    "contracts/test_registry_checks.py",
-    "engine/test_hostile.py",
-    "engine/test_kills.py",
-    "browser/test_browser_pages.py",
-    "engine/test_smoke_run.py",
-    "engine/test_bad_input.py",
-    "contracts/test_toys.py",
-    "engine/test_leaks.py",
-    "contracts/test_bad_plugins.py",
-    "engine/test_sandbox.py",
-    "contracts/test_add_a_defense.py",
-    "engine/test_damage.py",
-    "engine/test_leases.py",
-    "engine/test_schedule.py",
-    "engine/test_remote.py",
-    "engine/test_sharing.py",
-    "engine/test_questions.py",
-    "browser/test_browser_table.py",
-    "leaderboard/test_site_packed.py",
-    "leaderboard/test_site_build.py",
-]
-"""Files that a process is given first, so that none is left alone with one of them at the end."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """As `--dist loadfile`, but the first of these files is handed out in pieces: it takes a third of the whole."""
+    """As `--dist loadfile`, but the first file of LONGEST, which has all methods, is handed out in pieces."""
     if config.getoption("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
@@ -55,15 +31,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return piece(nodeid)
 
     return Pieces(config, log)
-
-
-def piece(nodeid: str) -> str:
-    """Tests of one piece run in one process, in order. Defenses, half of all methods, make two pieces."""
-    file, _, test = nodeid.partition("::")
-    if not file.endswith(LONGEST[0]):
-        return file
-    kind, name = re.findall(r"\[(attack|defense|evaluator)/(\w+)", test)[0] if "[" in test else ("attack", "")
-    return f"{file}::{kind}{' m-z' if kind == 'defense' and name >= 'm' else ''}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -129,9 +129,13 @@ def sized(data: ImageSet, side: int) -> ImageSet:
     return replace(data, images=data.images[:, :, :: 16 // side, :: 16 // side].contiguous())
 
 
+DIGITS_NORM = ((0.3,), (0.38,))
+"""Mean and deviation of the digits' pixels."""
+
+
 def wide(width: int, side: int) -> ModelSpec:
     """A net for digits; at 16x16 pixels it is normalised by their own mean and deviation."""
-    norm = ((0.3,), (0.38,)) if side == 16 else SPEC.norm
+    norm = DIGITS_NORM if side == 16 else SPEC.norm
     return replace(SPEC, shape=(1, side, side), norm=norm, args={"width": width})
 
 

@@ -66,7 +66,7 @@ test = "<"
 value = 0.1
 """
 ABOUT = {
-    "suite": {"name": "tiny", "recipe": {"epochs": 8}},
+    "suite": {"name": "tiny", "recipe": {"epochs": 8}, "dataset_rows": {}},
     "protocol": 1,
     "host": {},
     "datasets": {"digits": {"rows": {"train": 1437}}},

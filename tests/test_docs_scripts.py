@@ -92,6 +92,40 @@ def test_measure_takes_the_rows_of_the_method_and_of_its_control(
         measure.collect(tmp_path, "defense", "fst")
 
 
+def test_measure_says_what_its_runs_were_made_of_and_why_a_cell_has_no_figure() -> None:
+    measure = script("measure")
+    rows = [row("asr", 0.5), row("reasr", None, cell="none@0/ft/s0") | {"reason": "no_claim: nothing", "flag": "tuned"}]
+    lines = measure._lines(rows, {})
+    assert [line["flags"] for line in lines.values()] == ["", "no_claim;tuned"]
+    assert measure.common_place(["a/b/c", "a/b/d"]) == "a/b/"
+    assert measure.common_place(["a/b/c", "a/x/d"]) == ""
+    about = {
+        "measurements": [{"cell": "d/n/badnets@0.05/ft/s0"}, {"cell": "d/n/none@0/ft/s0"}],
+        "suite": "tiny",
+        "train_rows": {"d": 12000},
+        "recipe": {"epochs": 3},
+        "versions": {"torch": "9", "machine": "m", "cpu": "c"},
+        "datasets": {"d": {"note": "125 images lossy"}},
+    }
+    assert measure._source(about) == (
+        "(suite `tiny`: d, 12,000 rows, 3 epochs, rate 5 %), torch 9, m c. Shares in %. "
+        "The copy of d differs from its release: 125 images lossy."
+    )
+
+
+def test_an_evaluators_measure_leaves_out_undefended_cells_without_a_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = script("measure")
+    found = [
+        row("reasr", value, cell=cell, defense=d) | {"evaluator": "inversion"}
+        for cell, d, value in (("a", "none", None), ("b", "ft", None), ("c", "none", 0.5))
+    ]
+    monkeypatch.setattr(measure, "read_table", lambda path: [] if path.stem == "cells" else found)
+    monkeypatch.setattr(measure, "provenance", lambda run, rows: {})
+    assert [r["cell"] for r in measure.collect(tmp_path, "evaluator", "inversion")[1]] == ["b", "c"]
+
+
 def test_measure_lists_every_candidate() -> None:
     measure = script("measure")
     rows = [row("asr_path", 0.25, "t=0.20"), row("c_acc_path", 0.75, "t=0.20"), row("asr_path", None, "t=0.30")]
@@ -284,7 +318,8 @@ def test_the_zoo_takes_bounds_from_rows_of_their_own() -> None:
 
 # ---- record.py -------------------------------------------------------------------------------------------------------
 def test_evaluation_time_leaves_the_defenses_out(tmp_path: Path) -> None:
-    about = {"suite": {"name": "s", "recipe": {}}, "protocol": 1, "host": {}, "datasets": {}}
+    about = {"suite": {"name": "s", "recipe": {}, "dataset_rows": {"a": {"train": 100}}}, "protocol": 1, "host": {}}
+    about["datasets"] = {"a": {"rows": {"train": 500}}, "b": {"rows": {"train": 500}}}
     (tmp_path / "run.json").write_text(json.dumps(about))
     (tmp_path / "plugins.json").write_text("[]")
     rows = [
@@ -295,6 +330,18 @@ def test_evaluation_time_leaves_the_defenses_out(tmp_path: Path) -> None:
     found = script("record").provenance(tmp_path, rows)
     assert found["evaluation_core_seconds"] == 5
     assert found["versions"] == {"torch": "2"}
+    assert found["train_rows"] == {"a": 100, "b": 500}
+
+
+def test_a_runs_time_counts_each_task_once(tmp_path: Path) -> None:
+    tasks = [
+        {"key": "a", "time": 12.0, "result": {"started": 10.0, "cpu_seconds": 1.5}},
+        {"key": "b", "time": 15.0, "result": None},  # failed
+        {"key": "b", "time": 31.4, "result": {"started": 16.0, "cpu_seconds": 15.0}},
+        {"key": "a", "time": 40.0, "result": {"started": 10.0, "cpu_seconds": 1.5}},
+    ]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(t) + "\n" for t in tasks))
+    assert script("record").spent(tmp_path) == {"task_core_seconds": 16, "task_wall_seconds": 30}
 
 
 @pytest.mark.parametrize("name", ["attacks", "zoo", "measure", "record"])

@@ -12,11 +12,12 @@ import pytest
 from warm import Nursery
 
 SHOW = """
-import json, os, resource, sys
+import json, os, resource, sys, tempfile
 print(json.dumps({
     "environ": dict(os.environ), "argv": sys.argv, "cwd": os.getcwd(), "path": sys.path, "name": __name__,
     "ours": sorted(m for m in sys.modules if m.partition(".")[0] == "sleeperbench"), "read": sys.stdin.read(),
     "data": resource.getrlimit(resource.RLIMIT_DATA), "leads": os.getsid(0) == os.getpid(),
+    "temporary": tempfile.gettempdir(),
     "open": sorted(os.listdir("/proc/self/fd"))[:3],
 }))
 print("to standard error", file=sys.stderr)
@@ -29,7 +30,9 @@ def env(clean_env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "show.py").write_text(SHOW)
     (tmp_path / "odd.py").write_text("import os, sys\nsys.argv[1:] and os.kill(os.getpid(), 9)\nraise KeyError('x')\n")
     monkeypatch.chdir(tmp_path)
-    return clean_env | {"PYTHONPATH": str(tmp_path / "more"), "PYTHONHASHSEED": "0"}
+    (tmp_path / "tmp").mkdir()
+    own = {"PYTHONPATH": str(tmp_path / "more"), "PYTHONHASHSEED": "0", "TMPDIR": str(tmp_path / "tmp")}
+    return clean_env | own
 
 
 def test_everything_that_a_process_is_given_is_there(nursery: Nursery, env: dict[str, str]) -> None:
@@ -41,6 +44,7 @@ def test_everything_that_a_process_is_given_is_there(nursery: Nursery, env: dict
     assert (warm.code, warm.err) == (cold.returncode, cold.stderr) == (3, "to standard error\n")
     assert json.loads(warm.out) == json.loads(cold.stdout)
     assert json.loads(warm.out)["ours"] == []
+    assert json.loads(warm.out)["temporary"] == env["TMPDIR"]
 
 
 def test_ends_are_told_apart(nursery: Nursery, env: dict[str, str]) -> None:

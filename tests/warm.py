@@ -254,7 +254,7 @@ def become(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
-    tempfile.tempdir = None  # a library has asked for it, and the answer lies in the environment
+    tempfile.tempdir = None  # a library may have asked for it before; it follows TMPDIR
     _, _, module, *words = request["argv"]
     sys.argv = [module, *words]
     sys.path = [request["cwd"], *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *BASE]

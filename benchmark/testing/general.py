@@ -23,8 +23,8 @@ from sleeperbench.testing.subject import Subject
 
 ALL = "attack defense evaluator"
 SECONDS, SLACK = 1.0, 4.0
-"""Processor seconds that a micro run aims at, and how many times as many it may take: a core whose neighbours are busy
-counts more, and a few methods have no parameter that brings them so low (docs/check.md)."""
+"""Processor seconds that a micro run aims at, and by what factor it may exceed them: a core with busy neighbours counts
+more, and a few methods have no parameter that brings them so low (docs/check.md)."""
 
 
 def _blueprint(s: Subject) -> Blueprint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import bad_attacks
@@ -27,7 +28,7 @@ from sleeperbench.testing import (
 )
 from sleeperbench.testing.base import CHECKS, Failed, Skipped
 from sleeperbench.testing.report import Result, perform, results
-from sleeperbench.testing.stage import BASE, Variant
+from sleeperbench.testing.stage import BASE, Variant, stage
 
 GENTLE = '''from dataclasses import dataclass
 from sleeperbench import Access, Defense, Outcome
@@ -145,9 +146,21 @@ def in_a_child(cls: type) -> tuple[list[str], Result]:
     return [r.check.name for r in results(subject) if r.status == "failed"], perform(subject, check)
 
 
-@pytest.fixture
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+@pytest.fixture(scope="module")
+def importable() -> Iterator[None]:
+    """A fork server that finds the bad plugins, in place of one that other tests of this process have started."""
+
+    def end() -> None:
+        process = stage(BASE).server.process
+        if process is not None:
+            process.kill()
+            process.wait()
+
+    end()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        yield
+    end()
 
 
 def test_the_bad_plugins_know_the_base_case() -> None:

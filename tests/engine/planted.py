@@ -57,7 +57,7 @@ def plant(place: str, folder: Path) -> object:
     elif place == "the run's temporary folder":
         (folder / "left.json").write_text(json.dumps({"attack": text()}))
     elif place == "the machine's temporary folder":
-        left = Path("/tmp") / f"attack-{os.getpid()}"
+        left = Path("/tmp") / f"sleeperbench-planted-{os.getpid()}"
         left.mkdir()
         (left / "case.json").write_text(json.dumps({"attack": text()}))
         return left
@@ -73,7 +73,7 @@ def plant(place: str, folder: Path) -> object:
 
 
 LOOKED = dict.fromkeys(["the run's temporary folder", "the machine's temporary folder"], "temporary_folders")
-"""What finds a secret in a place that does not bear a probe's name."""
+"""Further places, and the probe that has to look there."""
 
 
 def found(place: str, folder: Path) -> bool:
@@ -85,9 +85,11 @@ def found(place: str, folder: Path) -> bool:
     held = plant(place, folder)
     secret = tensor() if place == "frames" else None
     probe = snoop.PLACES[LOOKED.get(place, place)]
-    there = probe() & {snoop.digest(text().encode()), snoop.digest(tensor().numpy().tobytes())}
-    if isinstance(held, Path):
-        shutil.rmtree(held) if held.is_dir() else held.unlink()
+    try:
+        there = probe() & {snoop.digest(text().encode()), snoop.digest(tensor().numpy().tobytes())}
+    finally:
+        if isinstance(held, Path):
+            shutil.rmtree(held) if held.is_dir() else held.unlink()
     del secret
     return bool(there)
 

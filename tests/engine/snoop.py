@@ -191,11 +191,11 @@ def in_logs() -> set[int]:
 
 def in_temporary_folders() -> set[int]:
     cases = Path.cwd().parent.parent  # where other cases would lie, below the run's own temporary folder
-    found = of_tree(tempfile.gettempdir()) | of_tree(cases) | of_tree(cases.parent)
+    found = of_tree(tempfile.gettempdir()) | of_tree(cases.parent)
     for folder in {"/tmp", "/var/tmp"}:
         with contextlib.suppress(OSError):
             for name in os.listdir(folder):
-                # `sleeperbench check` works in folders of its own, of which other tests leave many meanwhile.
+                # `sleeperbench check` works in folders of its own, of which other tests make many meanwhile.
                 checks = name.startswith("sleeperbench-check-")
                 if name.startswith(("case-", "sleeperbench-", "attack-", "evaluate-")) and not checks:
                     found |= of_tree(os.path.join(folder, name)) | of_text(name)

@@ -78,7 +78,7 @@ def test_kills_of_the_whole_group(
 
 
 def serving(pid: int) -> tuple[int, int] | None:
-    """Worker and fork server of a run, seen from the defense that they run: its parent, and the parent's parent."""
+    """Worker and fork server of a run: the grandparent and the parent of the defense at work."""
     found = shorts.family(pid)
     for p in found:
         try:
@@ -97,15 +97,17 @@ def test_kills_of_workers_and_fork_servers(env: Mapping[str, str], nursery: Nurs
     hold.touch()  # defenses wait for it to vanish, so that the run cannot end before the kills
     file = shorts.suite(tmp_path / "short.toml", f'[defense."short/idle"]\nwait = "{hold}"\n')
     process = nursery.start(shorts.command(file, out, "--store", tmp_path / "store"), env)
-    first = shorts.until(lambda: serving(process.pid))
-    assert first
-    os.kill(first[0], signal.SIGKILL)
-    second = shorts.until(lambda: (s := serving(process.pid)) and s[0] != first[0] and s)
-    assert second
-    os.kill(second[1], signal.SIGKILL)
-    third = shorts.until(lambda: (s := serving(process.pid)) and s[1] != second[1] and s)
-    assert third and third[1] not in (first[1], second[1])
-    hold.unlink()
+    try:
+        first = shorts.until(lambda: serving(process.pid))
+        assert first
+        os.kill(first[0], signal.SIGKILL)
+        second = shorts.until(lambda: (s := serving(process.pid)) and s[0] != first[0] and s)
+        assert second
+        os.kill(second[1], signal.SIGKILL)
+        third = shorts.until(lambda: (s := serving(process.pid)) and s[1] != second[1] and s)
+        assert third and third[1] != first[1]
+    finally:
+        hold.unlink()
     _, err = process.communicate()
     assert process.returncode == 0, err
     quiet = tmp_path / "quiet"
