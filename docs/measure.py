@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from record import machine, provenance
+from record import aged, machine, provenance
 
 from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.rows import read_table
@@ -183,9 +183,6 @@ def write(runs: list[Path], kind: str, name: str, said: str, *, keep: bool) -> N
     cells = [c for run in runs for c in read_table(run / "cells.parquet") if c["defense"] != "none"]
     attacked = {c["cell"]: {k: c[k] for k in ATTACKED if c[k] is not None} for c in cells}
     about["attacked"] = {r["cell"]: attacked[r["cell"]] for r in rows if attacked.get(r["cell"])}
-    lines = _lines(rows, about["attacked"])
-    for line in lines.values():
-        line["origin"] = 1
     earlier: list[dict[str, Any]] = []
     if keep and target.exists():
         before = json.loads(target.read_text())
@@ -195,23 +192,31 @@ def write(runs: list[Path], kind: str, name: str, said: str, *, keep: bool) -> N
             known |= {r["cell"] for r in part["measurements"]}
             if part["measurements"]:
                 earlier.append(part)
-                for cell, line in _lines(part["measurements"], part.get("attacked", {})).items():
-                    lines[cell] = line | {"origin": 1 + len(earlier)}
     out = {"command": said} | about | {"measurements": rows} | ({"earlier": earlier} if earlier else {})
     target.write_text(json.dumps(out, indent=1) + "\n")
+    show(kind, name)
+
+
+def show(kind: str, name: str) -> None:
+    """The section of the method's page, from its JSON."""
+    file = f"{kind}-{name.replace(':', '-')}"
+    out = json.loads((DOCS / "measured" / f"{file}.json").read_text())
+    parts = [out, *out.get("earlier", [])]
     page = DOCS / "methods" / f"{name.replace(':', '-')}.md"
     if not page.exists() and ":" in name:
         page = DOCS / "methods" / f"{name.partition(':')[0]}.md"
     before_it = page.read_text().partition(f"\n{HEAD}")[0].rstrip()
-    text = [before_it, "", HEAD, ""]
-    for n, part in enumerate((out, *earlier), 1):
-        number = f"{n}. " if earlier else ""
-        text += [f"{number}`{part['command']}` {_source(part)}", ""]
-    told = [r for part in (out, *earlier) for r in part["measurements"]]
-    text += [*table(lines, several=bool(earlier)), *candidates(told)]
+    text, registry, lines = [before_it, "", HEAD, ""], Registry.discover("none"), {}
+    for n, part in enumerate(parts, 1):
+        number = f"{n}. " if len(parts) > 1 else ""
+        text += [" ".join([f"{number}`{part['command']}`", _source(part), *aged(part["methods"], registry)]), ""]
+        for cell, line in _lines(part["measurements"], part["attacked"]).items():
+            lines[cell] = line | {"origin": n}
+    told = [r for part in parts for r in part["measurements"]]
+    text += [*table(lines, several=len(parts) > 1), *candidates(told)]
     text += ["", f"All rows: [{file}.json](../measured/{file}.json)."]
     page.write_text("\n".join(text) + "\n")
-    print(f"wrote {page.relative_to(DOCS.parent)} and docs/measured/{file}.json")
+    print(f"wrote {page.relative_to(DOCS.parent)} from docs/measured/{file}.json")
 
 
 def _source(about: dict[str, Any]) -> str:
@@ -240,11 +245,15 @@ def main() -> int:
     p.add_argument("--out", type=Path, default=Path("runs/measure"), help="folder of run folders and their store")
     p.add_argument("--run", type=Path, nargs="+", help="take the figures of these run folders and compute nothing")
     p.add_argument("--keep", action="store_true", help="keep the figures of cells that are not measured now")
+    p.add_argument("--again", action="store_true", help="write the page anew from the JSON and compute nothing")
     p.add_argument("--command", default="", help="with --run: the command that made it, to stand beside the figures")
     args = p.parse_args()
     kind, _, name = args.method.partition("/")
     if kind not in ("attack", "defense", "evaluator") or not name:
         p.error(f"{args.method}: write attack/ID, defense/ID or evaluator/ID")
+    if args.again:
+        show(kind, name)
+        return 0
     argv = command(kind, name, args.seeds, published=args.published)
     runs = args.run or [args.out / f"{kind}-{name.replace(':', '-')}"]
     if args.run is None:

@@ -126,6 +126,40 @@ def test_an_evaluators_measure_leaves_out_undefended_cells_without_a_figure(
     assert [r["cell"] for r in measure.collect(tmp_path, "evaluator", "inversion")[1]] == ["b", "c"]
 
 
+def test_figures_of_cells_that_are_not_measured_now_stay_with_their_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = script("measure")
+    monkeypatch.setattr(measure, "DOCS", tmp_path / "docs")
+    for folder in ("measured", "methods"):
+        (tmp_path / "docs" / folder).mkdir(parents=True)
+    page = tmp_path / "docs" / "methods" / "anp.md"
+    page.write_text("# anp\n\nText.\n\n## Measured\n\nOld.\n")
+    about = {"suite": "tiny", "train_rows": {}, "recipe": {"epochs": 3}, "datasets": {}}
+    about["versions"] = {"torch": "9", "machine": "m", "cpu": "c"}
+    now = Registry.discover("none").get("defense", "anp").blueprint.info["version"]
+    made = {  # run -> the method's version, and its cells
+        "first": (now - 1, [("a/b/s0", 0.25), ("a/b/s1", 0.5)]),
+        "second": (now, [("a/b/s1", 0.75)]),
+    }
+
+    def collect(run: Path, kind: str, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        version, cells = made[run.name]
+        rows = [row("asr", value, cell=cell) | {"status": "ok", "count": None, "total": None} for cell, value in cells]
+        return about | {"methods": {"defense/anp": version}}, rows
+
+    monkeypatch.setattr(measure, "collect", collect)
+    monkeypatch.setattr(measure, "read_table", lambda path: [])
+    for run in made:
+        measure.write([Path(run)], "defense", "anp", run, keep=True)
+    text = page.read_text()
+    assert text.startswith("# anp\n\nText.\n\n## Measured\n\n1. `second` (suite")
+    aged = f"Measured with an earlier version of `anp` ({now - 1}, now {now})."
+    assert f"2. `first` (suite `tiny`: 3 epochs), torch 9, m c. Shares in %. {aged}" in text
+    assert text.count("earlier version") == 1
+    assert "| s0 | 25.0 |  | 2 |\n| s1 | 75.0 |  | 1 |" in text
+
+
 def test_measure_lists_every_candidate() -> None:
     measure = script("measure")
     rows = [row("asr_path", 0.25, "t=0.20"), row("c_acc_path", 0.75, "t=0.20"), row("asr_path", None, "t=0.30")]
