@@ -176,6 +176,7 @@ def write(runs: list[Path], kind: str, name: str, said: str, *, keep: bool) -> N
         keep: Keep what the JSON has of cells that these runs do not, under `earlier`.
     """
     kept = ("cell", "scope", "evaluator", "metric", "qualifier", "value", "count", "total", "status", "reason", "flag")
+    kept += ("cpu_seconds",)
     file = f"{kind}-{name.replace(':', '-')}"
     target = DOCS / "measured" / f"{file}.json"
     collected = [collect(run, kind, name) for run in runs]

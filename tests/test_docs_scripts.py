@@ -145,7 +145,9 @@ def test_figures_of_cells_that_are_not_measured_now_stay_with_their_version(
 
     def collect(run: Path, kind: str, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         version, cells = made[run.name]
-        rows = [row("asr", value, cell=cell) | {"status": "ok", "count": None, "total": None} for cell, value in cells]
+        rows = [row("asr", value, cell=cell) for cell, value in cells]
+        rows += [row("cost_forwards", 10.0, cell=cell, evaluator="cost", cpu_seconds=7.0) for cell, _ in cells]
+        rows = [r | {"status": "ok", "count": None, "total": None} for r in rows]
         return about | {"methods": {"defense/anp": version}}, rows
 
     monkeypatch.setattr(measure, "collect", collect)
@@ -157,7 +159,7 @@ def test_figures_of_cells_that_are_not_measured_now_stay_with_their_version(
     aged = f"Measured with an earlier version of `anp` ({now - 1}, now {now})."
     assert f"2. `first` (suite `tiny`: 3 epochs), torch 9, m c. Shares in %. {aged}" in text
     assert text.count("earlier version") == 1
-    assert "| s0 | 25.0 |  | 2 |\n| s1 | 75.0 |  | 1 |" in text
+    assert "| s0 | 25.0 | 10 | 7 |  | 2 |\n| s1 | 75.0 | 10 | 7 |  | 1 |" in text
 
 
 def test_measure_lists_every_candidate() -> None:
