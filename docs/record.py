@@ -61,9 +61,13 @@ def provenance(run: Path, rows: list[dict]) -> dict:
 
 def spent(run: Path) -> dict[str, int]:
     """Core-seconds of all tasks that the run computed, and seconds from the first one's start to the last one's end."""
-    lines = [json.loads(line) for line in (run / "tasks.jsonl").read_text().splitlines()]
+    file = run / "tasks.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {x["key"]: x for x in lines if x["result"]}.values()
+    if not done:  # all of it lay in the store
+        return {}
     return {
+        "tasks": len(done),
         "task_core_seconds": round(sum(x["result"].get("cpu_seconds") or 0 for x in done)),
         "task_wall_seconds": round(max(x["time"] for x in done) - min(x["result"]["started"] for x in done)),
     }
@@ -103,8 +107,10 @@ def _page(name: str, out: dict, cells: list[dict], rows: list[dict]) -> str:
     text = [f"# Measured: {name}", "", f"`{out['command']}`", ""]
     host, v = out["host"], out["versions"]
     where = f"{host['cores']} cores ({host['machine']}, {v['cpu']}), torch {v['torch']}, Python {v['python']}"
-    took = f"{out['task_core_seconds']} core-seconds, {out['task_wall_seconds']} seconds from the first to the last"
-    text.append(f"{where}. Shares in %. Its tasks took {took}.")
+    text.append(f"{where}. Shares in %.")
+    if "tasks" in out:
+        took = f"{out['task_core_seconds']} core-seconds, {out['task_wall_seconds']} seconds from the first to the last"
+        text[-1] += f" The {out['tasks']} tasks that it computed took {took}."
     for n, d in out["datasets"].items():
         if not d["canonical"]:
             text.append(f"The copy of {n} differs from its release: {d['note']}.")

@@ -377,7 +377,10 @@ def test_a_runs_time_counts_each_task_once(tmp_path: Path) -> None:
         {"key": "a", "time": 40.0, "result": {"started": 10.0, "cpu_seconds": 1.5}},
     ]
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(t) + "\n" for t in tasks))
-    assert script("record").spent(tmp_path) == {"task_core_seconds": 16, "task_wall_seconds": 30}
+    found = {"tasks": 2, "task_core_seconds": 16, "task_wall_seconds": 30}
+    assert script("record").spent(tmp_path) == found
+    (tmp_path / "tasks.jsonl").unlink()
+    assert script("record").spent(tmp_path) == {}
 
 
 @pytest.mark.parametrize("name", ["attacks", "zoo", "measure", "record"])
