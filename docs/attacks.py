@@ -315,7 +315,7 @@ def pages(registry: Registry) -> list[str]:
     """Write the section of each attack's page, in front of what `make measure` wrote; returns the attacks."""
     head = ["attack", "data, rate", "declared", "published", *(name for name, _, _ in SHOWN.values()), "flags"]
     files = sorted(f.stem for f in (DOCS / "measured").glob("attacks-*.json"))
-    several = " and ".join(f"[{f.partition('-')[2].replace('-', ' ')}](../{f}.md)" for f in files)
+    several = ", ".join(f"[{f.partition('-')[2].replace('-', ' ')}](../{f}.md)" for f in files)
     found = kept(registry)
     for attack, body in found.items():
         page = DOCS / "methods" / f"{attack}.md"
@@ -325,6 +325,11 @@ def pages(registry: Registry) -> list[str]:
         text += [f"Shares in %, a figure per seed; what the columns mean and how it was run: {several}."]
         page.write_text("\n".join(text) + "\n" + mark + measured)
     return sorted(found)
+
+
+def section(title: str, says: str, body: Sequence[str]) -> list[str]:
+    """A heading, a sentence and what stands under them; nothing where there is nothing to show."""
+    return ["", f"## {title}", "", *([says, ""] if says else []), *body] if any(body) else []
 
 
 def main() -> int:
@@ -362,20 +367,27 @@ def main() -> int:
         *("", f"Below their bar, and so `weak`: {weak(cells)}."),
         *(x for sentence in old for x in ("", sentence)),
         *("", *lines(rows, cells, registry)),
-        *("", "## Where an attack should work, and where not", ""),
-        "A source-specific attack (tact, cassock) counts on images of its source classes; *leak* is the share of the "
-        "other classes' triggered images that get the target all the same. hcb counts on images with feature and "
-        "patch; its leak is that of the patch without the feature, its covers have the feature without the patch.",
-        *("", *sparing(found)),
-        *("", "## Several triggers", "", "The headline ASR is the mean over triggers; a dead one hides in it."),
-        *("", *triggers(found, members)),
-        *(("", *(x for p in prose(found, members) for x in (p, ""))) if prose(found, members) else ("",)),
-        *("## Covers", ""),
-        "Images as the attack covers them: weaker, partial or jittered triggers, meant to keep their label. Where "
-        "fewer do than C-Acc, and more get the target, the trigger works beyond its exact form.",
-        *("", *covers(found)),
-        *(("", "## All-to-all", "", *all_to_all) if all_to_all else ()),
-        *("", "## Do poisoned samples stand apart?", "", *separability(found, cells)),
+        *section(
+            "Where an attack should work, and where not",
+            "A source-specific attack (tact, cassock) counts on images of its source classes; *leak* is the share of "
+            "the other classes' triggered images that get the target all the same. hcb counts on images with feature "
+            "and patch; its leak is that of the patch without the feature, its covers have the feature without it.",
+            sparing(found),
+        ),
+        *section(
+            "Several triggers",
+            "The headline ASR is the mean over triggers; a dead one hides in it.",
+            triggers(found, members),
+        ),
+        *(x for p in prose(found, members) for x in ("", p)),
+        *section(
+            "Covers",
+            "Images as the attack covers them: weaker, partial or jittered triggers, meant to keep their label. Where "
+            "fewer do than C-Acc, and more get the target, the trigger works beyond its exact form.",
+            covers(found),
+        ),
+        *section("All-to-all", "", all_to_all),
+        *section("Do poisoned samples stand apart?", "", separability(found, cells)),
         *("", f"All rows: [{name}.json](measured/{name}.json)."),
     ]
     (DOCS / f"{name}.md").write_text("\n".join(text) + "\n")

@@ -293,6 +293,12 @@ def test_attacks_keep_success_apart_by_images_triggers_covers_and_classes() -> N
     assert any("hcb at 50.0 %" in p for p in attacks.prose(found, {"hybrid": ["cassock", "hcb"]}))
 
 
+def test_a_section_without_rows_is_left_out() -> None:
+    section = script("attacks").section
+    assert section("Covers", "What they are.", []) == section("Covers", "", [""]) == []
+    assert section("Covers", "What they are.", ["| a |"]) == ["", "## Covers", "", "What they are.", "", "| a |"]
+
+
 def test_verdicts_on_separability_follow_the_figures() -> None:
     attacks = script("attacks")
 
