@@ -95,7 +95,10 @@ def collect(run: Path, kind: str, name: str) -> tuple[dict[str, Any], list[dict[
     def flags(r: Mapping[str, Any]) -> str:
         return ";".join(sorted({*r["flag"].split(";"), *beside.get(r["cell"], "").split(";")} - {""}))
 
-    return provenance(run, rows), [r | {"flag": flags(r)} for r in rows]
+    about = provenance(run, rows)
+    if kind == "evaluator":
+        about["methods"] |= {f"evaluator/{name}": own[0]["method_version"]}
+    return about, [r | {"flag": flags(r)} for r in rows]
 
 
 def _lines(rows: list[dict[str, Any]], attacked: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
@@ -176,7 +179,7 @@ def write(runs: list[Path], kind: str, name: str, said: str, *, keep: bool) -> N
         keep: Keep what the JSON has of cells that these runs do not, under `earlier`.
     """
     kept = ("cell", "scope", "evaluator", "metric", "qualifier", "value", "count", "total", "status", "reason", "flag")
-    kept += ("cpu_seconds",)
+    kept = (*kept, "cpu_seconds")  # the time of a defense, on its cost
     file = f"{kind}-{name.replace(':', '-')}"
     target = DOCS / "measured" / f"{file}.json"
     collected = [collect(run, kind, name) for run in runs]

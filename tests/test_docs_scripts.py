@@ -118,12 +118,14 @@ def test_an_evaluators_measure_leaves_out_undefended_cells_without_a_figure(
 ) -> None:
     measure = script("measure")
     found = [
-        row("reasr", value, cell=cell, defense=d) | {"evaluator": "inversion"}
+        row("reasr", value, cell=cell, defense=d, evaluator="inversion", method_version=4)
         for cell, d, value in (("a", "none", None), ("b", "ft", None), ("c", "none", 0.5))
     ]
     monkeypatch.setattr(measure, "read_table", lambda path: [] if path.stem == "cells" else found)
-    monkeypatch.setattr(measure, "provenance", lambda run, rows: {})
-    assert [r["cell"] for r in measure.collect(tmp_path, "evaluator", "inversion")[1]] == ["b", "c"]
+    monkeypatch.setattr(measure, "provenance", lambda run, rows: {"methods": {"attack/badnets": 1}})
+    about, rows = measure.collect(tmp_path, "evaluator", "inversion")
+    assert [r["cell"] for r in rows] == ["b", "c"]
+    assert about == {"methods": {"attack/badnets": 1, "evaluator/inversion": 4}}
 
 
 def test_figures_of_cells_that_are_not_measured_now_stay_with_their_version(
