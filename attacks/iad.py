@@ -113,6 +113,7 @@ class Iad(Attack):
         diversity: Weight of diversity in step 4.
         generator_lr: Learning rate of M and G.
         cross_ratio: Cover rows per dirty row.
+        width: Channels of the first stage of M and G for colour images, even; grey ones have half as many.
         targets: `all_to_one` (the run's target class) or `all_to_all` (y to y + 1).
     """
 
@@ -129,8 +130,8 @@ class Iad(Attack):
         "covers": True,
         "implant_asr": 0.9,  # the protocol's gate for dirty-label attacks at a rate of 5 % or more
         "published_asr": {"value": 0.9932, "setting": "CIFAR-10, 10 %, 600 epochs", "source": "authors' code"},
-        "micro": {"mask_epochs": 1},
-        "effort": ["mask_epochs"],
+        "micro": {"mask_epochs": 1, "width": 4},
+        "effort": ["mask_epochs", "width"],
     }
     SNAPSHOT = "none"
 
@@ -139,6 +140,7 @@ class Iad(Attack):
     diversity: float = 1.0
     generator_lr: float = 0.01
     cross_ratio: float = 1.0
+    width: int = 32
     targets: Literal["all_to_one", "all_to_all"] = "all_to_one"
 
     def __post_init__(self) -> None:
@@ -149,6 +151,8 @@ class Iad(Attack):
             )
         if self.diversity < 0 or self.cross_ratio < 0:
             raise ValueError(f"diversity is {self.diversity}, cross_ratio {self.cross_ratio}; they must be at least 0")
+        if self.width < 2 or self.width % 2:
+            raise ValueError(f"width is {self.width}; it must be even and at least 2")
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
         """Refuse targets that the classes do not allow."""
@@ -158,13 +162,13 @@ class Iad(Attack):
         """Step 1, and G as it is drawn."""
         self.check(train.shape, len(train.classes))
         mask = self._train_mask(train, ctx)
-        pattern = network(train.shape[0], train.shape[0], ctx.derive("pattern"))
+        pattern = network(train.shape[0], train.shape[0], ctx.derive("pattern"), self.width)
         rows = torch.randperm(len(train), generator=ctx.generator("bank"))[:_BANK]
         tensors = {"bank": train.images[rows.to(train.images.device)].cpu()}
         for name, net in (("pattern", pattern), ("mask", mask)):
             tensors |= {f"aux.{name}.{k}": v.detach().cpu().clone() for k, v in net.state_dict().items()}
         info = {"targets": self.targets, "target": ctx.target, "classes": len(train.classes), "negative": False}
-        return self.restore(tensors, {**info, "shift": [0, 0]})
+        return self.restore(tensors, {**info, "width": self.width, "shift": [0, 0]})
 
     def poison(self, train: ImageSet, b: Backdoor, eligible: Tensor, rate: float, ctx: Ctx) -> PoisonedSet:
         """The clean rows: no trigger exists before training."""
@@ -186,7 +190,8 @@ class Iad(Attack):
     def restore(cls, tensors: Mapping[str, Tensor], info: Any) -> Backdoor:
         """The backdoor from its networks, stored images and target map."""
         channels = tensors["bank"].shape[1]
-        nets = {"pattern": network(channels, channels, 0), "mask": network(channels, 1, 0)}
+        width = info["width"]
+        nets = {"pattern": network(channels, channels, 0, width), "mask": network(channels, 1, 0, width)}
         for name, net in nets.items():
             start = f"aux.{name}."
             net.load_state_dict({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
@@ -201,7 +206,7 @@ class Iad(Attack):
         return Backdoor(triggers=(trigger,), tensors=tensors, info=info)
 
     def _train_mask(self, train: ImageSet, ctx: Ctx) -> Hourglass:
-        net = network(train.shape[0], 1, ctx.derive("mask")).to(ctx.device).train()
+        net = network(train.shape[0], 1, ctx.derive("mask"), self.width).to(ctx.device).train()
         opt = _adam(net, self.generator_lr)
         images = train.images.to(ctx.device)
         batch = min(ctx.recipe.batch, len(train))

@@ -59,6 +59,7 @@ class Unicorn(Defense):
         rounds: Updates of the trigger, and of the feature mask, per update of the U-Nets.
         batch: Rows per update.
         width: Filters of the U-Nets' first level.
+        depth: How often the U-Nets halve the image.
         success: Share of hits wanted, 0..1.
         distance: Largest 1 - SSIM.
         deviation: Largest standard deviation of masked features.
@@ -77,8 +78,17 @@ class Unicorn(Defense):
         "version": 2,
         "api": 1,
         "stamps": True,
-        "micro": {"pretrain": 1, "epochs": 1, "rounds": 1, "batch": 30, "width": 2, "distance": 0.9999, "together": 10},
-        "effort": ["pretrain", "epochs", "rounds", "width"],
+        "micro": {
+            "pretrain": 1,
+            "epochs": 1,
+            "rounds": 1,
+            "batch": 120,
+            "width": 2,
+            "depth": 1,
+            "distance": 0.9999,
+            "together": 10,
+        },
+        "effort": ["pretrain", "epochs", "rounds", "width", "depth"],
         "traverses": True,
         "presumes": "a small mask and pattern in a space that can be learnt, which works through few features",
     }
@@ -89,6 +99,7 @@ class Unicorn(Defense):
     rounds: int = 10
     batch: int = 64
     width: int = 32
+    depth: int = 4
     success: float = 0.9
     distance: float = 0.15
     deviation: float = 1.0
@@ -97,8 +108,8 @@ class Unicorn(Defense):
     together: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.pretrain, self.epochs, self.rounds) < 1 or self.batch < 2:
-            raise ValueError("pretrain, epochs and rounds must be positive, batch at least 2")
+        if min(self.pretrain, self.epochs, self.rounds, self.width, self.depth) < 1 or self.batch < 2:
+            raise ValueError("pretrain, epochs, rounds, width and depth must be positive, batch at least 2")
         if self.together < 0:
             raise ValueError(f"together is {self.together}; it counts labels")
 
@@ -137,14 +148,15 @@ class Unicorn(Defense):
         return Outcome(
             verdict=Verdict(score=float(scores.max()), threshold=self.success, label_scores=scores),
             inverted=tuple(Inverted(target=t, uses_apply=True) for t in claimed),
-            state=(state, {"width": self.width}),
+            state=(state, {"width": self.width, "depth": self.depth}),
             chosen={"claimed": claimed, "flagged": flagged, "success_and_ssim": shares},
         )
 
     def stamp(self, state: tuple[Mapping[str, Tensor], Any], inv: Inverted, x: Tensor) -> Tensor:
         """Images with the claimed label's trigger."""
         own = {n.partition(".")[2]: v.to(x.device) for n, v in state[0].items() if n.startswith(f"{inv.target}.")}
-        return wear(own, state[1]["width"], x)
+        form = seeded(UNet, 0, x.shape[1], x.shape[1], state[1]["width"], state[1]["depth"]).to(x.device).eval()
+        return wear(own, form, x)
 
 
 class Stack:
@@ -202,10 +214,9 @@ class Engine:
         self, net: Classifier, x: Tensor, targets: Sequence[int], means: Tensor, method: Unicorn, ctx: Ctx
     ) -> None:
         self.net, self.x, self.targets, self.means, self.m, self.ctx = net, x, targets, means, method, ctx
-        channels, device = x.shape[1], x.device
+        form, device = (x.shape[1], x.shape[1], method.width, method.depth), x.device
         self.into, self.back = (
-            Stack([seeded(UNet, ctx.derive(side, t), channels, channels, method.width).to(device) for t in targets])
-            for side in ("into", "back")
+            Stack([seeded(UNet, ctx.derive(side, t), *form).to(device) for t in targets]) for side in ("into", "back")
         )
         # m and p start at (tanh(1) + 1) / 2 and 1/2; so does M at the former.
         self.u, self.v = (
@@ -304,7 +315,7 @@ class Engine:
         tensors = {n: v.to(x.device) for n, v in self.tensors(i).items()}
         hits, near = 0, 0.0
         for part in x.split(256):
-            worn = wear(tensors, self.m.width, part)
+            worn = wear(tensors, self.into.form, part)
             hits += int((self.net(worn).argmax(1) == self.targets[i]).sum())
             near += float(ssim(worn, part).sum())
             self.ctx.cost.forwards += len(part)
@@ -315,9 +326,9 @@ class Engine:
         """What `wear` needs for the i-th label, on the CPU."""
         own = {f"into.{n}": v for n, v in self.into.state(i).items()}
         own |= {f"back.{n}": v for n, v in self.back.state(i).items()}
-        into = side(own, "into", self.x.shape[1], self.m.width)
-        spread = [torch.stack([z.min(), z.max()]) for z in (into(part) for part in self.x.split(256))]
-        found = torch.stack(spread)
+        form = self.into.form.eval()
+        spread = [(z.min(), z.max()) for z in (side(own, "into", form, part) for part in self.x.split(256))]
+        found = torch.tensor(spread)
         own |= {"mask": squash(self.u[i]), "pattern": squash(self.v[i])}
         own |= {"extremes": torch.stack([found[:, 0].min(), found[:, 1].max()])}
         return {n: v.detach().cpu().clone() for n, v in own.items()}
@@ -365,21 +376,19 @@ def stamped(z: Tensor, mask: Tensor, pattern: Tensor, low: Tensor, high: Tensor)
     return ((1 - mask) * (z - low) / scale + mask * pattern) * scale + low
 
 
-def wear(tensors: Mapping[str, Tensor], width: int, x: Tensor) -> Tensor:
+@torch.no_grad()
+def wear(tensors: Mapping[str, Tensor], form: UNet, x: Tensor) -> Tensor:
     """Images (N, C, H, W) with one label's trigger, Q((1 - m) P(x) + m p), within the extremes that it came with."""
-    into, back = (side(tensors, name, x.shape[1], width) for name in ("into", "back"))
     low, high = tensors["extremes"]
-    with torch.no_grad():
-        out: Tensor = back(stamped(into(x), tensors["mask"], tensors["pattern"], low, high))
-    return out.clamp(0, 1)
+    z = stamped(side(tensors, "into", form, x), tensors["mask"], tensors["pattern"], low, high)
+    return side(tensors, "back", form, z).clamp(0, 1)
 
 
-def side(tensors: Mapping[str, Tensor], name: str, channels: int, width: int) -> UNet:
-    """One of the two networks, in eval mode."""
+def side(tensors: Mapping[str, Tensor], name: str, form: UNet, x: Tensor) -> Tensor:
+    """Answer of one of the two networks, whose `form` is in eval mode."""
     own = {n.partition(".")[2]: v for n, v in tensors.items() if n.startswith(f"{name}.")}
-    net = seeded(UNet, 0, channels, channels, width)
-    net.load_state_dict(own)
-    return net.to(next(iter(own.values())).device).eval()
+    answer: Tensor = functional_call(form, own, (x,), strict=True)
+    return answer
 
 
 def squash(raw: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ class WakingByAccident(Evaluator):
 
     Args:
         draws: Repetitions of tuning with other rows and another order.
+        steps: Updates of one tuning.
         shares: Shares of weights that pruning takes.
         lr: Learning rate of tuning.
     """
@@ -76,7 +77,8 @@ class WakingByAccident(Evaluator):
         "kind": "reactivation",
         "version": 4,
         "api": 1,
-        "micro": {"draws": 1, "shares": [0.5]},
+        "micro": {"draws": 1, "steps": 10, "shares": [0.5]},
+        "effort": ["draws", "steps"],
     }
     NEEDS = Needs(white_box=True, controls=("clean_model",), defended_clean=True, again=True)
     METRICS = (
@@ -107,12 +109,13 @@ class WakingByAccident(Evaluator):
     )
 
     draws: int = 3
+    steps: int = 40
     shares: tuple[float, ...] = (0.3, 0.5, 0.7)
     lr: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.draws < 1 or self.lr <= 0 or not all(0 < s < 1 for s in self.shares):
-            raise ValueError("draws is at least 1, lr positive, and shares in (0, 1)")
+        if min(self.draws, self.steps) < 1 or self.lr <= 0 or not all(0 < s < 1 for s in self.shares):
+            raise ValueError("draws and steps are at least 1, lr is positive, and shares in (0, 1)")
 
     def measure(self, case: EvalCase) -> Findings:
         """All ways on this model, on the clean model after the same defense, and what they did to the clean control."""
@@ -160,7 +163,7 @@ class WakingByAccident(Evaluator):
         """What is done to one model by itself."""
         net, ctx = cast(Classifier, model), case.ctx
         for draw in range(self.draws):
-            tuned = retune(net, case.probe, triggered, 0, draw, ctx, lr=self.lr)
+            tuned = retune(net, case.probe, triggered, 0, draw, ctx, lr=self.lr, steps=self.steps)
             yield "tuned", draw, tuned
             yield "averaged_tuned", draw, average(net, tuned, ctx)
         for sky in SKIES:

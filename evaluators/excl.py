@@ -71,6 +71,7 @@ class Exclusivity(Evaluator):
         "version": 1,
         "api": 1,
         "micro": {"images": 6, "steps": 20},
+        "effort": ["images", "steps"],
     }
     NEEDS = Needs(scope="attack", outcome=(), white_box=True, undefended=True, trigger="live")
     METRICS = (

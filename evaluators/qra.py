@@ -74,6 +74,7 @@ class QueryReactivation(Evaluator):
         "version": 2,
         "api": 1,
         "micro": {"steps": 2},
+        "effort": ["steps"],
     }
     NEEDS = Needs(
         white_box=True,

@@ -46,6 +46,7 @@ class RetuningAttack(Evaluator):
     Args:
         k: Triggered rows; 0 takes `ra_budget`'s figure.
         draws: Repetitions with other rows and another order.
+        steps: Updates of one tuning.
         lr: Learning rate; the paper takes 0.001 for models pre-trained on ImageNet.
     """
 
@@ -58,7 +59,8 @@ class RetuningAttack(Evaluator):
         "kind": "reactivation",
         "version": 3,
         "api": 1,
-        "micro": {"draws": 1, "k": 1},
+        "micro": {"draws": 1, "k": 1, "steps": 10},
+        "effort": ["draws", "steps"],
     }
     NEEDS = Needs(evaluators=("ra_budget",), controls=("clean_model",), defended_clean=True)
     METRICS = (
@@ -90,7 +92,12 @@ class RetuningAttack(Evaluator):
 
     k: int = 0
     draws: int = 3
+    steps: int = 40
     lr: float = 0.01
+
+    def __post_init__(self) -> None:
+        if min(self.draws, self.steps) < 1 or self.k < 0 or self.lr <= 0:
+            raise ValueError("draws and steps are at least 1, k at least 0, and lr is positive")
 
     def measure(self, case: EvalCase) -> Findings:
         """The probe, its controls, and their difference."""
@@ -104,7 +111,7 @@ class RetuningAttack(Evaluator):
 
         rows, own, clean = [], [], []
         for draw in range(self.draws):
-            net = retune(case.net, case.probe, case.bd_probe, k, draw, ctx, lr=self.lr)
+            net = retune(case.net, case.probe, case.bd_probe, k, draw, ctx, lr=self.lr, steps=self.steps)
             success = measure_asr(net, case.bd_test, ctx)
             rows.append(replace(success, metric="p_asr_ra", qualifier=f"draw={draw}", stage="reactivated"))
             own.append(success.value)
@@ -159,7 +166,8 @@ class RetuningAttack(Evaluator):
         if net is None or probe is None or test is None:
             return None
         test = thinned(test)
-        tuned = (retune(net, case.probe, probe, k, d, case.ctx, lr=self.lr) for d in range(self.draws))
+        how = {"lr": self.lr, "steps": self.steps}
+        tuned = (retune(net, case.probe, probe, k, d, case.ctx, **how) for d in range(self.draws))
         return _mean([measure_asr(t, test, case.ctx).value for t in tuned])
 
     def _nothing(self, reason: str) -> Findings:
@@ -198,12 +206,13 @@ def tuning_set(probe: ImageSet, triggered: Rendered, k: int, draw: int, ctx: Ctx
 
 
 def retune(
-    net: nn.Module, probe: ImageSet, triggered: Rendered, k: int, draw: int, ctx: Ctx, *, lr: float
+    net: nn.Module, probe: ImageSet, triggered: Rendered, k: int, draw: int, ctx: Ctx, *, lr: float, steps: int = 40
 ) -> nn.Module:
-    """A copy of `net` after 40 steps on `tuning_set`; the step order depends on ctx.seed and `draw` alone."""
+    """A copy of `net` after `steps` updates on `tuning_set`; the step order depends on ctx.seed and `draw` alone."""
     data = tuning_set(probe, triggered, k, draw, ctx)
     # What an evaluator is handed was rebuilt from a stored model, hence a Classifier.
-    model = tune(cast(Classifier, net), data, ctx=replace(ctx, seed=ctx.derive("retune order", draw)), lr=lr, steps=40)
+    order = replace(ctx, seed=ctx.derive("retune order", draw))
+    model = tune(cast(Classifier, net), data, ctx=order, lr=lr, steps=steps)
     return load(model, ctx.device)
 
 

@@ -23,6 +23,7 @@ class RetuningBudget(Evaluator):
     Args:
         ks: Numbers of triggered rows to try.
         draws: Repetitions per clean model.
+        steps: Updates of one tuning, as many as RA makes.
         limit: Largest mean ASR of clean models after RA, 0..1.
         lr: Learning rate of RA.
     """
@@ -36,7 +37,8 @@ class RetuningBudget(Evaluator):
         "kind": "reactivation",
         "version": 2,
         "api": 1,
-        "micro": {"ks": [1], "draws": 1},
+        "micro": {"ks": [1], "draws": 1, "steps": 10},
+        "effort": ["draws", "steps"],
     }
     NEEDS = Needs(scope="attack", outcome=(), clean_models=3, calibration=True)
     METRICS = (
@@ -60,8 +62,13 @@ class RetuningBudget(Evaluator):
 
     ks: tuple[int, ...] = (1, 2, 5, 10, 25, 50)
     draws: int = 3
+    steps: int = 40
     limit: float = 0.10
     lr: float = 0.01
+
+    def __post_init__(self) -> None:
+        if min(self.draws, self.steps) < 1 or not 0 <= self.limit <= 1 or self.lr <= 0:
+            raise ValueError("draws and steps are at least 1, limit is in [0, 1], and lr is positive")
 
     def measure(self, case: EvalCase) -> Findings:
         """`ra_k`, and `p_asr_clean` per k, draw and clean model as far as it was needed.
@@ -83,7 +90,8 @@ class RetuningBudget(Evaluator):
                 continue
             values: list[float] = []
             for draw, i in runs:
-                net = retune(case.clean_models[i], case.probe, case.bd_probe, k, draw, case.ctx, lr=self.lr)
+                clean, how = case.clean_models[i], {"lr": self.lr, "steps": self.steps}
+                net = retune(clean, case.probe, case.bd_probe, k, draw, case.ctx, **how)
                 found = measure_asr(net, test, case.ctx)
                 rows.append(
                     replace(found, metric="p_asr_clean", qualifier=f"draw={draw};k={k};model={i}", stage="reactivated")

@@ -69,6 +69,7 @@ class TransferActivation(Evaluator):
         "version": 3,
         "api": 1,
         "micro": {"steps": 5},
+        "effort": ["steps"],
     }
     NEEDS = Needs(white_box=True, controls=("clean_model",))
     METRICS = (

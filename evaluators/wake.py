@@ -55,6 +55,7 @@ class WakeCurve(Evaluator):
         "version": 1,
         "api": 1,
         "micro": {"ks": [0, 1], "steps": [0, 2], "draws": 1},
+        "effort": ["draws"],
     }
     NEEDS = Needs(white_box=True, controls=("clean_model",), defended_clean=True)
     METRICS = (

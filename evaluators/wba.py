@@ -64,6 +64,7 @@ class WhiteBoxActivation(Evaluator):
         "version": 1,
         "api": 1,
         "micro": {"steps": 10},
+        "effort": ["steps"],
     }
     NEEDS = Needs(white_box=True, controls=("clean_model",))
     METRICS = (

@@ -107,7 +107,7 @@ class Ledger:
         if attack and defense and attack.params.get("snapshot") == "declared" and self._trains(defense.name):
             flags.add("snapshot")
         zoo = [k for r, k in tasks[e.key].inputs.items() if r.startswith("zoo.")] if e.key in tasks else []
-        if any(self._reduced(key) for key in (cell.attack_key, cell.defense_key, *zoo) if key in tasks):
+        if any(self._reduced(key) for key in (cell.attack_key, cell.defense_key, e.key, *zoo) if key in tasks):
             flags.add("reduced")
         named = {f"{tasks[k].kind}.{tasks[k].name}" for k in (cell.attack_key, cell.defense_key) if k in tasks}
         if named & set(self.plan.suite.tuned):

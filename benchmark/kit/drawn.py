@@ -71,7 +71,10 @@ def diversity(x1: Tensor, x2: Tensor, out1: Tensor, out2: Tensor) -> Tensor:
     return (far[0] / (far[1] + _TINY)).mean()
 
 
-def network(channels: int, outputs: int, seed: int) -> Hourglass:
-    """Three stages from 32 channels for colour, two from 16 for grey images, as the authors' for CIFAR-10 and MNIST."""
-    width, stages = (32, 3) if channels > 1 else (16, 2)
-    return seeded(Hourglass, seed, channels, outputs, width, stages)
+def network(channels: int, outputs: int, seed: int, width: int = 32) -> Hourglass:
+    """Three stages from `width` channels for colour, two from half as many for grey images.
+
+    With 32 these are the authors' networks for CIFAR-10 and MNIST.
+    """
+    first, stages = (width, 3) if channels > 1 else (width // 2, 2)
+    return seeded(Hourglass, seed, channels, outputs, first, stages)

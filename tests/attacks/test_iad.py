@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import samples
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sleeperbench import Backdoor, Mark, Role
 from sleeperbench.attacks.belt import Belt
@@ -188,6 +188,15 @@ def test_trained_networks_come_back_from_what_the_engine_stores() -> None:
         assert not torch.equal(live, old)
 
 
+def test_both_networks_have_the_given_width() -> None:
+    b = Iad(mask_epochs=1, width=4).prepare(TRAIN, ctx())
+    again = Iad.restore(b.tensors, b.info)
+    for made in (b, again):
+        trigger: Any = made.triggers[0]
+        first = [next(m for m in n.modules() if isinstance(m, nn.Conv2d)) for n in (trigger.mask, trigger.pattern)]
+        assert [c.out_channels for c in first] == [4, 4]
+
+
 def test_decoy_and_targets() -> None:
     attack, b = prepared(targets="all_to_all")
     assert b.triggers[0].targets.target(torch.arange(10)).tolist() == [*range(1, 10), 0]
@@ -239,6 +248,7 @@ def test_what_does_not_fit_is_refused() -> None:
         {"generator_lr": 0.0},
         {"diversity": -1.0},
         {"cross_ratio": -1.0},
+        {"width": 3},
     ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             Iad.from_params(bad)

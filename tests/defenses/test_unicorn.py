@@ -71,7 +71,7 @@ class Alone:
 
 def test_settings_are_published() -> None:
     m = Unicorn()
-    assert (m.pretrain, m.epochs, m.rounds, m.batch, m.width) == (500, 1000, 10, 64, 32)
+    assert (m.pretrain, m.epochs, m.rounds, m.batch, m.width, m.depth) == (500, 1000, 10, 64, 32, 4)
     assert (m.success, m.distance, m.deviation, m.space, m.features) == (0.9, 0.15, 1.0, 0.15, 0.15)
     assert (Unicorn.ACCESS.track(), Unicorn.ACCESS.clean, Unicorn.INFO["stamps"]) == ("T1", 0.01, True)
 
@@ -120,9 +120,10 @@ def test_a_batch_has_extremes_of_its_own_and_images_stay_in_range() -> None:
     assert torch.equal(worn, worn.clamp(0, 1))
     for i in range(2):
         own = {n: v for n, v in e.tensors(i).items() if n != "extremes"}
-        z = side(own, "into", 1, 2)(x[i])
+        form = seeded(UNet, 0, 1, 1, 2).eval()
+        z = side(own, "into", form, x[i])
         own["extremes"] = torch.stack([z.min(), z.max()]).detach()
-        assert torch.allclose(wear(own, 2, x[i]), worn[i], atol=1e-5)
+        assert torch.allclose(wear(own, form, x[i]), worn[i], atol=1e-5)
     assert not torch.allclose(worn[0], worn[1])
 
 
@@ -338,7 +339,7 @@ def test_success_is_that_of_the_stamp() -> None:
     e.pretrain()
     share, near = e.success(1, e.x)
     tensors = e.tensors(1)
-    state = ({f"1.{n}": v for n, v in tensors.items()}, {"width": 2})
+    state = ({f"1.{n}": v for n, v in tensors.items()}, {"width": 2, "depth": 4})
     worn = Unicorn().stamp(state, SimpleNamespace(target=1), e.x)
     assert share == pytest.approx(float((e.net(worn).argmax(1) == 1).float().mean()))
     assert near == pytest.approx(float(ssim(worn, e.x).mean()), abs=1e-5)

@@ -1,4 +1,4 @@
-"""The flag `reduced`: a method, or what it wraps, on less than its published effort."""
+"""The flag `reduced`: a method, what it wraps, or the evaluator, on less than its published effort."""
 
 from __future__ import annotations
 
@@ -33,3 +33,11 @@ def test_less_than_published(
     ledger = Ledger(plan, registry, Store(tmp_path / "store"), tmp_path, lambda rows: None)
     cell = next(c for c in plan.cells if c.name.split("/")[2].startswith(attack) and f"/{defense}" in c.name)
     assert ("reduced" in ledger._facts(cell, cell.evaluations[0])["flag"]) is reduced
+
+
+def test_an_evaluator_of_fewer_draws_marks_its_own_rows_alone(make_plan: Any, registry: Any, tmp_path: Path) -> None:
+    plan = make_plan(evaluators=["accuracy", "ra", "wake"], tail="[evaluator.ra]\ndraws = 1")
+    ledger = Ledger(plan, registry, Store(tmp_path / "store"), tmp_path, lambda rows: None)
+    for cell in plan.cells:
+        flags = {e.evaluator: ledger._facts(cell, e)["flag"] for e in cell.evaluations if e.key in plan.tasks}
+        assert {name for name, flag in flags.items() if "reduced" in flag} == {"ra"}, cell.name

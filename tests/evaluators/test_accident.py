@@ -173,7 +173,7 @@ def staged(monkeypatch: pytest.MonkeyPatch, **hits: Any) -> Any:
     """A case in which each way leads to a stub of that many hits and right answers; `before` is the model itself."""
     monkeypatch.setattr(module, "pack", lambda n: n)
     monkeypatch.setattr(module, "load", lambda model, device: model)
-    monkeypatch.setattr(module, "retune", lambda net, p, t, k, draw, ctx, *, lr: hits["tuned"][draw])
+    monkeypatch.setattr(module, "retune", lambda net, p, t, k, draw, ctx, *, lr, steps: hits["tuned"][draw])
     half_way = {id(b): n for b, n in zip(hits["tuned"], hits["averaged"], strict=True)}
     half_way[id(hits.get("again"))] = hits.get("together")
     monkeypatch.setattr(module, "between", lambda a, b, t: half_way[id(b)])
@@ -270,15 +270,15 @@ def test_the_ways_are_the_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     tuned = net(7)
 
-    def fake(net: Any, probe: Any, triggered: Any, k: int, draw: int, ctx: Any, *, lr: float) -> Any:
-        seen.append((k, draw, lr))
+    def fake(net: Any, probe: Any, triggered: Any, k: int, draw: int, ctx: Any, *, lr: float, steps: int) -> Any:
+        seen.append((k, draw, lr, steps))
         return tuned
 
     monkeypatch.setattr(module, "retune", fake)
     c = case(probe=samples.digits()["probe"].rows(torch.arange(40)))
     changed = WakingByAccident(draws=2)._changed(c.net, c, c.bd_probe)
     made = {(way, draw): pack(n) for way, draw, n in changed if not isinstance(n, str)}  # type: ignore[arg-type]
-    assert seen == [(0, 0, 0.01), (0, 1, 0.01)]
+    assert seen == [(0, 0, 0.01, 40), (0, 1, 0.01, 40)]
     own, other, middle = pack(c.net).state, pack(tuned).state, made["averaged_tuned", 0]
     for n, t in middle.state.items():
         if t.is_floating_point():

@@ -125,10 +125,13 @@ class Fixed(nn.Module):
         return torch.eye(10)[answer]
 
 
-def stub(monkeypatch: pytest.MonkeyPatch, hits: Callable[[Any, int, int], int]) -> list[tuple[Any, int, int]]:
+def stub(
+    monkeypatch: pytest.MonkeyPatch, hits: Callable[[Any, int, int], int], steps: int = 40
+) -> list[tuple[Any, int, int]]:
     calls: list[tuple[Any, int, int]] = []
 
-    def fake(net: Any, probe: Any, triggered: Any, k: int, draw: int, ctx: Any, *, lr: float) -> nn.Module:
+    def fake(net: Any, probe: Any, triggered: Any, k: int, draw: int, ctx: Any, **how: float) -> nn.Module:
+        assert how == {"lr": 0.01, "steps": steps}
         name = next(n for n, o in NETS.items() if o is net) + ("*" if triggered is DECOY else "")
         calls.append((name, k, draw))
         return Fixed(hits(name, k, draw))
@@ -246,6 +249,15 @@ def budget(monkeypatch: pytest.MonkeyPatch, hits: Callable[[Any, int, int], int]
     calls = stub(monkeypatch, hits)
     case = ra_case(clean_models=tuple(NETS[f"clean{i}"] for i in range(3)), probe=samples.random_images(256))
     return rows(RetuningBudget(**args).measure(case)), calls
+
+
+def test_attack_controls_and_budget_tune_for_the_given_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = stub(monkeypatch, lambda n, k, d: 0, steps=7)
+    RetuningAttack(steps=7).measure(ra_case())
+    assert {n for n, _, _ in seen} == {"own", "own*", "clean"}
+    case = ra_case(clean_models=tuple(NETS[f"clean{i}"] for i in range(3)))
+    RetuningBudget(steps=7, ks=(1,)).measure(case)
+    assert {n for n, _, _ in seen} >= {"clean0", "clean1", "clean2"}
 
 
 def test_budget_is_the_largest_k_that_leaves_clean_models_asleep(monkeypatch: pytest.MonkeyPatch) -> None:
