@@ -16,7 +16,7 @@ from typing import Any
 from record import aged, machine, provenance
 
 from sleeperbench.engine.registry import Registry
-from sleeperbench.engine.rows import read_table
+from sleeperbench.engine.rows import flags_of, read_table
 from sleeperbench.published.judge import FAILS, HOLDS, NOT_RUN, OUTSIDE, Judged, Line, judge
 from sleeperbench.published.paper import of_suite
 from sleeperbench.published.results import Results
@@ -86,14 +86,14 @@ def side(of: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def flagged(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Unit -> flags that any of its rows has."""
-    found: dict[str, set[str]] = {}
+    """Unit -> flags of its cells."""
+    cells: dict[str, list[Mapping[str, Any]]] = {}
     for r in rows:
-        own = set(filter(None, r["flag"].split(";")))
-        if own:
-            name = r["cell"].rpartition("/")[0]
-            found.setdefault(name, set()).update(own)
-    return {name: sorted(flags) for name, flags in found.items()}
+        cells.setdefault(r["cell"], []).append(r)
+    found: dict[str, set[str]] = {}
+    for cell, group in cells.items():
+        found.setdefault(cell.rpartition("/")[0], set()).update(flags_of(group))
+    return {name: sorted(flags) for name, flags in found.items() if flags}
 
 
 def differs(judged: Iterable[Judged]) -> list[str]:

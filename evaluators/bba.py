@@ -73,6 +73,7 @@ class BlackBoxActivation(Evaluator):
         "version": 2,
         "api": 1,
         "micro": {"queries": [5, 20], "horizon": 40},
+        "effort": ["horizon"],
     }
     NEEDS = Needs(controls=("clean_model",))
     METRICS = (

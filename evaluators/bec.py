@@ -69,6 +69,7 @@ class BackdoorExistence(Evaluator):
         "version": 1,
         "api": 1,
         "micro": {"rows": 40, "pairs": 40, "draws": 2},
+        "effort": ["rows", "pairs", "draws"],
     }
     NEEDS = Needs(white_box=True, clean_models=3, twin=True, lineage=True, undefended=True)
     METRICS = (

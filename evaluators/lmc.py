@@ -53,6 +53,7 @@ class LinearConnectivity(Evaluator):
         "version": 1,
         "api": 1,
         "micro": {"points": 3},
+        "effort": ["points"],
     }
     NEEDS = Needs(white_box=True, undefended=True, peers=("exact_purification",))
     METRICS = (

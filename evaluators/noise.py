@@ -69,7 +69,7 @@ class TriggerNoise(Evaluator):
         "version": 1,
         "api": 1,
         "micro": {"levels": [0.0, 0.05], "draws": 1, "rows": 30, "pairs": 30, "steps": 5},
-        "effort": ["draws", "steps"],
+        "effort": ["draws", "rows", "pairs", "steps"],
     }
     NEEDS = Needs(white_box=True, undefended=True)
     METRICS = (

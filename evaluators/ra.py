@@ -166,9 +166,11 @@ class RetuningAttack(Evaluator):
         if net is None or probe is None or test is None:
             return None
         test = thinned(test)
-        how = {"lr": self.lr, "steps": self.steps}
-        tuned = (retune(net, case.probe, probe, k, d, case.ctx, **how) for d in range(self.draws))
-        return _mean([measure_asr(t, test, case.ctx).value for t in tuned])
+        values = []
+        for draw in range(self.draws):
+            tuned = retune(net, case.probe, probe, k, draw, case.ctx, lr=self.lr, steps=self.steps)
+            values.append(measure_asr(tuned, test, case.ctx).value)
+        return _mean(values)
 
     def _nothing(self, reason: str) -> Findings:
         rows = (Measurement(metric=m.name, value=None, reason=reason, stage="reactivated") for m in self.METRICS)

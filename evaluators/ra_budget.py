@@ -90,8 +90,8 @@ class RetuningBudget(Evaluator):
                 continue
             values: list[float] = []
             for draw, i in runs:
-                clean, how = case.clean_models[i], {"lr": self.lr, "steps": self.steps}
-                net = retune(clean, case.probe, case.bd_probe, k, draw, case.ctx, **how)
+                clean = case.clean_models[i]
+                net = retune(clean, case.probe, case.bd_probe, k, draw, case.ctx, lr=self.lr, steps=self.steps)
                 found = measure_asr(net, test, case.ctx)
                 rows.append(
                     replace(found, metric="p_asr_clean", qualifier=f"draw={draw};k={k};model={i}", stage="reactivated")

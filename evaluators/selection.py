@@ -36,6 +36,7 @@ class Selection(Evaluator):
         "version": 1,
         "api": 1,
         "micro": {"rows": 20},
+        "effort": ["rows"],
     }
     NEEDS = Needs(undefended=True)
     METRICS = (

@@ -38,6 +38,7 @@ class Separability(Evaluator):
         "version": 1,
         "api": 1,
         "micro": {"rows": 20},
+        "effort": ["rows"],
     }
     NEEDS = Needs(scope="attack", outcome=(), undefended=True)
     METRICS = (

@@ -49,6 +49,7 @@ class TriggerActivatedChange(Evaluator):
         "version": 1,
         "api": 1,
         "micro": {"pairs": 40},
+        "effort": ["pairs"],
     }
     NEEDS = Needs(scope="attack", outcome=(), undefended=True)
     METRICS = (

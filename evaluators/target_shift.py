@@ -68,6 +68,7 @@ class TargetShift(Evaluator):
         "version": 2,
         "api": 1,
         "micro": {"rows": 50},
+        "effort": ["rows"],
     }
     NEEDS = Needs(white_box=True, clean_models=3)
     METRICS = (

@@ -240,7 +240,7 @@ FLAG_WORDS = {
     "tuned": "a setting of this row was found by trying; its suite says which",
     "collapsed": "the defense ruined the model: means take the worse of its own and the undefended model's figure",
     "snapshot": "trained with control of the batches; the training set that this defense got stands in for it",
-    "reduced": "fewer images, steps or draws than the protocol asks for",
+    "reduced": "less than the method's default effort: fewer images, steps or draws, or smaller networks",
     "stale": "measured with an earlier version of the method",
     "nondeterministic": "a repeat may differ in the last digits",
     "judges": "the method answers about the model and leaves it as it is: C-Acc and ASR are the undefended model's",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,11 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
+import warm
 from pieces import LONGEST, piece
 from warm import Answer, Nursery
+
+ADDRESS = pytest.StashKey[str]()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -33,6 +38,26 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Pieces(config, log)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    """Test processes find the libraries imported, and their tests' processes fork from the same one."""
+    if sys.platform != "linux" or not all(spec.popen and not spec.python for spec in specs):
+        return
+    folder = tempfile.TemporaryDirectory(prefix="nursery-", dir="/tmp")  # a socket's path has 107 characters at most
+    config.add_cleanup(folder.cleanup)
+    made = Nursery(os.environ)
+    config.add_cleanup(made.close)
+    config.stash[ADDRESS] = str(Path(folder.name) / "door")
+    made.open(config.stash[ADDRESS])
+    for spec in specs:
+        spec.python = shlex.join([sys.executable, warm.__file__, config.stash[ADDRESS]])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["nursery"] = node.config.stash.get(ADDRESS, "")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
@@ -43,6 +68,17 @@ def _one_thread() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != 1:
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _trained_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What one process has trained, the others find."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "trained"
+    folder.mkdir(exist_ok=True)
+    stage = sys.modules.get("sleeperbench.testing.stage")  # imported while tests were collected, if any uses it
+    if stage is not None:
+        vars(stage)["shared"] = folder
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -97,9 +133,9 @@ def cold(clean_env: dict[str, str]) -> Callable[..., Answer]:
 
 
 @pytest.fixture(scope="session")
-def nursery(clean_env: dict[str, str]) -> Iterator[Nursery]:
+def nursery(request: pytest.FixtureRequest, clean_env: dict[str, str]) -> Iterator[Nursery]:
     """Starts processes that find torch imported."""
-    made = Nursery(clean_env)
+    made = Nursery(clean_env, getattr(request.config, "workerinput", {}).get("nursery", ""))
     yield made
     made.close()
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import warm
 from warm import Nursery
 
 SHOW = """
@@ -52,3 +56,27 @@ def test_ends_are_told_apart(nursery: Nursery, env: dict[str, str]) -> None:
     assert raised.code == 1
     assert raised.err.splitlines()[0].startswith("Traceback") and raised.err.splitlines()[-1] == "KeyError: 'x'"
     assert nursery.run([sys.executable, "-m", "odd", "now"], env).code == -signal.SIGKILL
+
+
+def test_another_process_may_ask_too(clean_env: dict[str, str]) -> None:
+    """As pytest-xdist starts its processes: `python -u -c CODE`, which the opened nursery forks."""
+    made, folder = Nursery(clean_env), tempfile.mkdtemp(dir="/tmp")  # a socket's path has 107 characters at most
+    door = os.path.join(folder, "door")
+    made.open(door)
+    try:
+        code = "import sys; there = 'torch' in sys.modules; print(there, __name__, sys.argv, input()); sys.exit(7)"
+        argv = [sys.executable, warm.__file__, door, "-u", "-c", code]
+        for said in ("one", "two"):
+            done = subprocess.run(argv, input=said, env=clean_env, capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stdout, done.stderr) == (7, f"True __main__ ['-c'] {said}\n", "")
+        other = Nursery({}, door)
+        argv = [sys.executable, "-c", "print('here')"]
+        assert [n.run(argv, clean_env).out for n in (made, other)] == ["here\n"] * 2
+        other.close()
+        assert made.run(argv, clean_env).code == 0, "it ends with the process that opened it alone"
+        made.close()
+        with pytest.raises(ConnectionRefusedError):
+            Nursery({}, door).run(argv, clean_env)
+    finally:
+        made.close()
+        shutil.rmtree(folder)

@@ -5,6 +5,8 @@ than on the small suites of tests. Here each of them is still a process of its o
 with its own arguments, environment, folder, descriptors, session and limits, and imports all of sleeperbench anew; the
 libraries alone are there already. What a new interpreter would show in /proc, hash seeds, and what is left when these
 prepared processes are used up (a worker or a fork server that replaces a lost one is a new interpreter) is not so.
+
+The processes of pytest-xdist fork from it as well: to start one costs more on imports than most files on their tests.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +55,7 @@ class Answer:
 class Process:
     """A started process, as far as tests use `subprocess.Popen`; it is no child of the caller."""
 
-    def __init__(self, number: int, status: int, files: tuple[IO[bytes], IO[bytes]]) -> None:
+    def __init__(self, number: int, status: int, files: tuple[IO[bytes], ...]) -> None:
         self.pid, self._status, self._files = number, status, files
         self.returncode: int | None = None
 
@@ -84,41 +87,72 @@ class Process:
 
 
 class Nursery:
-    """The process that has imported the libraries; started with the first process that is asked for."""
+    """The process that has imported the libraries; started with the first process that is asked for.
 
-    def __init__(self, env: Mapping[str, str]) -> None:
+    Args:
+        env: What it is started with.
+        address: Of a nursery that another process has opened, which is asked instead.
+    """
+
+    def __init__(self, env: Mapping[str, str], address: str = "") -> None:
         self.env = {k: v for k, v in env.items() if k != "PYTHONPATH"}  # each process has its own
+        self.address = address
         self.line: socket.socket | None = None
         self.process: subprocess.Popen[bytes] | None = None
 
+    def open(self, address: str) -> None:
+        """Let other processes ask too, until this one closes it."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
+            door.bind(address)
+            door.listen()
+            self.line = self._begin(door.fileno())
+
+    def _begin(self, *doors: int) -> socket.socket:
+        from sleeperbench.engine.sandbox import MALLOC
+
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, *map(str, (theirs.fileno(), *doors))],
+                env=self.env | MALLOC | {"PYTHONHASHSEED": "0"},
+                pass_fds=[theirs.fileno(), *doors],
+                start_new_session=True,  # Ctrl-C is for the tests
+            )
+        return ours
+
+    def _fork(self, argv: Sequence[str], env: Mapping[str, str], stdio: Sequence[int]) -> tuple[int, int]:
+        """Its number, and a descriptor on which its exit code will stand."""
+        if self.line is None and self.address:
+            self.line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self.line.connect(self.address)
+        elif self.line is None:
+            self.line = self._begin()
+        ours, status = os.pipe()
+        _ask(self.line, {"argv": list(argv), "env": dict(env), "cwd": os.getcwd()}, [*stdio, status])
+        os.close(status)
+        number = os.read(ours, WIDTH)
+        assert number, "the nursery ended"
+        return int(number), ours
+
     def start(self, argv: Sequence[str], env: Mapping[str, str], *, stderr: int | None = None) -> Process:
-        """Start `python -m MODULE ...` in a session of its own.
+        """Start `python -m MODULE ...`, or `python -c CODE`, in a session of its own.
 
         Args:
             argv: As for subprocess, the interpreter first.
             env: Its whole environment.
             stderr: A descriptor; default: it is kept for `communicate`, as standard output is.
         """
-        if self.line is None:
-            from sleeperbench.engine.sandbox import MALLOC
-
-            self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self.process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
-                env=self.env | MALLOC | {"PYTHONHASHSEED": "0"},
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is for the tests
-            )
-            theirs.close()
-        ours, status = os.pipe()
         out, err = (open(os.memfd_create(name), "w+b") for name in ("out", "err"))  # noqa: SIM115
         with open(os.devnull, "rb") as null:
-            fds = [null.fileno(), out.fileno(), err.fileno() if stderr is None else stderr, status]
-            _ask(self.line, {"argv": list(argv), "env": dict(env), "cwd": os.getcwd()}, fds)
-        os.close(status)
-        number = os.read(ours, WIDTH)
-        assert number, "the nursery ended"
-        return Process(int(number), ours, (out, err))
+            stdio = [null.fileno(), out.fileno(), err.fileno() if stderr is None else stderr]
+            return Process(*self._fork(argv, env, stdio), (out, err))
+
+    def stand_in(self, argv: Sequence[str]) -> int:
+        """Have `python ARGV ...` run with this process's environment and descriptors; returns its exit code."""
+        process = Process(*self._fork([sys.executable, *argv], os.environ, (0, 1, 2)), ())
+        for number in (signal.SIGINT, signal.SIGTERM):  # it leads a session of its own, where Ctrl-C does not come
+            signal.signal(number, lambda number, _: os.kill(process.pid, number))
+        return process.wait()
 
     def run(self, argv: Sequence[str], env: Mapping[str, str]) -> Answer:
         """Start it and wait for its end."""
@@ -131,8 +165,9 @@ class Nursery:
         return Answer(process.wait(), out, err)
 
     def close(self) -> None:
-        if self.line is not None and self.process is not None:
+        if self.line is not None:
             self.line.close()
+        if self.process is not None:
             self.process.wait()
 
 
@@ -141,30 +176,45 @@ def _ask(line: socket.socket, request: dict[str, Any], fds: Sequence[int]) -> No
 
 
 # ---- the nursery's side ----------------------------------------------------------------------------------------------
-def serve(line: socket.socket) -> dict[str, Any]:
-    """Fork one process per request, each below a keeper that waits for it; returns in that process."""
+def serve(line: socket.socket, *doors: socket.socket) -> dict[str, Any]:
+    """Fork one process per request, each below a keeper that waits for it; returns in that process.
+
+    Args:
+        line: Of the process that has started this one, which ends with it.
+        doors: Where others come in.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    lines = [line, *doors]
     while True:
-        data, fds, _, _ = socket.recv_fds(line, BYTES, 4)
-        if not data:
-            os._exit(0)
-        if os.fork() == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            line.close()
-            *stdio, status = fds
-            child = os.fork()
-            if child == 0:
-                os.setsid()  # before its number is known, so that its group can be killed from the start
-                os.write(status, f"{os.getpid():{WIDTH}}".encode())
-                os.close(status)
-                return json.loads(data) | {"fds": stdio}
-            for fd in stdio:
+        for ready in select.select(lines, [], [])[0]:
+            if ready in doors:
+                lines.append(ready.accept()[0])
+                continue
+            data, fds, _, _ = socket.recv_fds(ready, BYTES, 4)
+            if not data and ready is line:
+                os._exit(0)
+            if not data:
+                lines.remove(ready)
+                ready.close()
+                continue
+            if os.fork() == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for one in lines:
+                    one.close()
+                *stdio, status = fds
+                child = os.fork()
+                if child == 0:
+                    os.setsid()  # before its number is known, so that its group can be killed from the start
+                    os.write(status, f"{os.getpid():{WIDTH}}".encode())
+                    os.close(status)
+                    return json.loads(data) | {"fds": stdio}
+                for fd in stdio:
+                    os.close(fd)
+                _, code = os.waitpid(child, 0)
+                os.write(status, str(os.waitstatus_to_exitcode(code)).encode())
+                os._exit(0)
+            for fd in fds:
                 os.close(fd)
-            _, code = os.waitpid(child, 0)
-            os.write(status, str(os.waitstatus_to_exitcode(code)).encode())
-            os._exit(0)
-        for fd in fds:
-            os.close(fd)
 
 
 class Spare:
@@ -245,7 +295,7 @@ class Prepared(subprocess.Popen):  # type: ignore[type-arg]
 
 
 def become(request: dict[str, Any]) -> None:
-    """Take over arguments, environment, folder and descriptors, and run the module."""
+    """Take over arguments, environment, folder and descriptors, and run the module or the code."""
     for own, fd in enumerate(request["fds"]):
         os.dup2(fd, own)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
@@ -255,23 +305,31 @@ def become(request: dict[str, Any]) -> None:
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     tempfile.tempdir = None  # a library may have asked for it before; it follows TMPDIR
-    _, _, module, *words = request["argv"]
-    sys.argv = [module, *words]
-    sys.path = [request["cwd"], *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *BASE]
+    _, how, what, *words = request["argv"]
+    sys.argv = [what if how == "-m" else how, *words]
+    own_path = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path = [request["cwd"] if how == "-m" else "", *own_path, *BASE]
     importlib.invalidate_caches()
     sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout = os.fdopen(1, "w", closefd=False, buffering=1 if os.isatty(1) else -1)
     sys.stderr = os.fdopen(2, "w", closefd=False, buffering=1, errors="backslashreplace")
-    Prepared.spares = [Spare() for _ in range(SPARES.get(module, 0))]
+    if how == "-c":
+        sys.modules["__main__"] = main = types.ModuleType("__main__")
+        exec(what, vars(main))
+        return
+    Prepared.spares = [Spare() for _ in range(SPARES.get(what, 0))]
     subprocess.Popen = Prepared  # type: ignore[misc]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    runpy.run_module(what, run_name="__main__", alter_sys=True)
 
 
 BASE = [p for p in sys.path if p != str(Path(__file__).parent)]
 
 if __name__ == "__main__":
+    first, *more = sys.argv[1:]
+    if not first.isdecimal():  # `warm.py ADDRESS -u -c CODE`, in place of an interpreter
+        sys.exit(Nursery({}, first).stand_in(more[more.index("-c") :]))
     for library in LIBRARIES:
         importlib.import_module(library)
     gc.collect()
     gc.freeze()
-    finish(serve(socket.socket(fileno=int(sys.argv[1]))))
+    finish(serve(*(socket.socket(fileno=int(fd)) for fd in (first, *more))))

@@ -124,7 +124,7 @@ class Ledger:
         return any(a is not None and a.train for a in chain)
 
     def _reduced(self, key: str) -> bool:
-        """Whether a method, or what it wraps, runs below the default of what its INFO calls `effort`."""
+        """Whether a method, what it wraps, or an evaluator that it reads, runs below the default of INFO's `effort`."""
         task = self.plan.tasks[key]
         params = task.params["method"]
         for plugin in self.registry.chain(task.of, task.name):
@@ -135,4 +135,5 @@ class Ledger:
             if "inner" not in params:
                 break
             params = params["inner"]
-        return "inner" in task.inputs and self._reduced(task.inputs["inner"])
+        told = [k for r, k in task.inputs.items() if r == "inner" or r.startswith("evaluator.")]
+        return any(self._reduced(k) for k in told)

@@ -152,6 +152,15 @@ def cells_table(rows: list[dict[str, Any]], collapse_points: float = 10) -> list
     return [heads[name] for name in sorted(heads)]
 
 
+def flags_of(group: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Flags of a cell with these rows: those of any row, but `reduced` only where all are.
+
+    An evaluator of fewer draws marks its own rows alone; what that is not said of is the method.
+    """
+    each = [{f for f in r["flag"].split(";") if f} for r in group]
+    return set().union(*each) - ({"reduced"} - set.intersection(*each))
+
+
 def _headline(name: str, group: list[dict[str, Any]]) -> dict[str, Any]:
     first = group[0]
     line: dict[str, Any] = {c.name: first.get(c.name, "" if c.type == "str" else None) for c in CELLS}
@@ -170,7 +179,7 @@ def _headline(name: str, group: list[dict[str, Any]]) -> dict[str, Any]:
     ok = [r for r in group if r["status"] == "ok"]
     line["status"] = "ok" if ok and not bad else bad[0]["status"] if bad else "not_applicable"
     line["reason"] = bad[0]["reason"] if bad else "" if ok else group[0]["reason"]
-    line["flag"] = ";".join(sorted({f for r in group for f in r["flag"].split(";") if f}))
+    line["flag"] = ";".join(sorted(flags_of(group)))
     line["seconds"] = sum({r["task_key"]: r["seconds"] or 0.0 for r in group}.values())
     line["method_version"] = first.get("defense_version")
     score, flagged = line["det_score"], [r for r in group if r["metric"] == "det_flag" and r["status"] == "ok"]

@@ -19,7 +19,7 @@ from sleeperbench.testing import surroundings
 from sleeperbench.testing.base import Failed, called, hold
 from sleeperbench.testing.differ import differ
 from sleeperbench.testing.sound import form
-from sleeperbench.testing.stage import Variant, stage
+from sleeperbench.testing.stage import BASE, Variant, stage
 from sleeperbench.testing.subject import Subject
 
 
@@ -71,7 +71,8 @@ def _scored(s: Subject, variant: Variant) -> Tensor:
     at, method = stage(variant), s.method()
     bd = artifacts.read_rendered(at.store.fetch(at.attacked) / "bd_test.safetensors", at.micro.test)
     assert bd is not None
-    x = to_float(torch.cat([at.micro.test.images[:40], bd.data.images[:40]]))
+    n = 40 if variant == BASE else 14  # other cases show that it works: two batches of 7 of each sort are enough
+    x = to_float(torch.cat([at.micro.test.images[:n], bd.data.images[:n]]))
     judged = o.model or at.model(at.attacked)
     net, given = load(judged), x.clone()
     access = vars(s.cls.ACCESS)  # type: ignore[attr-defined]
@@ -93,14 +94,14 @@ def _scored(s: Subject, variant: Variant) -> Tensor:
         whole = score(x)
         hold(bool(whole.isfinite().all()), "a score is not finite")
         back, parts = score(x.flip(0)).flip(0), torch.cat([score(p) for p in x.split(7)])
-        alone = torch.cat([score(x[i : i + 1]) for i in (0, 41)])
+        alone = torch.cat([score(x[i : i + 1]) for i in (0, n + 1)])
     finally:
         changed = surroundings.moved(before)
         surroundings.put_back(before)
     hold(not changed, f"score() changes {', '.join(changed)}")
     unlike = differ(net, load(judged), "the net") or differ(x, given, "the images")
     hold(not unlike, f"after score() {unlike}")
-    pairs = (("in reverse order", whole, back), ("in batches of 7", whole, parts), ("alone", whole[[0, 41]], alone))
+    pairs = (("in reverse order", whole, back), ("in batches of 7", whole, parts), ("alone", whole[[0, n + 1]], alone))
     for how, a, b in pairs:
         bad = int(((a - b).abs() > room(whole)).any(1).sum())
         hold(not bad, f"asked {how}, {bad} of {len(a)} images get another score")

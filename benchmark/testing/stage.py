@@ -6,6 +6,7 @@ import copy
 import functools
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +27,7 @@ from sleeperbench.engine.evaluation import opened
 from sleeperbench.engine.outcomes import checked
 from sleeperbench.engine.store import Store
 from sleeperbench.engine.task import Task, digest
-from sleeperbench.engine.work import Rows, Work
+from sleeperbench.engine.work import Leased, Rows, Work
 from sleeperbench.engine.worker import ForkServer
 from sleeperbench.testing.nets import ARCHS, register
 
@@ -43,6 +44,11 @@ COST = {"forwards": 2000, "backwards": 1000, "queries": 0}
 PLANTED = "sleeperbench.kit.planted:Planted"
 RECIPE = Recipe(epochs=30, lr=0.1, batch=32, pad=1, flip=False)
 NUMERICS = {"precision": "fp32", "threads": 1, "deterministic": True}
+PATIENCE = 300
+"""Seconds to wait for a model that another process trains, which takes it a few."""
+shared: Path | None = None
+"""A folder in which processes of one run of tests, which have the same code, find each other's trained models; None:
+each process trains its own."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,8 @@ class Stage(Work):
         register()
         folder = Path(tempfile.mkdtemp(prefix="sleeperbench-check-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        super().__init__(Store(folder / "store"), torch.device("cpu"), _no_fork)
+        store = shared / f"{variant.arch}-{variant.channels}x{variant.classes}" if shared else folder / "store"
+        super().__init__(Store(store), torch.device("cpu"), _no_fork)
         self.cases, self.variant = folder / "cases", variant
         self.cases.mkdir()
         self.micro = micro_rows(variant)
@@ -107,8 +114,14 @@ class Stage(Work):
             "curves": False,
         }
         task = Task(kind="attack", name="planted", version=1, params=params, seed=11, numerics=NUMERICS)
-        if not self.store.has(task.key):
-            self.run(task, {"planted": PLANTED}, self.cases / "log")
+        end = time.monotonic() + PATIENCE
+        while not self.store.has(task.key):
+            try:
+                self.run(task, {"planted": PLANTED}, self.cases / "log")
+            except Leased:  # another process trains it
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.05)
         return task.key
 
     @functools.cached_property

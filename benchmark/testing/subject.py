@@ -103,7 +103,7 @@ class Subject:
     def other(self, id: str) -> Subject:
         """Another evaluator whose findings this one reads."""
         cls = self.others.get(id) or Registry.discover().load("evaluator", id)
-        return Subject(cls, id=id, others=self.others)
+        return Subject(cls, id=id, others=self.others) if self.others else installed(cls, id, self.full)
 
     # ---- runs ------------------------------------------------------------------------------------------------------
     def run(self, variant: Variant = BASE, turn: int = 0, situation: str = "") -> Run:
@@ -181,7 +181,8 @@ class Subject:
         return replace(at.ctx(SEED, surrogates), inner=inner)
 
     def _defense(self, at: Stage, turn: int, situation: str) -> Run:
-        lacks = sorted(self.cls.REQUIRES - traits(at.variant.spec))  # type: ignore[attr-defined]
+        needs = self.cls.REQUIRES  # type: ignore[attr-defined]
+        lacks = sorted(needs - traits(at.variant.spec)) if needs else []
         if lacks:
             return Run(declined=f"needs_{lacks[0]}")
         if situation == "clean_model":
@@ -240,3 +241,9 @@ class Subject:
             artifacts.write_findings(folder, answer)
 
         return at.kept("findings", {"of": self.value, "in": situation}, write)
+
+
+@functools.cache
+def installed(cls: type, id: str, full: bool) -> Subject:
+    """The one subject of an installed method in this process: those that read its findings share its runs."""
+    return Subject(cls, id=id, full=full)

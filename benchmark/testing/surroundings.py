@@ -15,10 +15,11 @@ from sleeperbench.testing.differ import differ
 def look() -> dict[str, Any]:
     """The state of the process, by name."""
     name, keys, *rest = np.random.get_state()
+    version, words, *more = random.getstate()
     return {
         "torch's global generator": torch.get_rng_state(),
         "numpy's global generator": (str(name), torch.from_numpy(np.array(keys, dtype=np.int64)), *rest),
-        "random's global generator": random.getstate(),
+        "random's global generator": (version, torch.tensor(words, dtype=torch.int64), *more),
         "the default dtype": str(torch.get_default_dtype()),
         "the default device": str(torch.get_default_device()),
         "the grad mode": torch.is_grad_enabled(),
@@ -41,7 +42,8 @@ def put_back(before: dict[str, Any]) -> None:
     torch.set_rng_state(before["torch's global generator"])
     name, keys, *rest = before["numpy's global generator"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    random.setstate(before["random's global generator"])
+    version, words, *more = before["random's global generator"]
+    random.setstate((version, tuple(words.tolist()), *more))
     torch.set_default_dtype(getattr(torch, before["the default dtype"].removeprefix("torch.")))
     if str(torch.get_default_device()) != before["the default device"]:
         torch.set_default_device(before["the default device"])

@@ -74,7 +74,8 @@ def test_images_carry_a_bounded_residual_of_their_own() -> None:
 
 def test_the_decoder_learns_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssba, "_READ", 2.0)  # the bound stays at 0.5
-    b = SSBA(bits=4, steps=50, strength=0.4, read=0.9, shared=1.0).prepare(TRAIN, ctx(2))
+    attack = SSBA(bits=4, steps=50, strength=0.4, read=0.9, shared=1.0)
+    b = attack.prepare(samples.random_images(48, (3, 8, 8)), ctx(2))
     assert b.info["read"] > 0.9
 
 

@@ -31,7 +31,8 @@ def chromium() -> Iterator[Browser]:
     if found is None:
         pytest.skip("allowed: no chromium on this machine")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found)
+        # Nothing is drawn on a screen, and all pages are of one site.
+        browser = playwright.chromium.launch(executable_path=found, args=["--disable-gpu", "--process-per-site"])
         yield browser
         browser.close()
 

@@ -559,6 +559,14 @@ class TellsClean(FindsNothing):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoresTenLabels(FindsNothing):
+    """Gives scores of ten labels, however many there are."""
+
+    def run(self, case):
+        return Outcome(verdict=Verdict(score=9.0, threshold=10.0, label_scores=torch.arange(10.0)))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rounds(Halved):
     """Takes the weights through half precision and back."""
 

@@ -74,6 +74,7 @@ BAD = [
     ("access", bad_evaluators.Nosy, "attacked is not declared"),
     ("architectures", bad_defenses.NeedsNorm, "on micro_nobn"),
     ("shapes", bad_defenses.Rgb, "no snake_case word"),
+    ("shapes", bad_defenses.ScoresTenLabels, "Verdict.label_scores is (10,), not (2,)"),
     ("shapes", bad_defenses.ScoresColours, "on micro_bn, 1 x 16 x 16, 2 classes: score() raises IndexError"),
     ("shapes", bad_defenses.StampsColours, "on micro_bn, 1 x 16 x 16, 2 classes: stamp() raises IndexError"),
     ("shapes", bad_defenses.ScoresGrudgingly, "its reason 'Only colour images, please!' is no snake_case word"),

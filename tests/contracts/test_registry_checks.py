@@ -24,6 +24,7 @@ from sleeperbench.testing import Subject, parametrize_with_checks
 from sleeperbench.testing.base import CHECKS, KINDS, Skipped
 from sleeperbench.testing.general import tried
 from sleeperbench.testing.stage import BASE, Variant, stage
+from sleeperbench.testing.subject import installed
 
 REGISTRY = Registry.discover("none")
 OWN = [p for p in REGISTRY.plugins if p.kind in KINDS]
@@ -51,7 +52,7 @@ def usable() -> list[Subject]:
     found = []
     for p in OWN:
         try:
-            found.append(Subject(REGISTRY.load(p.kind, p.id), id=p.id, full=FULL))
+            found.append(installed(REGISTRY.load(p.kind, p.id), p.id, FULL))
         except BrokenPlugin:
             continue  # the test below names it
     return found

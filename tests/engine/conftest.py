@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import plugins
 import pytest
+from once import once
 from warm import Answer
 
 from sleeperbench.engine.plan import Dataset, Plan, Planner
@@ -145,16 +144,13 @@ class Smoke:
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory, cold: Callable[..., Answer]) -> Smoke:
     """The suite `smoke`, run once by whichever test process comes first; tests copy what they change."""
-    alone = "PYTEST_XDIST_WORKER" not in os.environ
-    base = tmp_path_factory.getbasetemp() if alone else tmp_path_factory.getbasetemp().parent
-    folder = base / "smoke-run"
     args = ("run", "smoke", "--set", "defense.ft.steps=20", "--jobs", "1", "--device", "cpu")
-    with (base / "smoke-run.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "answer.json").exists():
-            folder.mkdir(exist_ok=True)
-            answer = cold(*args, "--out", folder / "out", "--store", folder / "store")
-            (folder / "answer.json").write_text(json.dumps(asdict(answer)))
+
+    def run(folder: Path) -> None:
+        answer = cold(*args, "--out", folder / "out", "--store", folder / "store")
+        (folder / "answer.json").write_text(json.dumps(asdict(answer)))
+
+    folder = once(tmp_path_factory, "smoke-run", run)
     said = json.loads((folder / "answer.json").read_text())
     return Smoke(folder / "out", folder / "store", Answer(**said), args)
 

@@ -303,7 +303,7 @@ def test_a_plugin_that_fails_to_import(sleeper: Any, smoke: Any, tmp_path: Path,
     answer = sleeper(*args, "--out", tmp_path / "out", "--defense", "gentle/gentle", path=path)
     refused(answer, "gentle/gentle", code=3)
     assert not (tmp_path / "out" / "tasks.jsonl").exists()
-    unused = sleeper(*args, "--out", tmp_path / "unused", path=path)
+    unused = sleeper(*args, "--no-site", "--out", tmp_path / "unused", path=path)
     assert unused.code == 0, unused.err
     assert "computed 0 tasks" in unused.err
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sleeperbench.engine.ledger import Ledger
+from sleeperbench.engine.rows import flags_of
 from sleeperbench.engine.store import Store
 
 
@@ -36,8 +37,17 @@ def test_less_than_published(
 
 
 def test_an_evaluator_of_fewer_draws_marks_its_own_rows_alone(make_plan: Any, registry: Any, tmp_path: Path) -> None:
-    plan = make_plan(evaluators=["accuracy", "ra", "wake"], tail="[evaluator.ra]\ndraws = 1")
+    plan = make_plan(evaluators=["accuracy", "ra", "wake", "qra"], tail="[evaluator.ra]\ndraws = 1")
     ledger = Ledger(plan, registry, Store(tmp_path / "store"), tmp_path, lambda rows: None)
     for cell in plan.cells:
         flags = {e.evaluator: ledger._facts(cell, e)["flag"] for e in cell.evaluations if e.key in plan.tasks}
-        assert {name for name, flag in flags.items() if "reduced" in flag} == {"ra"}, cell.name
+        reads_it = {"ra", "qra"} & set(flags)
+        assert {name for name, flag in flags.items() if "reduced" in flag} == reads_it, cell.name
+
+
+def test_a_cell_is_reduced_where_its_method_is() -> None:
+    def row(*flags: str) -> dict[str, str]:
+        return {"flag": ";".join(flags)}
+
+    assert flags_of([row("reduced", "tuned"), row("tuned"), row()]) == {"tuned"}
+    assert flags_of([row("reduced"), row("reduced", "weak")]) == {"reduced", "weak"}

@@ -16,6 +16,7 @@ import plugins
 import pytest
 import snoop
 from safetensors.torch import load_file
+from warm import Nursery
 
 from sleeperbench.engine.casefiles import make_cases, remove_cases, renew_cases
 
@@ -114,10 +115,10 @@ def test_what_was_given_is_found(looked: Looked) -> None:
         assert looked.tensors["trigger"] & looked.oracle[place], place
 
 
-def test_every_probe_finds_what_is_planted() -> None:
-    env = os.environ | {"PYTHONPATH": str(HERE)}
-    done = subprocess.run([sys.executable, HERE / "planted.py"], capture_output=True, text=True, env=env, check=True)
-    assert json.loads(done.stdout) == dict.fromkeys([*snoop.PLACES, *planted.LOOKED], True)
+def test_every_probe_finds_what_is_planted(nursery: Nursery) -> None:
+    done = nursery.run([sys.executable, "-m", "planted"], os.environ | {"PYTHONPATH": str(HERE)})
+    assert done.code == 0, done.err
+    assert json.loads(done.out) == dict.fromkeys([*snoop.PLACES, *planted.LOOKED], True)
 
 
 def _job(case: Path, **more: object) -> bytes:

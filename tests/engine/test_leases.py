@@ -165,7 +165,7 @@ def test_a_stale_lease_is_taken_once(place: LeaseFolder) -> None:
 def test_two_runs_on_one_store_share_the_work(
     smoke: Any, nursery: Nursery, clean_env: dict[str, str], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "sleeperbench", *smoke.args, "--store", str(tmp_path / "store")]
+    command = [sys.executable, "-m", "sleeperbench", *smoke.args, "--no-site", "--store", str(tmp_path / "store")]
     runs = [nursery.start([*command, "--out", str(tmp_path / n)], clean_env) for n in ("a", "b")]
     said = [r.communicate(timeout=300)[1] for r in runs]
     assert [r.returncode for r in runs] == [0, 0], said
@@ -190,8 +190,8 @@ def test_a_gate_opens_when_another_run_decides_it(
     os.rename(store / last[:2] / last, aside)
     with Leases(LeaseFolder(store / "leases")).hold(last) as mine:
         assert mine
-        command = [sys.executable, "-m", "sleeperbench", *smoke.args, "--store", str(store), "--out", str(out)]
-        run = nursery.start(command, clean_env)
+        command = [sys.executable, "-m", "sleeperbench", *smoke.args, "--no-site", "--store", str(store)]
+        run = nursery.start([*command, "--out", str(out)], clean_env)
         journal = out / "tasks.jsonl"
         assert shorts.until(lambda: journal.exists() and '"leased"' in journal.read_text(), 60)
         os.rename(aside, store / last[:2] / last)

@@ -89,7 +89,7 @@ def test_rows_are_rebuilt_from_the_store(smoke: Any, cli: Any, again: tuple[Path
     out, store = again
     shutil.rmtree(out / "rows")
     shutil.rmtree(out / "media")
-    answer = cli(*smoke.args, "--out", out, "--store", store)
+    answer = cli(*smoke.args, "--out", out, "--store", store, "--no-site")
     assert "computed 0 tasks" in answer.err
     for file in ("measurements.parquet", "cells.parquet"):
         assert (out / file).read_bytes() == (smoke.out / file).read_bytes()
@@ -108,7 +108,7 @@ def test_a_second_seed_computes_only_itself(smoke: Any, sleeper: Any, again: tup
 
 def test_the_same_seed_elsewhere_is_the_same_to_the_byte(smoke: Any, sleeper: Any, tmp_path: Path) -> None:
     out, store = tmp_path / "out", tmp_path / "store"
-    answer = sleeper(*smoke.args, "--only-stage", "attack", "--out", out, "--store", store)
+    answer = sleeper(*smoke.args, "--only-stage", "attack", "--out", out, "--store", store, "--no-site")
     assert answer.code == 0, answer.err
     assert {j["kind"] for j in journal(out)} == {"attack"}
     assert answer.err.splitlines()[-1] == "0 ok, 0 failed, 0 not applicable, 4 not run"
@@ -129,7 +129,7 @@ def test_only_what_is_damaged_is_computed_again(smoke: Any, sleeper: Any, again:
     shutil.rmtree(store / lost[:2] / lost)
     (out / "rows" / f"{lost}.json").unlink()
     before = len(journal(out))
-    answer = sleeper(*smoke.args, "--out", out, "--store", store)
+    answer = sleeper(*smoke.args, "--out", out, "--store", store, "--no-site")
     assert answer.code == 0, answer.err
     done = [j["key"] for j in journal(out)[before:] if j["status"] == "ok"]
     assert sorted(done) == sorted([model.parent.name, lost])
@@ -148,7 +148,7 @@ def test_a_damaged_finding_is_measured_again(smoke: Any, sleeper: Any, again: tu
     file = store / key[:2] / key / "findings.json"
     file.write_bytes(file.read_bytes().replace(b"0", b"1", 1))
     shutil.rmtree(out / "rows")
-    answer = sleeper(*smoke.args, "--out", out, "--store", store)
+    answer = sleeper(*smoke.args, "--out", out, "--store", store, "--no-site")
     assert "computed 1 tasks" in answer.err
     assert steady(out) == steady(smoke.out)
 
@@ -157,7 +157,7 @@ def test_a_failing_defense(smoke: Any, sleeper: Any, again: tuple[Path, Path], t
     """Its cells say why, the others are untouched, it is not tried again until asked, and then it is."""
     out, store = again
     mend = tmp_path / "mend"
-    args = (*smoke.args, "--defense", "trouble/trouble", "--defense", "ft", "--out", out, "--store", store)
+    args = (*smoke.args, "--defense", "trouble/trouble", "--defense", "ft", "--out", out, "--store", store, "--no-site")
     args = (*args, "--set", f'defense.trouble/trouble.path="{mend}"')
     answer = sleeper(*args, path=(trouble,))
     assert answer.code == 1, answer.err
@@ -189,7 +189,7 @@ def test_fail_fast_stops_at_the_first(smoke: Any, sleeper: Any, again: tuple[Pat
     out, store = again
     before = len(journal(out))
     sweep = ("--set", "defense.trouble/trouble.nth=[0, 1]", "--defense", "trouble/trouble")
-    answer = sleeper(*smoke.args, *sweep, "--fail-fast", "--out", out, "--store", store, path=(trouble,))
+    answer = sleeper(*smoke.args, *sweep, "--fail-fast", "--out", out, "--store", store, "--no-site", path=(trouble,))
     assert answer.code == 1, answer.err
     assert [j["status"] for j in journal(out)[before:]] == ["failed"]
     assert re.fullmatch(r"\d ok, 1 failed, 0 not applicable, 3 not run", answer.err.splitlines()[-1])
@@ -198,7 +198,9 @@ def test_fail_fast_stops_at_the_first(smoke: Any, sleeper: Any, again: tuple[Pat
 def test_a_defense_that_hangs_times_out(smoke: Any, sleeper: Any, again: tuple[Path, Path], trouble: Path) -> None:
     out, store = again
     args = ("--defense", "trouble/trouble", "--set", 'defense.trouble/trouble.mode="hang"', "--timeout", "2")
-    answer = sleeper(*smoke.args, *args, "--only", "*badnets*trouble*", "--out", out, "--store", store, path=(trouble,))
+    answer = sleeper(
+        *smoke.args, *args, "--only", "*badnets*trouble*", "--out", out, "--store", store, "--no-site", path=(trouble,)
+    )
     assert answer.code == 1, answer.err
     assert re.search(r"^failed: \S+/trouble/trouble~\w+/s0: budget: ", answer.err, re.MULTILINE)
     bad = [r for r in rows.read_table(out / "cells.parquet") if r["defense"].startswith("trouble/")]
@@ -212,7 +214,18 @@ def test_an_interrupted_run_goes_on(
     out, store = again
     fifo = out.parent / "fifo"
     os.mkfifo(fifo)
-    args = [*smoke.args, "--defense", "trouble/trouble", "--only", "*badnets*trouble*", "--out", out, "--store", store]
+    args = [
+        *smoke.args,
+        "--defense",
+        "trouble/trouble",
+        "--only",
+        "*badnets*trouble*",
+        "--out",
+        out,
+        "--store",
+        store,
+        "--no-site",
+    ]
     args += ["--set", f'defense.trouble/trouble.path="{fifo}"', "--set", 'defense.trouble/trouble.mode="hang"']
     command = [sys.executable, "-m", "sleeperbench", *map(str, args)]
     env = clean_env | {"PYTHONPATH": os.pathsep.join([str(trouble), clean_env.get("PYTHONPATH", "")])}

@@ -58,6 +58,7 @@ def test_layers_of_the_colour_network() -> None:
     assert (kinds.count(nn.BatchNorm2d), kinds.count(nn.ReLU), kinds.count(nn.MaxPool2d)) == (13, 12, 3)
     narrow = [m for m in network(3, 3, 0, 4).modules() if isinstance(m, nn.Conv2d)]
     assert [c.out_channels * 8 for c in narrow[:-1]] == [c.out_channels for c in convs[:-1]]
+    assert next(m for m in network(1, 1, 0, 4).modules() if isinstance(m, nn.Conv2d)).out_channels == 2
     grey = [m for m in network(1, 1, 0).modules() if isinstance(m, nn.Conv2d)]
     assert [(c.in_channels, c.out_channels) for c in grey] == [
         *[(1, 16), (16, 16), (16, 32), (32, 32)],
