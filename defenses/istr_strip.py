@@ -54,7 +54,7 @@ class IsTrStrip(Defense):
         "kind": "detection",
         "version": 3,
         "api": 1,
-        "micro": {"overlays": 8, "steps": 6, "labels": 1, "reference_steps": 6},
+        "micro": {"overlays": 8, "steps": 3, "labels": 1, "reference_steps": 2},
         "effort": ["overlays", "steps", "labels", "reference_steps"],
         "scores": True,
         "traverses": False,
