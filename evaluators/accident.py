@@ -39,7 +39,7 @@ Change = tuple[str, int | None, nn.Module | str]
 class WakingByAccident(Evaluator):
     """ASR after changes that an honest user makes, minus ASR before. A measure of this project.
 
-    - `way=tuned`: clean fine-tuning on new data, RA's with k = 0: 40 steps on half of the probe rows.
+    - `way=tuned`: clean fine-tuning on new data, RA's with k = 0: `steps` updates on half of the probe rows.
     - `way=bn_dusk`, `bn_fog`, `bn_rain`: BatchNorm statistics estimated anew on all probe rows under that weather, in
       batches of at most 128; the weights stay.
     - `way=int8_weights`: every convolution's and linear layer's weight w of an output channel becomes s round(w / s),

@@ -18,6 +18,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
 import warm
+from once import common
 from pieces import LONGEST, piece
 from warm import Answer, Nursery
 
@@ -73,8 +74,7 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _trained_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What one process has trained, the others find."""
-    own = tmp_path_factory.getbasetemp()
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "trained"
+    folder = common(tmp_path_factory) / "trained"
     folder.mkdir(exist_ok=True)
     stage = sys.modules.get("sleeperbench.testing.stage")  # imported while tests were collected, if any uses it
     if stage is not None:

@@ -11,6 +11,12 @@ from pathlib import Path
 import pytest
 
 
+def common(factory: pytest.TempPathFactory) -> Path:
+    """The folder of this run that all its test processes see."""
+    own = factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """A folder that the first process that asks fills, while others wait; nobody may change it afterwards.
 
@@ -19,8 +25,7 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
         name: Of the folder.
         make: Fills it; what raises leaves it to the next that asks.
     """
-    own = factory.getbasetemp()
-    base = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    base = common(factory)
     folder, done = base / name, base / f"{name}.made"
     with (base / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

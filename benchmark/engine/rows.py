@@ -155,7 +155,7 @@ def cells_table(rows: list[dict[str, Any]], collapse_points: float = 10) -> list
 def flags_of(group: Iterable[Mapping[str, Any]]) -> set[str]:
     """Flags of a cell with these rows: those of any row, but `reduced` only where all are.
 
-    An evaluator of fewer draws marks its own rows alone; what that is not said of is the method.
+    An evaluator below its effort marks its own rows alone, a method all rows of its cells.
     """
     each = [{f for f in r["flag"].split(";") if f} for r in group]
     return set().union(*each) - ({"reduced"} - set.intersection(*each))
