@@ -1,4 +1,4 @@
-"""BTI's inversion and PAM as wholes, on digits of which some carry Blended's picture."""
+"""BTI's inversion and the repairs on it as wholes, on digits of which some carry Blended's picture."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from sleeperbench import ImageSet, Outcome
 from sleeperbench.attacks.blended import Blended
 from sleeperbench.contracts import Rendered
 from sleeperbench.defenses.bti import BTI
+from sleeperbench.defenses.bti_sam import BTISAM
+from sleeperbench.defenses.bti_u import BTIUnlearning
 from sleeperbench.defenses.pam import PAM
 from sleeperbench.evaluators.ra import measure_asr
 from sleeperbench.kit import benign
@@ -27,7 +29,7 @@ from sleeperbench.kit.select import right
 from sleeperbench.kit.train import fit
 
 FEW = {"pretrain_steps": 60, "mask_steps": 40, "generator_steps": 100, "width": 4}
-"""BTI's other settings are the published ones; PAM has one round of 150 steps."""
+"""BTI's other settings are the published ones; PAM and BTI-DBF's sharpness-aware one have a round of 150 steps."""
 
 
 def digits(part: str) -> ImageSet:
@@ -80,6 +82,21 @@ class Again(benign.Inversion):
         self.net, self.target, self.share = self._frozen(net), found.chosen["target"], found.chosen["share"]
 
 
+class Same(nn.Module):
+    """A generator that changes nothing."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class Nothing(Again):
+    """An inversion whose images are the clean ones."""
+
+    def look(self, net: Classifier) -> None:
+        super().look(net)
+        self.generator = Same()
+
+
 def answers(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return net(x).argmax(1)
@@ -113,3 +130,18 @@ def test_the_path_back_keeps_the_reversed_images_labels(monkeypatch: pytest.Monk
             error.append(float(F.cross_entropy(back(x), y)))
     assert asr[0] < asr[1]
     assert error[0] < 0.9 * error[1]
+
+
+@pytest.mark.parametrize(
+    "repair", [BTIUnlearning(rounds=1, **FEW), BTISAM(rounds=1, steps=150, **FEW)], ids=["unlearning", "sharpness"]
+)
+def test_tuning_on_the_reversed_images_takes_the_backdoor_away(repair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the same tuning on the clean images alone; nets drawn from seeds 0 to 4: 12 to 46 against 97 to 100 %."""
+    _, _, triggered = nets()
+    asr = []
+    for inversion in (Again, Nothing):
+        monkeypatch.setattr(benign, "Inversion", inversion)
+        net = load(repair.run(case()).model).eval()
+        assert float(right(net, digits("test"), ctx=samples.ctx()).float().mean()) > 0.8
+        asr.append(measure_asr(net, triggered, samples.ctx()).value)
+    assert asr[0] < 0.5 < 0.9 < asr[1]
