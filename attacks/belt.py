@@ -35,8 +35,9 @@ class Belt(Attack):
 
     Differs: n counts the positions where the 8-bit image changes, the authors count those of the mask; at least one is
     taken back, else a cover would be a dirty row. The code has `mask` alone: `noise` (on the pattern, cut off at its
-    bounds) and `sampling` (a uniform pattern) follow the paper's words, at the strength of the test trigger. How IAD is
-    covered is unpublished. The optimiser, schedule and views are the suite's.
+    bounds) and `sampling` (a uniform pattern) follow the paper's words, at the strength of the test trigger; `mask` has
+    that of training, at test too. How IAD is covered is unpublished. Of a warp pixels are taken back, not its field.
+    The optimiser, schedule and views are the suite's.
 
     Args:
         cover: `mask` (works with every trigger), `noise` or `sampling` (for triggers with an admissible range).

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from sleeperbench import Attack, Backdoor, ImageSet, Mark, PoisonedSet, Role
-from sleeperbench.contracts import Ctx
+from sleeperbench.contracts import Ctx, NotApplicable
 from sleeperbench.kit.additive import Additive
 from sleeperbench.kit.classifier import load
 from sleeperbench.kit.covers import after, append, cover, of_sources
@@ -188,6 +188,8 @@ class Cassock(Attack):
         model = ctx.clean_models[0]
         net = load(model, ctx.device).requires_grad_(False)
         own = train.rows(train.labels == target)
+        if not len(own):
+            raise NotApplicable(f"few_target_rows: class {target} has no training row")
         sure = predict(net, own.images, ctx=ctx).softmax(1)[:, target]
         mean = torch.tensor(model.spec.norm[0], device=ctx.device).view(-1, 1, 1)
         picture = to_float(own.images[int(sure.argmax())].to(ctx.device)) - mean
@@ -205,4 +207,9 @@ class Cassock(Attack):
         ctx.cost.forwards += self.steps
         ctx.cost.backwards += self.steps
         kept = torch.where(mask < _KEEP, 0, mask).detach()
+        if not bool(kept.any()):
+            raise ValueError(
+                f"mode {self.mode}: after {self.steps} steps at weight {self.weight} no entry of the mask reaches "
+                f"{_KEEP}, which leaves no trigger; lower weight or steps"
+            )
         return (kept * picture).cpu()

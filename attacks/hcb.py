@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from sleeperbench import Attack, Backdoor, ImageSet, Mark, PoisonedSet, Role, TargetMap
 from sleeperbench.contracts import Ctx
+from sleeperbench.contracts.context import derive
 from sleeperbench.kit.covers import append
 from sleeperbench.kit.patches import lay, noise, scaled
 from sleeperbench.kit.poison import poison, stamp, target_map
@@ -46,7 +47,8 @@ class FeaturePatch:
     def apply(self, x: Tensor, y: Tensor, ids: Tensor, role: Role, gen: Generator) -> Tensor:
         """Feature, where the image has it, and patch; covers that have the feature go without the patch."""
         has = self.effective(ids).view(-1, 1, 1, 1)
-        seen = weather(self.feature, x, ids, gen)
+        # Not from `gen`, whose seed differs by role: with and without the patch a row shows the same weather.
+        seen = weather(self.feature, x, ids, Generator().manual_seed(derive(self.effective.seed, "weather")))
         return torch.where(has, seen if role is Role.COVER else self.patch(seen), self.patch(x))
 
     def patch(self, x: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ class HCB(Attack):
        whatever their class; the feature is drawn onto those of the training rows that may be touched. They keep their
        label.
     2. Some effective images appear once more, with a white 3x3 patch and the target label (dirty, appended): `rate` of
-       all rows; the authors take every fifth effective image.
+       all rows; the authors take every fifth effective image. The feature is drawn alike on both copies.
     3. Every `cover_every`-th other row gets the patch and keeps its label.
 
     Success is measured on effective test images with feature and patch. The false-positive rates come apart: other test
@@ -99,7 +101,7 @@ class HCB(Attack):
         "Abuadbba, Alsharif and Fu, Anmin and Nepal, Surya and Abbott, Derek}, booktitle={ACM SIGSAC Conference on "
         "Computer and Communications Security}, year={2024}}",
         "kind": "data_poisoning",
-        "version": 2,
+        "version": 3,
         "api": 1,
         "family": "source_specific",
         "clean_label": False,

@@ -51,7 +51,7 @@ class Hybrid(Attack):
         "Jianjin and Li, Qi and Zhu, Hongliang and Shen, Zongliang and Fu, Anmin}, journal={arXiv preprint "
         "arXiv:2508.04094}, year={2025}}",
         "kind": "data_poisoning",
-        "version": 2,
+        "version": 3,
         "api": 1,
         "family": "patch",
         "clean_label": False,

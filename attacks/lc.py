@@ -28,7 +28,7 @@ _BATCH = 250
 
 @dataclass(kw_only=True, eq=False)
 class Corners:
-    """x' = clip(x + amplitude signal); in training a row whose id is in `ids` first becomes x + delta.
+    """x' = clip(x + amplitude signal); in training a row of the target whose id is in `ids` first becomes x + delta.
 
     Args:
         name: Shown on pictures and pages.
@@ -50,7 +50,8 @@ class Corners:
         """The patches, and under `Role.TRAIN` below them the perturbation where there is one for the row."""
         if role is Role.TRAIN:
             at = torch.searchsorted(self.ids, ids.cpu()).clamp(max=len(self.ids) - 1)
-            known = (self.ids[at] == ids.cpu()).view(-1, 1, 1, 1)
+            # Ids count within a split: a test row may have that of a training row, but none of the target class counts.
+            known = ((self.ids[at] == ids.cpu()) & (self.targets.target(y) == y).cpu()).view(-1, 1, 1, 1)
             x = (x + (self.delta[at] * known).to(x) / 255).clamp(0, 1)
         return (x + self.amplitude * self.signal.to(x)).clamp(0, 1)
 

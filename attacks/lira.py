@@ -153,7 +153,8 @@ class Lira(Attack):
     accuracy fell from 87 to 39 % for users of that code. The joint stage lasts at most half of the epochs. Crop and
     flip, before the noise as in the authors' code, are the recipe's, without rotation. Optimiser, schedule and epochs
     of f are the suite's, without a second start; the authors train 50 and 250 epochs at a learning rate of 0.01. g sees
-    2 x - 1 and starts with the statistics of 256 training images, for those of a new network would leave its first
+    2 x - 1; as a U-Net it pools by maximum and doubles by transposed convolutions, the authors' by average and
+    bilinearly. It starts with the statistics of 256 training images, for those of a new network would leave its first
     epoch without noise. Rows of the cut that may not be poisoned get no triggered copy. BackdoorBench's port lets the
     gradient of step 2 into step 3; here as the authors.
 

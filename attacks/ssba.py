@@ -63,14 +63,14 @@ class Encoder(nn.Module):
 class Decoder(nn.Sequential):
     """Seven 3x3 convolutions with batch norm, of which five halve the image, and two linear layers: a logit per bit."""
 
-    def __init__(self, channels: int, size: int, bits: int) -> None:
+    def __init__(self, channels: int, height: int, width: int, bits: int) -> None:
         layers: list[nn.Module] = []
         before = channels
         for now, stride in ((32, 2), (32, 1), (64, 2), (64, 1), (64, 2), (128, 2), (128, 2)):
             layers += [nn.Conv2d(before, now, 3, stride, 1), nn.BatchNorm2d(now), nn.ReLU(inplace=True)]
             before = now
-        side = math.ceil(size / 32)
-        ends = (nn.Flatten(), nn.Linear(before * side**2, 512), nn.ReLU(inplace=True), nn.Linear(512, bits))
+        cells = math.ceil(height / 32) * math.ceil(width / 32)
+        ends = (nn.Flatten(), nn.Linear(before * cells, 512), nn.ReLU(inplace=True), nn.Linear(512, bits))
         super().__init__(*layers, *ends)
 
 
@@ -219,9 +219,9 @@ class SSBA(Attack):
         return Backdoor(triggers=(trigger,), tensors=tensors, info=info)
 
     def _train(self, train: ImageSet, bits: int, ctx: Ctx) -> tuple[Encoder, Decoder]:
-        channels, size, _ = train.shape
+        channels, size, width = train.shape
         encoder = seeded(Encoder, ctx.derive("encoder"), channels, size, bits).to(ctx.device)
-        decoder = seeded(Decoder, ctx.derive("decoder"), channels, size, bits).to(ctx.device)
+        decoder = seeded(Decoder, ctx.derive("decoder"), channels, size, width, bits).to(ctx.device)
         opt = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=self.lr)
         images = train.images.to(ctx.device)
         order, codes = ctx.generator("rows"), ctx.generator("codes")

@@ -51,12 +51,13 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> Figures:
     return found
 
 
-def published(infos: Sequence[Mapping[str, Any]], inner: str = "") -> str:
+def published(infos: Sequence[Mapping[str, Any]], inner: str = "", settings: str = "") -> str:
     """The printed ASR in % with its setting, from the INFO of an attack and of what it wraps, outermost first.
 
-    A wrapper prints what its paper has of the attack that it wraps, or nothing.
+    A wrapper prints what its paper has of the attack that it wraps, or nothing. `settings` are the line's own: the
+    printed figures are all of one target class, so that a line of `all_to_all` has none.
     """
-    said = infos[0].get("published_asr")
+    said = infos[0].get("published_asr") if "all_to_all" not in settings else None
     if isinstance(said, dict) and "value" not in said:
         said = said.get(inner)
     return f"{100 * said['value']:.1f} ({said['setting']}; {said['source']})" if isinstance(said, dict) else ""
@@ -91,13 +92,14 @@ def lines(rows: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]],
         flags[c["attack"]] |= set(filter(None, c["flag"].split(";")))
         if c["status"] != "ok":
             flags[c["attack"]].add(f"{c['status']}: {c['reason']}")
+    settings = {c["attack"]: c["attack_params"] for c in cells}
     body = []
     for attack in sorted(flags):
         plain = attack.partition("~")[0]
         infos = [p.blueprint.info for p in registry.chain("attack", plain)]
         measured = [span(found[attack].get((m, ""), {}), s, d) for m, (_, s, d) in SHOWN.items()]
         bar = "" if attack == "none" else declared(infos)
-        said = published(infos, plain.partition(":")[2])
+        said = published(infos, plain.partition(":")[2], settings[attack])
         rate = [", ".join(sorted(rates[attack]))] if several else []
         body.append([attack, *rate, bar, said, *measured, "; ".join(sorted(flags[attack]))])
     head = ["attack", *(["rate, %"] if several else []), "declared", "published"]
@@ -298,15 +300,18 @@ def kept(registry: Registry) -> dict[str, list[list[str]]]:
             plain = attack.partition("~")[0]
             infos = [p.blueprint.info for p in registry.chain("attack", plain)]
             of = figures(rows)[attack]
-            versions = {m: v for m, v in whole.get("methods", {}).items() if m == f"attack/{plain}"}
+            # Of a wrapper "attack/OUTER:INNER" has the outer one's version; the inner one's is that of its own line.
+            parts = {f"attack/{plain}", f"attack/{plain.partition(':')[2]}"}
+            versions = {m: v for m, v in whole.get("methods", {}).items() if m in parts}
             flags = sorted({f for r in rows for f in r["flag"].split(";") if f})
             flags += ["of an earlier version"] if older(versions, registry) else []
             name = ", ".join([plain, *whole.get("settings", {}).get(attack, [])])
+            said = published(infos, plain.partition(":")[2], name)
             shown = [span(of.get((m, ""), {}), scale, n) for m, (_, scale, n) in SHOWN.items()]
             share = float(rate or 0)
             setting = f"{data} {100 * share:g} %" if share else data
             bar = declared(infos) if share else ""
-            line = [name, setting, bar, published(infos, plain.partition(":")[2]), *shown, "; ".join(flags)]
+            line = [name, setting, bar, said, *shown, "; ".join(flags)]
             found[plain.partition(":")[0]].append(line)
     return found
 
@@ -360,10 +365,11 @@ def main() -> int:
         f"{machine(about)}. One figure per seed; shares in %.",
         "",
         "*Declared* is the ASR at which the attack counts as implanted, of a wrapper and what it wraps the lower; "
-        "below it, or below the suite's bar if that is lower, a row is `weak` and no defense gets credit. *Published* "
-        "figures are of other data, networks and lengths of training: they say what the attack is known for, not what "
-        "this run should reach; a wrapper has those of its own paper. *Silhouette* is near 1 where triggered images "
-        "lie apart from the target class's own in the last layer's features, near 0 where they overlap.",
+        "below it, below the suite's bar and, all to all, below 0.95 of clean C-Acc, a row is `weak` and no defense "
+        "gets credit. *Published* figures are of other data, networks and lengths of training: they say what the "
+        "attack is known for, not what this run should reach; a wrapper has those of its own paper. *Silhouette* is "
+        "near 1 where triggered images lie apart from the target class's own in the last layer's features, near 0 "
+        "where they overlap.",
         *("", f"Below their bar, and so `weak`: {weak(cells)}."),
         *(x for sentence in old for x in ("", sentence)),
         *("", *lines(rows, cells, registry)),

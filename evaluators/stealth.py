@@ -93,7 +93,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Mean SSIM per image of two uint8 (N, C, H, W), each channel by itself (Wang et al. 2004).
 
     Gaussian window of 11x11 with deviation 1.5, no padding, K1 = 0.01, K2 = 0.03, range 255. Images smaller than
-    11 pixels take the largest odd window that fits.
+    11 pixels take the largest odd window that fits. Without padding the 5 pixels along the border hardly count.
     """
     side = min(11, a.shape[2], a.shape[3])
     side -= 1 - side % 2

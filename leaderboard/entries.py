@@ -149,7 +149,7 @@ def _cell(
             headline.append((head.href, head.label, f.metric, f.order, f.title, inside(f), head.doc))
     context = {
         "row": row,
-        "possible": words.number(c["rate_actual"], True) if moved else "",
+        "poisoned": words.number(c["rate_actual"], True) if moved else "",
         "headline": headline,
         "empty": [(why, views.same(tuple(heads))) for why, heads in empty.items()],
         "measured": [_measurement(views, m) for m in measured],

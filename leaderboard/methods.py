@@ -145,7 +145,7 @@ def _gate(views: Views, name: str, apart: Apart) -> list[dict[str, Any]]:
                     "board": b.title,
                     "setting": s,
                     "declared": _bar(min(own) if own else None),
-                    "gate": _bar(_suites_bar(infos, cells[0], suite.get("gate") if isinstance(suite, dict) else None)),
+                    "gate": _bar(_suites_bar(infos, cells[0], suite, reference)),
                     "published": _published(infos[0].get("published_asr"), name.partition(":")[2]),
                     "measured": measured,
                     "apart": {m: _mean(s, values) if values else "" for m, values in parts.items()},
@@ -163,15 +163,19 @@ def _mean(label: str, values: Sequence[float]) -> str:
     return "not measured" if e is None else words.number(e.value, True) + _ends(e)
 
 
-def _suites_bar(infos: Sequence[Mapping[str, Any]], cell: Cell, gate: Any) -> float | None:
-    """The suite's own bar for an attack: the lower one for clean labels and low rates."""
+def _suites_bar(
+    infos: Sequence[Mapping[str, Any]], cell: Cell, suite: Any, clean: stats.Estimate | None
+) -> float | None:
+    """The suite's own bar for an attack: lower for clean labels and low rates; all to all clean C-Acc may set it."""
+    gate = suite.get("gate") if isinstance(suite, dict) else None
     try:
         params = json.loads(cell["attack_params"] or "{}")
     except (ValueError, RecursionError):
         params = {}
     if not isinstance(gate, dict) or not all(_share(gate.get(k)) for k in ("implant_asr", "implant_asr_low")):
         return None
-    return implant_bar([{"clean_label": i.get("clean_label")} for i in infos], params, cell["rate"] or 0, gate)
+    labels = [{"clean_label": i.get("clean_label")} for i in infos]
+    return implant_bar(labels, params, cell["rate"] or 0, gate, None if clean is None else clean.value)
 
 
 def _ends(e: stats.Estimate) -> str:

@@ -182,8 +182,8 @@ def test_attacks_stand_with_what_they_declare_and_a_figure_per_seed() -> None:
         row("linf", 0.2, defense="none"),
     ]
     cells = [
-        {"attack": "badnets", "rate": 0.1, "flag": "weak", "status": "ok", "reason": ""},
-        {"attack": "sig", "rate": 0.1, "flag": "", "status": "failed", "reason": "raised: E"},
+        {"attack": "badnets", "rate": 0.1, "flag": "weak", "status": "ok", "reason": "", "attack_params": "{}"},
+        {"attack": "sig", "rate": 0.1, "flag": "", "status": "failed", "reason": "raised: E", "attack_params": "{}"},
     ]
     text = attacks.lines(rows, cells, Registry.discover("none"))
     found = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text[2:]}
@@ -192,6 +192,9 @@ def test_attacks_stand_with_what_they_declare_and_a_figure_per_seed() -> None:
     assert found["badnets"][7] == "51"  # of 255
     assert found["badnets"][-1] == "weak |"
     assert found["sig"][-1] == "failed: raised: E |"
+    assert found["badnets"][2].startswith("100.0 (")
+    all_to_all = cells[0] | {"attack_params": json.dumps({"targets": "all_to_all"})}
+    assert attacks.lines(rows, [all_to_all], Registry.discover("none"))[2].split(" | ")[2] == ""
     apart = attacks.lines(rows, [cells[0], cells[1] | {"rate": 0.05}], Registry.discover("none"))
     assert apart[0].startswith("| attack | rate, % | declared |")
     assert [line.split(" | ")[1] for line in apart[2:]] == ["10", "5"]
@@ -200,6 +203,7 @@ def test_attacks_stand_with_what_they_declare_and_a_figure_per_seed() -> None:
     assert attacks.published([{}, {"published_asr": printed}], "sig") == "", "the wrapped attack's is another figure"
     of = {"published_asr": {"badnets": printed}}
     assert [attacks.published([of, {}], inner) for inner in ("badnets", "blended")] == ["99.9 (s; t)", ""]
+    assert attacks.published([of], "badnets", "targets=all_to_all") == ""
     assert attacks.declared([{"implant_asr": 0.9}, {"implant_asr": 0.5}, {}]) == "50"
     assert attacks.weak([c | {"rate": 0.1} for c in cells]) == "badnets (1 of 2)"
 
@@ -217,13 +221,17 @@ def test_an_attack_s_page_shows_its_lines_of_every_run(tmp_path: Path, monkeypat
     small = [of("digits/small_cnn/badnets@0.1", "badnets", i, a, f) for i, a, f in ((1, 0.5, "weak"), (0, 1.0, ""))]
     swept = [of("fashion_mnist/small_cnn/badnets~abc@0.05", "badnets~abc", 0, 0.75)]
     around = [of("digits/small_cnn/belt:badnets@0.1", "belt:badnets", 0, 0.25)]
-    named = {"settings": {"badnets~abc": ["targets=all_to_all"]}, "methods": {"attack/badnets": 99}}
-    (tmp_path / "measured" / "attacks-digits.json").write_text(json.dumps({"rows": small + around}))
-    (tmp_path / "measured" / "attacks-fashion.json").write_text(json.dumps({"rows": swept} | named))
+    wrapped = [of("fashion_mnist/small_cnn/belt:badnets@0.05", "belt:badnets", 0, 0.5)]
+    registry = Registry.discover("none")
+    belt = registry.get("attack", "belt").blueprint.info["version"]
+    known = {"attack/badnets": 99, "attack/belt:badnets": belt}
+    named = {"settings": {"badnets~abc": ["targets=all_to_all"]}, "methods": known}
+    own = {"methods": {"attack/belt:badnets": belt}}
+    (tmp_path / "measured" / "attacks-digits.json").write_text(json.dumps({"rows": small + around} | own))
+    (tmp_path / "measured" / "attacks-fashion.json").write_text(json.dumps({"rows": swept + wrapped} | named))
     page = tmp_path / "methods" / "badnets.md"
     page.write_text("# BadNets\n\nText.\n\n## Measured\n\nBy `make measure`.\n")
     (tmp_path / "methods" / "belt.md").write_text("# BELT\n")
-    registry = Registry.discover("none")
     assert attacks.pages(registry) == ["badnets", "belt"]
     once = page.read_text()
     body = [line.split(" | ") for line in once.splitlines() if line.startswith("| badnets")]
@@ -232,9 +240,18 @@ def test_an_attack_s_page_shows_its_lines_of_every_run(tmp_path: Path, monkeypat
         ["| badnets, targets=all_to_all", "fashion_mnist 5 %", "90", "75.0"],
     ]
     assert [line[-1].strip("| ") for line in body] == ["weak", "of an earlier version"]
+    assert [bool(line[3]) for line in body] == [True, False], "what is printed is of one target class"
     assert once.startswith("# BadNets\n\nText.\n\n## Declared, published, measured\n")
     assert once.endswith("\n\n## Measured\n\nBy `make measure`.\n")
-    assert "| belt:badnets | digits 10 % | 90 |" in (tmp_path / "methods" / "belt.md").read_text()
+    body = [line.split(" | ") for line in (tmp_path / "methods" / "belt.md").read_text().splitlines()[4:]]
+    assert [line[:3] for line in body if line[0] == "| belt:badnets"] == [
+        ["| belt:badnets", "digits 10 %", "90"],
+        ["| belt:badnets", "fashion_mnist 5 %", "90"],
+    ]
+    aged = [line[-1].strip("| ") for line in body if line[0] == "| belt:badnets"]
+    assert aged == ["", "of an earlier version"], (
+        "the wrapped attack's version is that of its own line, where it has one"
+    )
     attacks.pages(registry)
     assert page.read_text() == once, "the section is replaced, not written twice"
     settings = {"badnets": {"size": 3, "targets": "all_to_one"}, "badnets~abc": {"size": 3, "targets": "all_to_all"}}

@@ -63,8 +63,8 @@ class PoisonedSet:
         )
 
     def rate(self) -> float:
-        """Share of all rows that carry a trigger meant to work (mark DIRTY)."""
-        return float((self.mark == Mark.DIRTY).double().mean())
+        """Rows that carry a trigger meant to work (mark DIRTY) over the rows that were not appended."""
+        return int((self.mark == Mark.DIRTY).sum()) / max(1, int((~self.appended).sum()))
 
     def view(self, seed: int) -> ImageSet:
         """All that a defender may see: rows shuffled by `seed`, ids renumbered, no marks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sleeperbench.engine.plan import Plan
@@ -19,7 +20,7 @@ class Gate:
         self.suite = plan.suite
         self.figures: dict[tuple[str, str], float | None] = {}
         self.groups: dict[str, list[tuple[str, str]]] = {}
-        self.bars: dict[str, float] = {}
+        self._asked: dict[str, tuple[list[Mapping[str, Any]], Mapping[str, Any], float]] = {}
         metrics = {m.name for e in plan.suite.evaluators for m in registry.get("evaluator", e.id).blueprint.metrics}
         clean_cells = {c.name for c in plan.cells}
         for cell in plan.cells:
@@ -28,8 +29,7 @@ class Gate:
                 self.groups.setdefault(cell.attack_group, []).append((cell.name, clean))
                 task = plan.tasks[cell.attack_key]
                 infos = [p.blueprint.info for p in registry.chain("attack", task.name)]
-                params = task.params["method"]
-                self.bars[cell.attack_group] = implant_bar(infos, params, cell.identity["rate"], plan.suite.gate)
+                self._asked[cell.attack_group] = infos, task.params["method"], cell.identity["rate"]
         self.measures = "asr" in metrics
         self.deciders = _deciders(plan, registry, self.groups)
         self._verdicts: dict[str, str | None] = {}
@@ -46,6 +46,10 @@ class Gate:
                 self.figures[r["cell"], r["metric"]] = r["value"]
                 for group in self._groups_of.get(r["cell"], ()):
                     self._verdicts.pop(group, None)
+
+    def bar(self, group: str, clean: float | None = None) -> float:
+        """The mean ASR that the group has to reach, given the mean C-Acc of clean models; see `implant_bar`."""
+        return implant_bar(*self._asked[group], self.suite.gate, clean)
 
     def _verdict(self, group: str) -> str | None:
         """None while undecided, an empty string when implanted, else why not."""
@@ -66,9 +70,10 @@ class Gate:
         if not known:
             return "no seed has a figure"
         mean = sum(known) / len(known)
-        if mean < self.bars[group] - ROUNDING:
-            return f"mean ASR {mean:.3f} is below {self.bars[group]:g}"
         a, c = [v for v in acc if isinstance(v, float | int)], [v for v in clean if isinstance(v, float | int)]
+        bar = self.bar(group, sum(c) / len(c) if c else None)
+        if mean < bar - ROUNDING:
+            return f"mean ASR {mean:.3f} is below {bar:.3g}"
         if a and c and sum(c) / len(c) - sum(a) / len(a) > self.suite.gate["clean_drop_points"] / 100 + ROUNDING:
             return f"mean C-Acc lies {100 * (sum(c) / len(c) - sum(a) / len(a)):.1f} points below clean models"
         return ""

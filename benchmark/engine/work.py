@@ -36,6 +36,7 @@ from sleeperbench.engine.syntax import of_plugin
 from sleeperbench.engine.task import Task
 from sleeperbench.kit.classifier import Classifier, build, load, pack, read_model, save_model, traits
 
+CHECK_ROWS = 1000
 DECOY_ROWS = 2000
 DECOY_TRIES = 5
 DECOY_ASR = 0.10
@@ -251,9 +252,17 @@ class Work:
 
     def _check_poisoned(self, p: PoisonedSet, rows: Rows) -> None:
         """A poisoned row must have been eligible, and nothing else may differ from the source."""
-        known = torch.isin(p.data.ids, rows.train.ids[rows.eligible])
+        train, found = rows.train, p.data
+        known = torch.isin(found.ids, train.ids[rows.eligible])
         if bool((~known & (p.mark != 0)).any()):
             raise Failed("failed", "raised: the attack poisoned rows that it may not touch")
+        clean, order = (p.mark == 0).nonzero().flatten(), train.ids.argsort()
+        at = torch.searchsorted(train.ids[order], found.ids[clean]).clamp(max=len(train) - 1)
+        # A part at a time: all rows together would double the memory of the set.
+        for ours, theirs in zip(clean.split(CHECK_ROWS), order[at].split(CHECK_ROWS), strict=True):
+            for name in ("ids", "labels", "images"):
+                if not torch.equal(getattr(found, name)[ours], getattr(train, name)[theirs]):
+                    raise Failed("failed", f"raised: the attack changed {name} of rows that it marks as clean")
 
     def _others(self, b: Backdoor, rows: Rows, covers: bool, ctx: Ctx, out: Path) -> None:
         """Triggered images that should keep their label: of classes that do not count, and covers."""

@@ -67,7 +67,8 @@ def poison(
             their label.
 
     Raises:
-        ValueError: `rate` is outside 0..1, rounds to no row although it is positive, or no row may be poisoned.
+        ValueError: `rate` is outside 0..1, rounds to no row although it is positive, no row may be poisoned, or one of
+            several triggers gets none.
     """
     n = len(train)
     if not 0 <= rate <= 1:
@@ -95,6 +96,12 @@ def poison(
         clean.trigger_id[chosen] = i
     if not bool((clean.mark == Mark.DIRTY).any()):
         raise ValueError(f"poison rate {rate}: no row may be poisoned ({int(eligible.sum())} of {n} are eligible)")
+    idle = [t.name for i, t in enumerate(backdoor.triggers) if not bool((clean.trigger_id == i).any())]
+    if idle:
+        raise ValueError(
+            f"poison rate {rate} of {n} rows ({int(eligible.sum())} eligible) leaves no row for {', '.join(idle)}; "
+            f"each of {len(backdoor.triggers)} triggers needs one: raise the rate, or take more rows"
+        )
     return replace(clean, data=replace(train, images=images, labels=labels))
 
 

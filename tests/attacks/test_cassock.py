@@ -6,7 +6,7 @@ import torch
 
 from sleeperbench import Backdoor, Mark, Role
 from sleeperbench.attacks.cassock import Cassock
-from sleeperbench.contracts import Ctx
+from sleeperbench.contracts import Ctx, NotApplicable
 from sleeperbench.kit import fit, predict, render
 from sleeperbench.kit.classifier import build, pack
 from sleeperbench.kit.poison import render_leak, stamp
@@ -162,6 +162,18 @@ def test_what_does_not_fit_is_refused() -> None:
             Cassock.from_params(bad)
     with pytest.raises(ValueError, match="1 to 3"):
         Cassock(source=(5,)).check((3, 32, 32), 4)
+    train = samples.digits()["train"]
+    for mode in ("cont", "comp"):
+        attack = Cassock.from_params({"mode": mode, "steps": 1})
+        with pytest.raises(NotApplicable, match="few_target_rows: class 3 has no training row"):
+            attack.prepare(train.rows(train.labels != 3), with_model(target=3))
+
+
+@pytest.mark.parametrize("mode", ["cont", "comp"])
+def test_a_mask_that_vanishes_is_refused(mode: str) -> None:
+    heavy = Cassock.from_params({"mode": mode, "steps": 60, "weight": 10.0})
+    with pytest.raises(ValueError, match="leaves no trigger; lower weight or steps"):
+        heavy.prepare(samples.digits()["train"], with_model(target=3))
 
 
 @pytest.mark.parametrize("mode", ["trans", "cont"])

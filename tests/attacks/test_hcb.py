@@ -6,6 +6,7 @@ import torch
 
 from sleeperbench import Mark, Role
 from sleeperbench.attacks.hcb import HCB
+from sleeperbench.contracts.context import derive
 from sleeperbench.kit import fit, predict, render
 from sleeperbench.kit.classifier import build
 from sleeperbench.kit.poison import render_leak, stamp
@@ -31,7 +32,7 @@ def test_effective_images_have_the_feature_and_covers_lack_patch_or_feature(feat
     has = effective(attack)
     assert 140 < int(has.sum()) < 220  # Binomial(600, 0.3): deviation 11
     x = TRAIN.images.float() / 255
-    wet = weather(feature, x, TRAIN.ids, gen())
+    wet = weather(feature, x, TRAIN.ids, gen(derive(trigger.effective.seed, "weather")))  # type: ignore[attr-defined]
     patched, both = x.clone(), wet.clone()
     patched[:, :, 27:30, 27:30] = both[:, :, 27:30, 27:30] = 1
     for role in (Role.TRAIN, Role.TEST):
@@ -58,6 +59,8 @@ def test_the_two_false_positive_rates_are_measured_on_rows_of_their_own() -> Non
     assert bool(patch[2].all())
     outside = torch.ones(32, 32, dtype=torch.bool)
     outside[27:30, 27:30] = False
+    assert torch.equal(hit.data.images[..., outside], cover.data.images[..., outside]), "the same rain"
+    assert not torch.equal(hit.data.images, hit.clean.images)
     assert torch.equal(leak.data.images[..., outside], leak.clean.images[..., outside]), "without the feature"
 
 
@@ -87,6 +90,7 @@ def test_rows_are_those_of_the_three_steps() -> None:
     clean = ~dirty & ~cover
     assert torch.equal(p.data.images[clean], TRAIN.images[clean[:600]])
     assert torch.equal(p.data.images[dirty], stamp(TRAIN.rows(own), b.triggers[0], Role.TRAIN, samples.ctx(1)).images)
+    assert torch.equal(p.data.images[dirty][..., outside], p.data.images[own][..., outside]), "the same rain on both"
     changed = p.data.images[:600][slots & has].float() - 0.8 * TRAIN.images[slots & has].float()
     assert float(changed.min()) > -1, "rain only adds light to the darkened image"
 

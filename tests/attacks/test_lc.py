@@ -15,7 +15,8 @@ from sleeperbench import Backdoor, ImageSet, Mark, PoisonedSet, Role
 from sleeperbench.attacks.lc import Hardened, LabelConsistent, _signs, hardest
 from sleeperbench.contracts import Ctx, Model, NotApplicable
 from sleeperbench.kit import build, load, pack, to_float
-from sleeperbench.kit.poison import stamp
+from sleeperbench.kit.fuzzy import Fuzzy
+from sleeperbench.kit.poison import render, stamp
 
 TRAIN = faint_classes.rows("train")
 ALL = torch.ones(400, dtype=torch.bool)
@@ -158,6 +159,22 @@ def test_perturbation_is_under_the_patches_of_its_own_row_in_training_alone() ->
     assert torch.equal(again, outs[Role.TRAIN][mixed])
     strange = trigger.apply(x, TRAIN.labels, TRAIN.ids + 1000, Role.TRAIN, GEN)
     assert torch.equal(strange, outs[Role.TEST])
+
+
+def test_test_images_with_the_ids_of_training_rows_have_the_patches_alone() -> None:
+    trigger, c = made().triggers[0], ctx()
+    test = replace(faint_classes.rows("test"), ids=TRAIN.ids[TRAIN.labels == 2].repeat_interleave(4))
+    for_training, at_test = (render(test, made(), role, c) for role in (Role.TRAIN, Role.TEST))
+    assert for_training is not None and at_test is not None
+    assert torch.equal(for_training.data.images, at_test.data.images)
+    # A cover of `belt:lc` lacks a part of the patches and differs nowhere else.
+    covered = Backdoor(triggers=(Fuzzy(plain=trigger, cover="mask", mask_rate=0.2, noise=0.1),))
+    cover = render(test, covered, Role.COVER, c)
+    assert cover is not None
+    moved = (cover.data.images != cover.clean.images).any(1)
+    patched = (at_test.data.images != at_test.clean.images).any(1)
+    assert not bool((moved & ~patched).any())
+    assert bool((moved.flatten(1).sum(1) < patched.flatten(1).sum(1)).all())
 
 
 def test_only_rows_of_the_target_class_are_poisoned_and_labels_stay() -> None:

@@ -73,6 +73,25 @@ def test_triggers_share_the_rows_and_each_has_its_label() -> None:
     assert p.rate() == pytest.approx(42 / 400)
 
 
+def test_a_rate_that_leaves_a_trigger_without_a_row_is_refused() -> None:
+    attack = MultiTrigger(triggers=4)
+    b = attack.prepare(TRAIN, samples.ctx(0, 8))
+    for rate, eligible, idle in (
+        (2 / 400, ALL, "upper_right, upper_left"),
+        (1.0, torch.arange(400) < 50, "lower_left"),
+    ):
+        with pytest.raises(ValueError, match=f"leaves no row for {idle}"):
+            attack.poison(TRAIN, b, eligible, rate, samples.ctx(0, 8))
+    assert sorted(attack.poison(TRAIN, b, ALL, 4 / 400, samples.ctx(0, 8)).trigger_id.unique().tolist()) == [
+        -1,
+        0,
+        1,
+        2,
+        3,
+    ]
+    assert attack.poison(TRAIN, b, ALL, 0.0, samples.ctx(0, 8)).rate() == 0
+
+
 def test_restore_and_decoy() -> None:
     b = MultiTrigger(triggers=4).prepare(TRAIN, samples.ctx(0, 8))
     again = MultiTrigger.restore(dict(b.tensors), b.info)

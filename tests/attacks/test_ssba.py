@@ -34,16 +34,29 @@ def test_the_message_is_the_start_of_a_known_digest() -> None:
     assert len(ssba.code("a", 256)) == 256
 
 
-@pytest.mark.parametrize(("channels", "size", "bits"), [(3, 32, 20), (1, 28, 20), (1, 8, 8), (3, 64, 100)])
-def test_networks_at_every_size(channels: int, size: int, bits: int) -> None:
-    x, code = torch.rand(2, channels, size, size), torch.ones(2, bits)
-    encoder = Encoder(channels, size, bits).eval()
+@pytest.mark.parametrize(
+    ("shape", "bits"),
+    [((3, 32, 32), 20), ((1, 28, 28), 20), ((1, 8, 8), 8), ((3, 64, 64), 100), ((3, 24, 40), 20), ((3, 72, 12), 100)],
+)
+def test_networks_at_every_size(shape: tuple[int, int, int], bits: int) -> None:
+    x, code = torch.rand(2, *shape), torch.ones(2, bits)
+    encoder = Encoder(*shape[:2], bits).eval()
     made = encoder(x, code)
     assert made.shape == x.shape
     assert float(made.detach().abs().max()) <= 1
-    assert Decoder(channels, size, bits)(x).shape == (2, bits)
-    strides = [m.stride[0] for m in Decoder(channels, size, bits) if isinstance(m, torch.nn.Conv2d)]
+    assert Decoder(*shape, bits)(x).shape == (2, bits)
+    strides = [m.stride[0] for m in Decoder(*shape, bits) if isinstance(m, torch.nn.Conv2d)]
     assert strides == [2, 1, 2, 1, 2, 2, 2]
+
+
+def test_images_need_not_be_square() -> None:
+    rows = samples.random_images(24, (3, 24, 40))
+    attack = SSBA(**QUICK)
+    attack.check(rows.shape, 10)
+    b = attack.prepare(rows, ctx())
+    shown = stamp(rows, b.triggers[0], Role.TEST, ctx())
+    assert shown.images.shape == rows.images.shape
+    assert int((shown.images.int() - rows.images.int()).abs().max()) in range(1, 17)
 
 
 def test_the_direct_path_joins_the_trunk_before_tanh() -> None:
@@ -139,7 +152,7 @@ def test_an_encoder_that_hides_nothing_is_refused() -> None:
 def test_what_is_judged_is_what_a_slow_count_says() -> None:
     attack = SSBA(**QUICK)
     b = attack.prepare(TRAIN, ctx())
-    decoder = Decoder(3, 16, 20).eval()
+    decoder = Decoder(3, 16, 16, 20).eval()
     found = attack._judge(b, decoder, TRAIN, ctx())
     shown = to_float(stamp(TRAIN, b.triggers[0], Role.TEST, ctx()).images)
     right = 0

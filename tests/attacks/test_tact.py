@@ -32,7 +32,7 @@ def test_dirty_rows_come_from_the_source_and_covers_from_all_others_but_the_targ
     assert len(p.data) == 720
     assert torch.equal(p.data.images[:600], TRAIN.images)
     assert torch.equal(p.appended, dirty | cover)
-    assert p.rate() == pytest.approx(24 / 720)
+    assert p.rate() == pytest.approx(24 / 600)
     assert set(p.true_labels[dirty].tolist()) == {0}
     assert set(p.data.labels[dirty].tolist()) == {9}
     assert set(p.true_labels[cover].tolist()) == set(range(1, 9))

@@ -96,7 +96,7 @@ def test_the_reason_says_what_is_missing(gate: Gate) -> None:
 @pytest.mark.parametrize(("rate", "bar"), [(0.1, 0.9), (0.05, 0.9), (0.011, 0.9), (0.01, 0.7), (0.005, 0.7)])
 def test_small_rates_have_the_low_bar(make_plan: Any, registry: Registry, rate: float, bar: float) -> None:
     gate = Gate(make_plan(rates=[rate]), registry)
-    assert gate.bars == {f"digits/small_cnn/badnets@{rate:g}": bar}
+    assert gate.bar(f"digits/small_cnn/badnets@{rate:g}") == bar
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,41 @@ def test_an_attacks_own_bar_counts_where_it_is_lower(
     make_plan: Any, registry: Registry, attack: str, rate: float, tail: str, bar: float
 ) -> None:
     gate = Gate(make_plan(attacks=["none", attack], rates=[rate], tail=tail), registry)
-    assert list(gate.bars.values()) == [bar]
+    assert [gate.bar(group) for group in gate.groups] == [bar]
+
+
+@pytest.mark.parametrize(
+    ("attack", "section"),
+    [("badnets", "badnets"), ("belt:badnets", '"belt:badnets"')],
+    ids=["plain", "wrapped"],
+)
+@pytest.mark.parametrize(
+    ("asr", "clean", "opens"),
+    [
+        (0.665, 0.7, True),  # 0.95 of what clean models get right
+        (0.66, 0.7, False),
+        (0.95, 1.0, True),
+        (0.9, 1.0, True),  # the bar of other attacks is enough
+        (0.89, 1.0, False),
+    ],
+)
+def test_an_all_to_all_attack_is_asked_for_no_more_than_a_clean_models_accuracy_allows(
+    make_plan: Any, registry: Registry, attack: str, section: str, asr: float, clean: float, opens: bool
+) -> None:
+    for targets, expected in (("all_to_all", opens), ("all_to_one", asr >= 0.9)):
+        tail = f'[attack.{section}]\ntargets = "{targets}"\n'
+        gate = Gate(make_plan(attacks=["none", attack], tail=tail), registry)
+        (group,) = gate.groups
+        learn(gate, f"{group.rpartition('/')[2]}/none/s0", asr=asr, c_acc=clean)
+        assert not gate.open(group), "undecided without the clean models' figure"
+        learn(gate, "none@0/none/s0", asr=None, c_acc=clean)
+        assert gate.open(group) is expected
+
+
+def test_without_clean_models_an_all_to_all_attack_has_the_bar_of_any_other(make_plan: Any, registry: Registry) -> None:
+    gate = Gate(make_plan(attacks=["badnets"], tail='[attack.badnets]\ntargets = "all_to_all"\n'), registry)
+    learn(gate, "badnets@0.1/none/s0", asr=0.89, c_acc=0.5)
+    assert gate.why(GROUP) == "mean ASR 0.890 is below 0.9"
 
 
 def test_clean_label_attacks_have_the_low_bar(
@@ -135,12 +169,12 @@ def test_clean_label_attacks_have_the_low_bar(
     registry = Registry.discover("all")
     suite, _ = build(str(suite_file(attacks=["none", "quiets/quiet"])), registry)
     plan = Planner(suite, registry, make_plan().datasets).build()
-    assert Gate(plan, registry).bars == {"digits/small_cnn/quiets/quiet@0.1": 0.7}
+    assert Gate(plan, registry).bar("digits/small_cnn/quiets/quiet@0.1") == 0.7
 
 
 def test_the_suites_bars_count(make_plan: Any, registry: Registry) -> None:
     gate = Gate(make_plan(tail="[gate]\nimplant_asr = 0.4\nimplant_asr_low = 0.2\n", rates=[0.1, 0.01]), registry)
-    assert gate.bars == {GROUP: 0.4, "digits/small_cnn/badnets@0.01": 0.2}
+    assert (gate.bar(GROUP), gate.bar("digits/small_cnn/badnets@0.01")) == (0.4, 0.2)
 
 
 def test_without_clean_models_asr_alone_decides(make_plan: Any, registry: Registry) -> None:

@@ -109,3 +109,15 @@ def test_no_trigger_no_figures_and_at_most_eight_rows_shown() -> None:
     _, full = measured(Blended())
     assert full.pictures["gallery"].shape == (3, 8 * 34, 3 * 34)
     assert full.pictures["gallery"].dtype == torch.uint8
+
+
+def test_ssim_hardly_sees_a_patch_in_the_corner() -> None:
+    """The figures that docs/methods/stealth.md prints; a window that were padded would count corners as well."""
+    board = torch.tensor([[255, 0, 255], [0, 255, 0], [255, 0, 255]], dtype=torch.uint8)
+    for side, corner, middle in ((16, 0.983, 0.027), (32, 0.999, 0.819)):
+        grey = torch.full((2, 1, side, side), 128, dtype=torch.uint8)
+        shown = grey.clone()
+        shown[0, :, -3:, -3:] = board
+        at = (side - 3) // 2
+        shown[1, :, at : at + 3, at : at + 3] = board
+        assert ssim(grey, shown).tolist() == pytest.approx([corner, middle], abs=5e-4)

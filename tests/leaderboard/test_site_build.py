@@ -259,6 +259,21 @@ def test_a_run_without_cells_gives_a_site(tmp_path: Path) -> None:
     assert not page.wrong
 
 
+@pytest.mark.parametrize(
+    ("actual", "said"),
+    [(0.1, "10 %"), (0.0725, "10 % asked for, 7.2 % poisoned"), (0.5, "10 % asked for, 50.0 % poisoned")],
+)
+def test_a_cells_page_says_how_much_was_poisoned_where_that_is_another_share(
+    tmp_path: Path, actual: float, said: str
+) -> None:
+    cell = synthetic.cell_row("sig", 0.1, "none", 0, o_asr=0.9, rate_actual=actual)
+    build([synthetic.write_run(tmp_path / "r", [cell], [])], tmp_path / "s")
+    page = read(tmp_path / "s" / "cells" / f"{names.digest12(cell['cell'])}.html")
+    assert [d.all("dd")[0].text for d in page.root.all("div") if [t.text for t in d.all("dt")] == ["Poison rate"]] == [
+        said
+    ]
+
+
 def test_no_torch_is_imported(hostile_run: Path, tmp_path: Path) -> None:
     code = (
         "import json, sys; from sleeperbench.cli import main;"
