@@ -27,8 +27,11 @@ class BTI(Defense):
     5. Verdict: score is the share of the clean rows that get that label.
 
     Differs: the paper has no verdict; the threshold, 0.7 of the clean rows, is a rule of thumb from small trials of
-    others, fixed beforehand. The mask is learnt in eval mode, where the released code lets BatchNorm drift. The bound
-    is taken in the units of the network's own normalisation, as there. Images are cut to [0, 1]. One round.
+    others, fixed beforehand. The mask is learnt in eval mode, where the released code lets BatchNorm drift. Images are
+    neither cropped nor flipped, where its loader does both. Of the answers in step 1 it takes the cross-entropy of the
+    clean one, softmaxed twice, against the generated one as the target; here the clean one is the target, and the
+    softmax is taken once. The bound is taken in the units of the network's own normalisation, as there. Images are cut
+    to [0, 1]. One round.
 
     Args:
         pretrain_steps: Updates of step 1; 50 epochs of 2,500 rows in batches of 128.

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from sleeperbench import Access, Defense, Outcome
 from sleeperbench.contracts import Case, Ctx
 from sleeperbench.contracts.models import Model
-from sleeperbench.kit.benign import Effort, Inversion, Reversed, rounds
+from sleeperbench.kit.benign import RELEASED, Effort, Inversion, Reversed, rounds, settled
 from sleeperbench.kit.classifier import Classifier, pack
-from sleeperbench.kit.sharp import sam_shift, shifted, still_statistics
+from sleeperbench.kit.sharp import sam_shift, shifted
 from sleeperbench.kit.tune import tune
 
 
@@ -23,10 +23,14 @@ class BTISAM(Defense):
     As `pam`, but the gradient is taken at W + rho g / (|g| + 1e-12), g the gradient at W: two passes per step. The
     authors' point is that flatness alone does not keep the backdoor from being woken.
 
-    All parameters get gradients; BatchNorm is in train mode, its running statistics move in the first pass alone.
+    All parameters get gradients; BatchNorm is in train mode, its running statistics move in both passes. At the end
+    they are estimated anew in one pass over the clean rows; the path also holds the model as it was before
+    (`released`).
 
-    Differs: the paper does not give rho; 0.05 is that of plain SAM's own paper (Foret et al. 2021), fixed beforehand.
-    Epochs of 2,500 rows in batches of 128 are kept as steps; an epoch drops its last short batch.
+    Differs: the paper does not give rho; 0.05 is that of plain SAM's own paper (Foret et al. 2021), fixed beforehand,
+    and the default of the released optimiser. The released code holds this variant but never calls it, and leaves the
+    statistics as they are at the end. What differs in the rounds stands at `pam`, in the inversion at `bti`. Epochs of
+    2,500 rows in batches of 128 are kept as steps; an epoch drops its last short batch.
 
     Args:
         rho: Radius of the shift, not adaptive.
@@ -47,7 +51,7 @@ class BTISAM(Defense):
         "Safety of Backdoor Defense}, author={Min, Rui and Qin, Zeyu and Zhang, Nevin L. and Shen, Li and Cheng, "
         "Minhao}, booktitle={Advances in Neural Information Processing Systems}, year={2024}}",
         "kind": "repair",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"rounds": 1, "steps": 2, "pretrain_steps": 2, "mask_steps": 2, "generator_steps": 2, "width": 2},
         "effort": ["rounds", "steps", "pretrain_steps", "mask_steps", "generator_steps"],
@@ -66,7 +70,7 @@ class BTISAM(Defense):
     width: int = 32
 
     def run(self, case: Case) -> Outcome:
-        """The model after the last round."""
+        """The model after the last round, as released and with statistics of its own."""
 
         def flatten(net: Classifier, inversion: Inversion, ctx: Ctx) -> Model:
             hooks = Sharpness(self.rho, inversion, self.share)
@@ -76,7 +80,9 @@ class BTISAM(Defense):
             pretrain=self.pretrain_steps, mask=self.mask_steps, generate=self.generator_steps, width=self.width
         )
         *_, (net, inversion) = rounds(case.net, case.clean, case.ctx, effort, self.rounds, flatten)
-        return Outcome(model=pack(net), chosen={"target": inversion.target, "share": inversion.share})
+        chosen = {"target": inversion.target, "share": inversion.share}
+        model = settled(net, case.clean, case.ctx)
+        return Outcome(model=model, chosen=chosen, path={f"rho={self.rho:g}": model, RELEASED: pack(net)})
 
 
 class Sharpness(Reversed):
@@ -91,7 +97,7 @@ class Sharpness(Reversed):
         params = list(net.parameters())
         grads = torch.autograd.grad(self.loss(net, x, y, mark), params)
         opt.zero_grad(set_to_none=True)
-        with shifted(params, sam_shift(params, grads, self.rho, adaptive=False)), still_statistics(net):
+        with shifted(params, sam_shift(params, grads, self.rho, adaptive=False)):
             loss = self.loss(net, x, y, mark)
             loss.backward()  # type: ignore[no-untyped-call]
         opt.step()

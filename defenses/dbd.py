@@ -66,7 +66,7 @@ class DBD(Defense):
         "author={Huang, Kunzhe and Li, Yiming and Wu, Baoyuan and Qin, Zhan and Ren, Kui}, booktitle={International "
         "Conference on Learning Representations}, year={2022}}",
         "kind": "in_training",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"contrast_epochs": 1, "head_epochs": 1, "semi_epochs": 2, "iterations": 3, "batch": 16},
         "effort": ["contrast_epochs", "head_epochs", "semi_epochs", "iterations"],
@@ -183,7 +183,8 @@ class MixMatch(TrainHooks):
 
     def split(self, epoch: int) -> None:
         """Which rows keep their labels, and in which order either kind is gone through."""
-        self.trusted = smallest(ranking(self.net, self.train, self.ctx), self.settings.trusted)
+        # The trainer counts every pass of the net while it trains, this one too.
+        self.trusted = smallest(ranking(self.net, self.train), self.settings.trusted)
         pools = [self.trusted.nonzero().flatten(), (~self.trusted).nonzero().flatten()]
         gen = self.ctx.generator("semi order", epoch)
         self.orders = [pool[torch.randperm(len(pool), generator=gen)] for pool in pools]
@@ -196,7 +197,7 @@ def symmetric(logits: Tensor, y: Tensor) -> Tensor:
     return 0.1 * F.cross_entropy(logits, y, reduction="none") - (p * label.log()).sum(1)
 
 
-def ranking(net: nn.Module, data: ImageSet, ctx: Ctx) -> Tensor:
+def ranking(net: nn.Module, data: ImageSet, ctx: Ctx | None = None) -> Tensor:
     """SCE of each row, float64 (N,) on the CPU, in eval mode."""
     return symmetric(predict(net, data.images, ctx=ctx).cpu().double(), data.labels.cpu())
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from sleeperbench.kit.pixels import to_float
 
 NAMES = {f"round={i}": i for i in range(1, 6)}
 """What the honest choice tries, the least aggressive first: every round up to the authors' five."""
+GROWTH = 10.0
+"""How often |v| may be what it was after its first iteration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,29 +33,35 @@ class IBAU(Defense):
     The clean rows are cut into batches once, in a random order; the last one may be short. delta (1, C, H, W) is one
     perturbation for all images, h(delta, theta) = -CE(f(x + delta), y) + penalty |delta|^2. In every round:
 
-    1. delta = 0. One pass over the batches, on each a step of gradient descent with rate `ascent` on h, whose y are
-       here the network's own answers at x. delta is neither projected nor cut to valid pixels.
-    2. On each batch b, with one Adam for all rounds, a step of all weights theta by the hypergradient g:
+    1. delta = 0. `steps` times, on one batch after another and from the first again, a step of gradient descent with
+       rate `ascent` on h, whose y are here the network's own answers at x. delta is neither projected nor cut to valid
+       pixels.
+    2. `steps` times, on the same batches b, with one Adam for all rounds, a step of all weights theta by the
+       hypergradient g:
        a. L_o(delta, theta): CE on b under the true labels, delta added to `share` of its images, at least one.
        b. Phi(delta, theta) = delta - inner_step grad_delta h(delta, theta), h always on batch 0 under the true labels.
-       c. v = 0; `iterations` times v <- (dPhi/ddelta)^T v + dL_o/ddelta, ended where v moves by less than 1e-10.
+       c. v = 0; `iterations` times v <- (dPhi/ddelta)^T v + dL_o/ddelta, ended where v moves by less than 1e-10, and
+          before |v| passes ten times |dL_o/ddelta|.
        d. g = dL_o/dtheta + (dPhi/dtheta)^T v.
 
     v is a truncated series sum_k (I - inner_step H)^k dL_o/ddelta, H the second derivative of h in delta. In a ReLU
     network the cross-entropy is convex in delta, so apart from the penalty no eigenvalue of I - inner_step H is below
     1: the series does not converge, and where it is cut is part of the method. `chosen` shows its `growth`, the largest
-    |v| / |dL_o/ddelta| of a round, beside `perturbation`, |delta|.
+    |v| / |dL_o/ddelta| of a round (above ten where the series was cut early), `perturbation`, |delta|, and `updates`,
+    those of the weights so far.
 
     All parameters get gradients. All layers run in eval mode: BatchNorm normalises by its running statistics, which
     stay. The last round's model is returned, or with `rounds` left out the one after most of 1 to 5 rounds that the
-    honest rule accepts on the rows that `kit.candidates.split` holds out; all are then in the outcome's path.
+    honest rule accepts on the rows that `kit.candidates.split` holds out; all are then in the outcome's path, but for
+    those from the first on whose weights are not finite.
 
     Differs: of a batch of less than 100 the authors perturb no image (the integer part of 1 %), which leaves step c
-    without effect; here at least one. Their clean rows are 5,000 test images; here they are the suite's, in rounds, so
-    half as many rows make half as many updates.
+    without effect; here at least one. Their clean rows are 5,000 test images, whose one pass per round is kept as 50
+    steps, 250 updates in five rounds, whatever the number of rows. Their series has no bound on its growth.
 
     Args:
         rounds: Rounds of steps 1 and 2; None for the honest choice.
+        steps: Batches of step 1, and as many of step 2, per round.
         iterations: Terms of the series, the authors' K.
         lr: Adam's rate, constant.
         ascent: Rate of step 1, on pixels of [0, 1].
@@ -68,14 +78,15 @@ class IBAU(Defense):
         "Hypergradient}, author={Zeng, Yi and Chen, Si and Park, Won and Mao, Z. Morley and Jin, Ming and Jia, Ruoxi}, "
         "booktitle={International Conference on Learning Representations}, year={2022}}",
         "kind": "repair",
-        "version": 1,
+        "version": 2,
         "api": 1,
-        "micro": {"rounds": 1},
-        "effort": ["iterations"],
+        "micro": {"rounds": 1, "steps": 2},
+        "effort": ["steps", "iterations"],
     }
     ACCESS = Access(clean=0.05)
 
     rounds: int | None = 5
+    steps: int = 50
     iterations: int = 5
     lr: float = 1e-3
     ascent: float = 10.0
@@ -87,8 +98,9 @@ class IBAU(Defense):
     def __post_init__(self) -> None:
         if self.rounds is not None and self.rounds < 1:
             raise ValueError(f"rounds is {self.rounds}; give at least 1, or leave it out")
-        if self.iterations < 1 or self.batch < 1:
-            raise ValueError(f"iterations is {self.iterations} and batch {self.batch}; both must be at least 1")
+        for name in ("steps", "iterations", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.share <= 1:
             raise ValueError(f"share is {self.share}; it must lie in 0..1")
 
@@ -98,13 +110,20 @@ class IBAU(Defense):
             *_, (net, about) = self.unlearnt(case.net, case.clean, case.ctx, self.rounds)
             return Outcome(model=pack(net), chosen=about)
         rows, held = split(case)
-        made = self.unlearnt(case.net, rows, case.ctx, len(NAMES))
-        named = ((name, net, about) for name, (net, about) in zip(NAMES, made, strict=True))
-        picked = pick(case.net, named, held, ctx=case.ctx, what="round")
+        picked = pick(case.net, self.candidates(case, rows), held, ctx=case.ctx, what="round")
         if picked.name is None:
             return Outcome(chosen={"rounds": None, **picked.about}, path=picked.path)
         chosen = {"rounds": NAMES[picked.name], **picked.about}
         return Outcome(model=picked.path[picked.name], chosen=chosen, path=picked.path)
+
+    def candidates(self, case: Case, rows: ImageSet) -> Iterator[tuple[str, Classifier, dict[str, Any]]]:
+        """The model after every round, up to the last whose weights are finite."""
+        made = self.unlearnt(case.net, rows, case.ctx, len(NAMES))
+        try:
+            for name, (net, about) in zip(NAMES, made, strict=True):
+                yield name, net, about
+        except FloatingPointError:
+            return
 
     def unlearnt(
         self, net: Classifier, data: ImageSet, ctx: Ctx, rounds: int
@@ -120,6 +139,8 @@ class IBAU(Defense):
         order = torch.randperm(len(data), generator=ctx.generator("order"))
         images, labels = to_float(data.images[order].to(ctx.device)), data.labels[order].to(ctx.device)
         batches = list(zip(images.split(self.batch), labels.split(self.batch), strict=True))
+        # Every round goes through the same ones, from the first on.
+        batches = list(islice(cycle(batches), self.steps))
         gen = ctx.generator("perturbed")
         for done in range(rounds):
             delta = self.ascend(net, [x for x, _ in batches], ctx)
@@ -127,7 +148,7 @@ class IBAU(Defense):
             if not all(bool(w.isfinite().all()) for w in weights):
                 raise FloatingPointError(f"weights are not finite after round {done + 1}: lower lr (now {self.lr:g})")
             ctx.progress(done + 1, rounds, "rounds")
-            yield net, {"perturbation": float(delta.norm()), "growth": growth}
+            yield net, {"updates": (done + 1) * self.steps, "perturbation": float(delta.norm()), "growth": growth}
 
     def ascend(self, net: nn.Module, batches: Sequence[Tensor], ctx: Ctx) -> Tensor:
         """Step 1: delta (1, C, H, W)."""
@@ -165,6 +186,7 @@ class IBAU(Defense):
             lambda d: self.inner(net, d, *first),
             iterations=self.iterations,
             inner_step=self.inner_step,
+            growth=GROWTH,
         )
         for w, g in zip(weights, grads, strict=True):
             w.grad = g
@@ -188,8 +210,9 @@ def hypergradient(
     *,
     iterations: int,
     inner_step: float,
+    growth: float = math.inf,
 ) -> tuple[list[Tensor], list[float]]:
-    """Steps 2c and 2d: g per weight, and |v| after each iteration.
+    """Steps 2c and 2d: g per weight, and |v| after each iteration, also of one that went too far and was dropped.
 
     Args:
         delta: Where the inner problem stands; left without a gradient.
@@ -198,6 +221,7 @@ def hypergradient(
         inner: h as a function of delta; twice differentiable.
         iterations: At most so many.
         inner_step: Rate inside Phi.
+        growth: How often the length of the first v another may have.
     """
     delta = delta.detach().requires_grad_()
     # The fused kernels of attention have no second derivative.
@@ -210,6 +234,9 @@ def hypergradient(
             before = v
             v = pull + (torch.autograd.grad(phi, delta, before, retain_graph=True)[0] if k else before)
             norms.append(float(v.norm()))
+            if norms[-1] > growth * norms[0]:
+                v = before
+                break
             if float((v - before).norm()) < 1e-10:
                 break
         through = torch.autograd.grad(phi, weights, v, materialize_grads=True)

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sleeperbench import Access, Defense, ImageSet, Outcome
-from sleeperbench.contracts import Case, Ctx, NotApplicable
+from sleeperbench.contracts import Case, Ctx
 from sleeperbench.contracts.models import Model
-from sleeperbench.kit.batchnorm import refresh
-from sleeperbench.kit.benign import Effort, Inversion, Reversed, rounds
+from sleeperbench.kit.benign import RELEASED, Effort, Inversion, Reversed, rounds, settled
 from sleeperbench.kit.candidates import pick, split
 from sleeperbench.kit.classifier import Classifier, load, pack
 from sleeperbench.kit.sharp import shifted
@@ -21,10 +20,6 @@ from sleeperbench.kit.tune import tune
 
 RHOS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Distances of the paper's table 10."""
-RELEASED = "released"
-"""In the path: the returned weights with running statistics of the shifted ones, as released."""
-BATCH = 256
-"""Largest number of rows per batch of step 6."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +38,9 @@ class PAM(Defense):
     All parameters get gradients. BatchNorm is in train mode under step 4. The last weights are kept. The path also
     holds them with the statistics of step 4 (`released`), so that evaluator `selection` measures both.
 
-    Differs: the released code leaves out step 6. The paper takes rho 0.5 for Blended and SSBA and 0.9 for BadNets and
+    Differs: the released code leaves out step 6, keeps SGD's momentum from round to round, and turns the generator's
+    gradients off in step 4 of the first round for good, so that later rounds do not train it; here they do. What
+    differs in the inversion stands at `bti`. The paper takes rho 0.5 for Blended and SSBA and 0.9 for BadNets and
     LC, which a defender cannot know; here it is 0.5 for all, or with `rho` left out the largest of 0.1, 0.3 ... 0.9
     that the honest rule accepts on rows held out. rho is an absolute distance, so it means something else on another
     architecture: `chosen` shows |W_d| at the end beside it. Epochs of 2,500 rows in batches of 128 are kept as steps;
@@ -68,7 +65,7 @@ class PAM(Defense):
         "Safety of Backdoor Defense}, author={Min, Rui and Qin, Zeyu and Zhang, Nevin L. and Shen, Li and Cheng, "
         "Minhao}, booktitle={Advances in Neural Information Processing Systems}, year={2024}}",
         "kind": "repair",
-        "version": 2,
+        "version": 3,
         "api": 1,
         "micro": {"rounds": 1, "steps": 2, "pretrain_steps": 2, "mask_steps": 2, "generator_steps": 2, "width": 2},
         "effort": ["rounds", "steps", "pretrain_steps", "mask_steps", "generator_steps"],
@@ -132,14 +129,6 @@ class PAM(Defense):
         gone = torch.stack([(s.to(p.device) - p).norm() for s, p in zip(start, net.parameters(), strict=True)]).norm()
         told = {"rho": rho, "distance": float(gone.detach()), "target": inversion.target, "share": inversion.share}
         return net, told
-
-
-def settled(net: Classifier, rows: ImageSet, ctx: Ctx) -> Model:
-    """Step 6; without BatchNorm the model as it is."""
-    try:
-        return refresh(net, rows.images, batch=BATCH, ctx=ctx)
-    except NotApplicable:
-        return pack(net)
 
 
 class PathAware(Reversed):

@@ -18,31 +18,35 @@ from sleeperbench.kit.tune import tune
 
 @dataclass(frozen=True, kw_only=True)
 class SEAM(Defense):
-    """Selective amnesia (Zhu et al., S&P 2023), with optimisers and stops of the backdoor-toolbox.
+    """Selective amnesia (Zhu et al., S&P 2023), with the optimisers of the backdoor-toolbox.
 
     1. Forget: on a random part of the clean rows, each under a random wrong label drawn anew whenever it is seen, until
        less than a bound of these rows are right. The bound is min(2 / K, 0.6) for K classes, or `forgotten` where that
        is larger.
-    2. Recover: on all clean rows under their true labels, with a fresh optimiser, until more than `recovered` of them
-       are right.
+    2. Recover: under the true labels, with a fresh optimiser, until the share right of rows held out has not risen for
+       `patience` epochs; the model of the first epoch with the largest share is returned.
 
     In both, Adam at a constant rate without augmentation; after each epoch the share of right rows is measured in eval
     mode. All parameters are tuned. BatchNorm normalises by the batch and updates its running statistics.
     `forget_steps` and `recover_steps` end a phase that does not meet its bound. A step costs one pass forth and one
-    back per image, a look after an epoch one pass forth per row of its phase. The defense looks at its own clean rows
-    alone, never at the backdoor. With `recovered` None both phases run on the rows that `kit.candidates.split` leaves,
-    recovery to its last step; of the models after 1, 2, 4, 8 ... epochs and after the last, the earliest that the
-    honest rule accepts on the others is kept, since every epoch of recovery may wake what was forgotten. All are in
-    the outcome's path.
+    back per image, a look after an epoch one pass forth per row looked at: those of forgetting, those held out. The
+    defense looks at its own clean rows alone, never at the backdoor. Both phases run on the rows that
+    `kit.candidates.split` leaves.
 
-    Differs: the toolbox forgets on 1 % and recovers on 10 % of the training rows; the defender here holds 5 %, so it
-    forgets on a fifth of that (1 %) and recovers on all of it. Its 10 and 100 epochs are kept as the 160 and 7,900
-    steps that they are on 500 and 2,500 rows in batches of 32. For more than ten classes its bound of 2 / K is
-    replaced by 0.2, which other code has. An epoch drops its last short batch. The rows to forget on are among those
-    of recovery, where the toolbox draws both sets independently.
+    With `recovered`, the toolbox's stop, both run on all clean rows and recovery ends when more than this share of them
+    is right. With `patience` None recovery runs to its last step; of the models after 1, 2, 4, 8 ... epochs and after
+    the last, the earliest that the honest rule accepts on the rows held out is kept, since every epoch of recovery may
+    wake what was forgotten. All are in the outcome's path.
+
+    Differs: the toolbox ends recovery at 0.97 of its rows right. It forgets on 1 % and recovers on 10 % of the training
+    rows; the defender here holds 5 %, so it forgets on a fifth of that (1 %) and recovers on it. Its 10 and 100 epochs
+    are kept as the 160 and 7,900 steps that they are on 500 and 2,500 rows in batches of 32. For more than ten classes
+    its bound of 2 / K is replaced by 0.2, which other code has. An epoch drops its last short batch. The rows to forget
+    on are among those of recovery, where the toolbox draws both sets independently.
 
     Args:
-        recovered: Share of the clean rows right at which recovery ends; None for the honest choice of its epochs.
+        recovered: Share of the clean rows right at which recovery ends; None for `patience`.
+        patience: Epochs without a rise that end recovery; None for the honest choice of its epochs.
         forgotten: Least share right at which forgetting ends, 0..1.
         forget_share: Share of the clean rows to forget on; at least one row.
         lr: Adam's rate in both phases.
@@ -58,14 +62,15 @@ class SEAM(Defense):
         "Suppression of Backdoor Effects in Trojaned Machine Learning Models}, author={Zhu, Rui and Tang, Di and Tang, "
         "Siyuan and Wang, XiaoFeng and Tang, Haixu}, booktitle={IEEE Symposium on Security and Privacy}, year={2023}}",
         "kind": "repair",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"forget_steps": 10, "recover_steps": 40},
         "effort": ["forget_steps", "recover_steps"],
     }
     ACCESS = Access(clean=0.05)
 
-    recovered: float | None = 0.97
+    recovered: float | None = None
+    patience: int | None = 5
     forgotten: float = 0.2
     forget_share: float = 0.2
     lr: float = 1e-3
@@ -78,16 +83,18 @@ class SEAM(Defense):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}; it must lie in 0..1")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience is {self.patience}; give at least 1, or leave it out")
         if not 0 < self.forget_share <= 1:
             raise ValueError(f"forget_share is {self.forget_share}; it must lie in 0..1, without 0")
 
     def run(self, case: Case) -> Outcome:
-        """The recovered model and, where its epochs were chosen, all candidates."""
-        rows, held = (case.clean, None) if self.recovered is not None else split(case)
+        """The recovered model and, where its epochs were chosen by the honest rule, all candidates."""
+        rows, held = (case.clean, case.clean) if self.recovered is not None else split(case)
         ctx = case.ctx
         forgetting = Forgetting(some(rows, self.forget_share, ctx), self.bound(case.net.spec.classes), ctx)
         empty = load(self.phase(case.net, forgetting.judged, self.forget_steps, forgetting, "forget", ctx), ctx.device)
-        recovery = Recovery(rows, self.recovered, ctx)
+        recovery = self.recovery(rows, held, ctx)
         model = self.phase(empty, rows, self.recover_steps, recovery, "recover", ctx)
         about: dict[str, Any] = {
             "forget_epochs": forgetting.epochs,
@@ -95,7 +102,10 @@ class SEAM(Defense):
             "recover_epochs": recovery.epochs,
             "recover_accuracy": recovery.accuracy,
         }
-        if held is None:
+        if isinstance(recovery, Plateau):
+            chosen = {"epochs": recovery.at, "accuracy_after": recovery.best, "rows": len(held)}
+            return Outcome(model=recovery.model, chosen={**about, **chosen})
+        if self.recovered is not None:
             return Outcome(model=model, chosen=about)
         found = {**recovery.models, recovery.epochs: model}
         names = {f"epochs={n}": n for n in sorted(found, reverse=True)}
@@ -105,6 +115,12 @@ class SEAM(Defense):
             return Outcome(chosen={**about, "epochs": None, **picked.about}, path=picked.path)
         about["epochs"] = names[picked.name]
         return Outcome(model=picked.path[picked.name], chosen={**about, **picked.about}, path=picked.path)
+
+    def recovery(self, rows: ImageSet, held: ImageSet, ctx: Ctx) -> Plateau | Recovery:
+        """What ends phase 2."""
+        if self.recovered is None and self.patience is not None:
+            return Plateau(held, self.patience, ctx)
+        return Recovery(rows, self.recovered, ctx)
 
     def bound(self, classes: int) -> float:
         """Share right below which all counts as forgotten."""
@@ -174,6 +190,23 @@ class Recovery(Watched):
         if self.epochs & (self.epochs - 1) == 0:
             self.models[self.epochs] = pack(net)
         return False
+
+
+class Plateau(Watched):
+    """True labels until the share right of rows held out has not risen for `patience` epochs; keeps the best model."""
+
+    def __init__(self, held: ImageSet, patience: int, ctx: Ctx) -> None:
+        super().__init__(held, ctx)
+        self.patience = patience
+        self.at, self.best = 0, 0.0
+        self.model: Model | None = None
+
+    def epoch_end(self, net: Any, epoch: int) -> bool:
+        """Stop where nothing rose for long enough."""
+        super().epoch_end(net, epoch)
+        if self.model is None or self.accuracy > self.best:
+            self.at, self.best, self.model = self.epochs, self.accuracy, pack(net)
+        return self.epochs - self.at >= self.patience
 
 
 def some(rows: ImageSet, share: float, ctx: Ctx) -> ImageSet:

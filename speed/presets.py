@@ -45,6 +45,7 @@ LOOKS: dict[str, tuple[dict[str, int], dict[str, tuple[int, int]], dict[str, int
     "anp": ({"folds": 2}, {"steps": (1, 2)}, {}),
     "rnp": ({}, {"unlearn_steps": (1, 2), "recover_steps": (1, 2)}, {}),
     "ft": ({}, {"steps": (1, 2)}, {}),
+    "i_bau": ({"rounds": 1}, {"steps": (1, 2)}, {"steps": 5}),
     "npd": ({}, {"warm_steps": (1, 2), "steps": (1, 2)}, {}),
     "sau": ({}, {"steps": (1, 2)}, {}),
     "mcr": ({}, {"steps": (1, 2), "curve_steps": (1, 2)}, {}),

@@ -12,7 +12,6 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,11 @@ from torch.nn import functional as F
 
 from sleeperbench.contracts.attack import TrainHooks
 from sleeperbench.contracts.context import Ctx
+from sleeperbench.contracts.method import NotApplicable
 from sleeperbench.contracts.models import Model
 from sleeperbench.data.images import ImageSet
-from sleeperbench.kit.classifier import Classifier, load
+from sleeperbench.kit.batchnorm import refresh
+from sleeperbench.kit.classifier import Classifier, load, pack
 from sleeperbench.kit.generators import seeded
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.predict import evaluating, predict
@@ -32,7 +33,11 @@ from sleeperbench.kit.unet import UNet
 DEPTH = 4
 """Levels of the generator."""
 BENIGN_LIMIT = 3.0
-"""Mean squared change of benign features from which the generator only comes back to the image."""
+"""Mean squared change of benign features from which the generator comes back to the image instead of moving others."""
+RELEASED = "released"
+"""In the path of a repair by shifted steps: the returned weights with running statistics of the shifted ones."""
+BATCH = 256
+"""Largest number of rows per batch of `settled`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +75,10 @@ class Generator(nn.Module):
 
 
 class Inversion:
-    """The generator and the mask, kept over the rounds of a repair (Xu et al., ICLR 2024).
+    """The generator, its optimiser and the mask, kept over the rounds of a repair (Xu et al., ICLR 2024).
 
     Features are the answer of the last stage, before pooling. All classifiers stay as they are: copies are frozen, in
-    eval mode.
+    eval mode. Images are neither cropped nor flipped.
 
     Args:
         net: The network that the generator is pre-trained on.
@@ -88,6 +93,7 @@ class Inversion:
         self.site = taps(net).stages[-1]
         self.std = net.std.to(ctx.device)
         self.generator = seeded(Generator, ctx.derive("generator"), net.spec.shape[0], effort.width).to(ctx.device)
+        self._against = self._adam()
         self.net = self._frozen(net)
         self.target = -1
         """The label that the generator's images get most often, fixed after the first look; -1 before."""
@@ -109,7 +115,7 @@ class Inversion:
             same = -(answer.softmax(1) * logits.log_softmax(1)).sum(1).mean()
             return same + F.mse_loss(features, wanted) + weight * apart
 
-        self._train(self.generator.parameters(), 1e-3, self.effort.pretrain, "pretrain", loss)
+        self._train(self._adam(), self.effort.pretrain, "pretrain", loss)
 
     def look(self, net: Classifier) -> None:
         """The mask of benign features of `net`, then the generator against the others; fixes the target once."""
@@ -124,14 +130,15 @@ class Inversion:
             apart = self._apart(x, made)
             kept = F.mse_loss(mask * after, mask * before)
             if float(apart.detach()) > self.effort.bound or float(kept.detach()) > BENIGN_LIMIT:
-                return apart
-            moved = F.mse_loss((1 - mask) * after, (1 - mask) * before)
-            total = 0.01 * kept - moved
+                total = apart
+            else:
+                total = 0.01 * kept - F.mse_loss((1 - mask) * after, (1 - mask) * before)
             if self.target >= 0:
+                # Beyond the bounds too: coming back to the image must not lose the label.
                 total = total + F.cross_entropy(logits, torch.full_like(y, self.target))
             return total
 
-        self._train(self.generator.parameters(), 1e-3, self.effort.generate, "generate", loss)
+        self._train(self._against, self.effort.generate, "generate", loss)
         self.generator.eval()
         if self.target < 0:
             self.target, self.share = self._most_frequent()
@@ -152,7 +159,7 @@ class Inversion:
                 lost = F.cross_entropy(self.net(x), y)
             return found - lost
 
-        self._train([raw], 0.01, self.effort.mask, "mask", loss, passes=2)
+        self._train(torch.optim.Adam([raw], lr=0.01), self.effort.mask, "mask", loss)
         return squash(raw.detach())
 
     def _most_frequent(self) -> tuple[int, float]:
@@ -176,11 +183,13 @@ class Inversion:
             )
         return predict(self.net, made, ctx=self.ctx).argmax(1).cpu()
 
+    def _adam(self) -> torch.optim.Adam:
+        return torch.optim.Adam(self.generator.parameters(), lr=1e-3)
+
     def _train(
-        self, params: Any, lr: float, steps: int, name: str, loss: Callable[[Tensor, Tensor], Tensor], passes: int = 2
+        self, opt: torch.optim.Optimizer, steps: int, name: str, loss: Callable[[Tensor, Tensor], Tensor]
     ) -> None:
-        """Adam on random batches, every row once per epoch."""
-        opt = torch.optim.Adam(params, lr=lr)
+        """Updates on random batches, every row once per epoch; each loss sends a batch twice through the network."""
         gen = self.ctx.generator(name, self._round)
         batch = min(self.effort.batch, len(self.images))
         self.generator.train()
@@ -191,8 +200,8 @@ class Inversion:
                 opt.zero_grad()
                 loss(to_float(self.images[rows]), self.labels[rows]).backward()  # type: ignore[no-untyped-call]
                 opt.step()
-                self.ctx.cost.forwards += passes * batch
-                self.ctx.cost.backwards += (passes if name == "mask" else 1) * batch
+                self.ctx.cost.forwards += 2 * batch
+                self.ctx.cost.backwards += (2 if name == "mask" else 1) * batch
                 step += 1
             self.ctx.progress(step, steps, name)
 
@@ -242,6 +251,14 @@ class Reversed(TrainHooks):
         mark = torch.zeros_like(y)
         mark[:n] = 1
         return torch.cat([made, x[n:]]), y, mark
+
+
+def settled(net: Classifier, rows: ImageSet, ctx: Ctx) -> Model:
+    """`net` with running statistics estimated anew on `rows`, not augmented; without BatchNorm as it is."""
+    try:
+        return refresh(net, rows.images, batch=BATCH, ctx=ctx)
+    except NotApplicable:
+        return pack(net)
 
 
 def rounds(

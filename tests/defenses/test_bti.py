@@ -14,6 +14,7 @@ from sleeperbench.defenses.bti_u import BTIUnlearning, Unlearning
 from sleeperbench.defenses.pam import PAM, RHOS, PathAware, path_shift
 from sleeperbench.kit.classifier import load, pack
 from sleeperbench.kit.pixels import to_float
+from sleeperbench.kit.tune import tune
 
 FEW = {"pretrain_steps": 2, "mask_steps": 2, "generator_steps": 2, "width": 4}
 
@@ -118,9 +119,11 @@ def test_rho_is_chosen_on_rows_that_nothing_was_made_on(monkeypatch: pytest.Monk
     assert none.model is None and none.chosen["rho"] is None
 
 
-def test_statistics_are_estimated_anew_at_the_last_weights() -> None:
+@pytest.mark.parametrize("method", [PAM, BTISAM])
+def test_statistics_are_estimated_anew_at_the_last_weights(method: Any) -> None:
     c = case()
-    out = PAM(rho=0.5, rounds=1, steps=3, **FEW).run(c)
+    out = method(rho=0.5, rounds=1, steps=3, **FEW).run(c)
+    assert all(torch.equal(v, out.model.state[k]) for k, v in out.path["rho=0.5"].state.items())
     assert list(out.path) == ["rho=0.5", "released"]
     deployed, released = load(out.model), load(out.path["released"])
     assert torch.equal(flat(deployed.parameters()), flat(released.parameters()))
@@ -152,7 +155,8 @@ def test_sharpness_steps_by_the_gradient_at_the_sharpest_point() -> None:
     assert torch.allclose(flat(net.parameters()), wanted, atol=1e-5)
     counts = [b for n, b in net.named_buffers() if n.endswith("num_batches_tracked")]
     was = [b for n, b in samples.badnets_net().named_buffers() if n.endswith("num_batches_tracked")]
-    assert [int(a) - int(b) for a, b in zip(counts, was, strict=True)] == [1] * len(was)
+    # In both passes, as released.
+    assert [int(a) - int(b) for a, b in zip(counts, was, strict=True)] == [2] * len(was)
 
 
 def test_bti_sam_runs_all_rounds() -> None:
@@ -166,7 +170,8 @@ def test_bti_sam_runs_all_rounds() -> None:
 def test_unlearning_loss_is_cross_entropy_and_feature_distance() -> None:
     net = load(pack(samples.badnets_net())).eval()
     x, y = batch()
-    hooks = Unlearning(SimpleNamespace(generator=nn.Hardtanh(0.5, 0.5 + 1e-9), site="body.stage4"), 0.1)
+    known = SimpleNamespace(generator=nn.Hardtanh(0.5, 0.5 + 1e-9), site="body.stage4", ctx=samples.ctx())
+    hooks = Unlearning(known, 0.1)
     made, labels, _ = hooks.batch(x, y, y, 0)
     assert int((made != x).flatten(1).any(1).sum()) == int(0.1 * 20) + 1
     features = {}
@@ -175,6 +180,14 @@ def test_unlearning_loss_is_cross_entropy_and_feature_distance() -> None:
         features[name] = net.body.stage4(net.body.stage3(net.body.stage2(net.body.stage1(z))))
     expected = nn.functional.cross_entropy(net(made), labels) + (features["was"] - features["is"]).square().mean()
     assert float(hooks.loss(net, made, labels, y).detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_both_passes_of_unlearning_are_counted_forth_and_back() -> None:
+    """The gradient of the second one enters at the features, never at the logits."""
+    ctx, rows = samples.ctx(), samples.digits()["pool"].rows(torch.arange(15))
+    hooks = Unlearning(SimpleNamespace(generator=Same(), site="body.stage4", ctx=ctx), 0.2)
+    tune(samples.badnets_net(), rows, ctx=ctx, lr=1e-4, steps=3, batch=5, optimiser="adam", hooks=hooks)
+    assert (ctx.cost.forwards, ctx.cost.backwards) == (3 * 10, 3 * 10)
 
 
 def test_rounds_are_candidates_when_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

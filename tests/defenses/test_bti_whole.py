@@ -136,12 +136,17 @@ def test_the_path_back_keeps_the_reversed_images_labels(monkeypatch: pytest.Monk
     "repair", [BTIUnlearning(rounds=1, **FEW), BTISAM(rounds=1, steps=150, **FEW)], ids=["unlearning", "sharpness"]
 )
 def test_tuning_on_the_reversed_images_takes_the_backdoor_away(repair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the same tuning on the clean images alone; nets drawn from seeds 0 to 4: 12 to 46 against 97 to 100 %."""
+    """Against the same tuning on the clean images alone; nets drawn from seeds 0 to 4: 12 to 46 against 97 to 100 %.
+
+    Under the statistics of the tuning: estimated anew on the 64 clean images, they give back some of what the
+    sharpness-aware steps took (31 to 70 %).
+    """
     _, _, triggered = nets()
     asr = []
     for inversion in (Again, Nothing):
         monkeypatch.setattr(benign, "Inversion", inversion)
-        net = load(repair.run(case()).model).eval()
+        out = repair.run(case())
+        net = load(out.path.get(benign.RELEASED, out.model)).eval()
         assert float(right(net, digits("test"), ctx=samples.ctx()).float().mean()) > 0.8
         asr.append(measure_asr(net, triggered, samples.ctx()).value)
     assert asr[0] < 0.5 < 0.9 < asr[1]

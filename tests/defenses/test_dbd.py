@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from sleeperbench.evaluators.ra import measure_asr
 from sleeperbench.kit.classifier import build, load
 from sleeperbench.kit.contrast import alone
 from sleeperbench.kit.select import right
+from sleeperbench.kit.train import fit
 
 
 def case(n: int = 120) -> Any:
@@ -160,6 +162,14 @@ def test_stages_have_the_published_settings(monkeypatch: pytest.MonkeyPatch) -> 
     s = semi["hooks"].settings
     assert (s.trusted, s.unlabelled, s.sharpen, s.mix) == (0.5, 15.0, 0.5, 0.75)
     assert head["seed"] != semi["seed"] and int(outcome.keep.sum()) == 60
+
+
+def test_every_pass_of_the_third_step_is_counted_once() -> None:
+    c, net = case(), build(samples.SPEC, 0)
+    h = hooks(net, c, batch=8, iterations=2, semi_epochs=2)
+    fit(net, c.train, replace(c.recipe, batch=8), c.ctx, hooks=h, steps=4, optimiser="adam")
+    # Two rankings of all rows; per step two guesses of 8 rows, and 24 mixed ones.
+    assert c.ctx.cost.forwards == 2 * 120 + 4 * (2 * 8 + 24) and c.ctx.cost.backwards == 4 * 24
 
 
 def test_it_runs_alike_twice() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -80,7 +81,7 @@ class Problem:
         out = self.logits(self.x0 + delta.view(1, 1, 2, 3), theta)
         return 0.001 * (delta * delta).sum() - F.cross_entropy(out, self.y0)
 
-    def found(self, iterations: int, inner_step: float) -> tuple[Tensor, list[float]]:
+    def found(self, iterations: int, inner_step: float, growth: float = math.inf) -> tuple[Tensor, list[float]]:
         grads, norms = hypergradient(
             self.delta.view(1, 1, 2, 3),
             list(self.net.parameters()),
@@ -88,6 +89,7 @@ class Problem:
             lambda d: self.method.inner(self.net, d, self.x0, self.y0),
             iterations=iterations,
             inner_step=inner_step,
+            growth=growth,
         )
         return flat(grads), norms
 
@@ -166,6 +168,29 @@ def test_many_iterations_on_a_convex_inner_problem_give_the_total_derivative() -
     assert len(norms) < 5000, "it ends when v stands still"
 
 
+def test_the_series_ends_before_it_passes_its_bound() -> None:
+    p = Problem()
+    hessian = torch.autograd.functional.hessian(lambda d: p.inner(d, p.theta), p.delta)
+    both = torch.autograd.functional.hessian(p.inner, (p.delta, p.theta))
+    pull, direct = torch.autograd.functional.jacobian(p.outer, (p.delta, p.theta))
+    lengths = [float(v.norm()) for v in series(hessian, pull, 6, 0.5)]
+    # The bound lies between the third sum and the fourth.
+    bound = (lengths[2] + lengths[3]) / 2 / lengths[0]
+    assert lengths[2] < bound * lengths[0] < lengths[3] and max(lengths[:3]) == lengths[2]
+    found, norms = p.found(6, 0.5, bound)
+    assert torch.allclose(found, direct - 0.5 * both[0][1].T @ series(hessian, pull, 3, 0.5)[-1], rtol=1e-10)
+    assert norms == pytest.approx(lengths[:4], rel=1e-10)
+
+
+@pytest.mark.parametrize("rows", [20, 150])
+def test_the_number_of_updates_does_not_depend_on_the_rows(rows: int) -> None:
+    c = case(clean=net_and_rows()[1].rows(torch.arange(rows)))
+    out = IBAU(rounds=2, steps=3, batch=20, iterations=1).run(c)
+    assert out.chosen["updates"] == 6
+    # Per step two passes forth of 20 rows on the way up, and two, the second of batch 0, on the way down.
+    assert c.ctx.cost.forwards == 6 * 4 * 20
+
+
 def test_attention_has_a_second_derivative() -> None:
     gen = torch.Generator().manual_seed(0)
     q = torch.randn(1, 2, 5, 4, generator=gen)
@@ -207,7 +232,7 @@ def test_delta_meets_one_percent_of_the_batch_and_batch_0_the_inner_map(
     real = hypergradient
 
     def spy(delta: Tensor, weights: Any, outer: Any, inner: Any, **args: Any) -> Any:
-        assert args == {"iterations": 5, "inner_step": 0.1}
+        assert args == {"iterations": 5, "inner_step": 0.1, "growth": 10.0}
         net.inputs.clear()
         seen["outer"], seen["inner"] = outer(delta), inner(delta)
         seen["x"], seen["x0"] = net.inputs
@@ -245,7 +270,7 @@ class Recording(nn.Module):
 def test_two_rounds_equal_a_slow_loop() -> None:
     _, rows = net_and_rows()
     c = case(clean=rows.rows(torch.arange(40)))
-    method = IBAU(rounds=2, batch=16)
+    method = IBAU(rounds=2, steps=4, batch=16)
     out = method.run(c)
     net = load(pack(c.net))
     weights, ctx = list(net.parameters()), samples.ctx(9)
@@ -256,8 +281,9 @@ def test_two_rounds_equal_a_slow_loop() -> None:
     second = [torch.zeros_like(w) for w in weights]
     step = 0
     for _ in range(2):
-        delta = method.ascend(net, x.split(16), ctx)
-        for part in (slice(0, 16), slice(16, 32), slice(32, 40)):
+        # Three batches: the fourth step of either kind is on the first one again.
+        delta = method.ascend(net, [*x.split(16), x[:16]], ctx)
+        for part in (slice(0, 16), slice(16, 32), slice(32, 40), slice(0, 16)):
             step += 1
             row = int(torch.randperm(len(x[part]), generator=gen)[0])
             d = delta.clone().requires_grad_()
@@ -286,7 +312,7 @@ def test_two_rounds_equal_a_slow_loop() -> None:
 
 def test_running_statistics_the_given_net_and_repeats() -> None:
     _, rows = net_and_rows()
-    c, method = case(clean=rows.rows(torch.arange(30))), IBAU(rounds=1, batch=20)
+    c, method = case(clean=rows.rows(torch.arange(30))), IBAU(rounds=1, steps=2, batch=20)
     before = pack(c.net).state
     model = method.run(c).model
     weights = {n for n, _ in c.net.named_parameters()}
@@ -306,15 +332,35 @@ def test_weights_that_are_not_finite_are_an_error() -> None:
     with torch.no_grad():
         broken.body.head.weight[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="round 1"):
-        IBAU(rounds=1).run(case(net=broken))
+        IBAU(rounds=1, steps=1).run(case(net=broken))
+
+
+def test_rounds_before_one_that_diverges_are_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, done = IBAU.update, list[int]()
+
+    def update(self: Any, net: Any, weights: Any, *args: Any) -> float:
+        done.append(1)
+        if len(done) == 3:
+            with torch.no_grad():
+                weights[0].fill_(torch.inf)
+        return real(self, net, weights, *args)
+
+    monkeypatch.setattr(IBAU, "update", update)
+    out = IBAU(rounds=None, steps=1).run(case())
+    assert list(out.path) == list(out.chosen["candidates"]) == ["round=1", "round=2"]
+    assert all(bool(v.isfinite().all()) for m in out.path.values() for v in m.state.values())
+    done.clear()
+    with pytest.raises(FloatingPointError, match="round 3"):
+        IBAU(rounds=4, steps=1).run(case())
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 def test_published_settings() -> None:
     m = IBAU()
-    assert (m.rounds, m.iterations, m.lr, m.batch, m.share) == (5, 5, 1e-3, 100, 0.01)
+    # One pass per round over 5,000 rows in batches of 100.
+    assert (m.rounds, m.steps, m.iterations, m.lr, m.batch, m.share) == (5, 5000 // 100, 5, 1e-3, 100, 0.01)
     assert (m.ascent, m.inner_step, m.penalty) == (10.0, 0.1, 0.001)
-    for wrong in ({"rounds": 0}, {"iterations": 0}, {"batch": 0}, {"share": 1.5}):
+    for wrong in ({"rounds": 0}, {"steps": 0}, {"iterations": 0}, {"batch": 0}, {"share": 1.5}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             IBAU(**wrong)
 

@@ -16,6 +16,7 @@ from sleeperbench.defenses.seam import SEAM, Forgetting, Recovery, some
 from sleeperbench.kit.classifier import load, pack
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.select import accepts, right
+from sleeperbench.kit.tune import tune
 
 
 def clean() -> ImageSet:
@@ -129,7 +130,7 @@ def test_two_phases_equal_a_slow_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_forgetting_ends_below_the_bound_and_recovery_above_its_own() -> None:
     c, test = case(clean()), samples.digits()["test"]
-    outcome = SEAM().run(c)
+    outcome = SEAM(recovered=0.97).run(c)
     chosen = outcome.chosen
     assert chosen["forget_accuracy"] < 0.2 and 1 <= chosen["forget_epochs"] <= 80
     assert chosen["recover_accuracy"] > 0.97
@@ -168,7 +169,7 @@ def test_settings_are_those_of_the_toolbox(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("sleeperbench.defenses.seam.tune", tune)
     c = case(clean())
-    SEAM().run(c)
+    SEAM(recovered=0.97).run(c)
     forget, recover = seen
     assert forget.pop("hooks").bound == 0.2 and recover.pop("hooks").bound == 0.97
     assert len(forget.pop("data")) == 80 and recover.pop("data") is c.clean
@@ -177,9 +178,43 @@ def test_settings_are_those_of_the_toolbox(monkeypatch: pytest.MonkeyPatch) -> N
     assert forget == recover == {"lr": 1e-3, "batch": 32, "augment": False, "optimiser": "adam"}
 
 
+def test_recovery_ends_where_rows_held_out_have_not_risen_and_keeps_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares by hand: the best is the third epoch's, met again in the sixth; five epochs after the third it ends."""
+    shares = iter([0.5, 0.7, 0.8, 0.79, 0.75, 0.8, 0.7, 0.6, 0.9])
+    held, net = clean(), copy.deepcopy(samples.badnets_net())
+    monkeypatch.setattr("sleeperbench.defenses.seam.right", lambda n, rows, ctx: torch.tensor([next(shares)]))
+    hooks = SEAM().recovery(held.rows(torch.arange(9)), held, samples.ctx())
+    assert hooks.judged is held
+    ends = []
+    for epoch in range(8):
+        with torch.no_grad():
+            net.body.head.bias.fill_(epoch + 1)
+        ends.append(hooks.epoch_end(net, epoch))
+    assert ends == [False] * 7 + [True] and (hooks.at, hooks.epochs) == (3, 8)
+    assert hooks.best == pytest.approx(0.8) and float(hooks.model.state["body.head.bias"][0]) == 3
+
+
+def test_both_phases_leave_the_rows_held_out_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    c, seen = case(clean(), val=120), list[ImageSet]()
+
+    def spy(net: Any, data: ImageSet, **args: Any) -> Any:
+        seen.append(data)
+        return tune(net, data, **args)
+
+    monkeypatch.setattr("sleeperbench.defenses.seam.tune", spy)
+    outcome = SEAM().run(c)
+    assert len(seen[0]) == 56 and set(seen[0].ids.tolist()) <= set(c.tune.ids.tolist()) and seen[1] is c.tune
+    chosen = outcome.chosen
+    assert chosen["recover_epochs"] == chosen["epochs"] + 5 and chosen["rows"] == 120 and not outcome.path
+    assert float(right(load(outcome.model), c.val, ctx=samples.ctx()).double().mean()) == chosen["accuracy_after"] > 0.9
+    # Of 280 rows an epoch is eight batches: a run that ends with the best epoch has the same weights.
+    short = SEAM(recover_steps=8 * chosen["epochs"]).run(case(clean(), val=120)).model
+    assert all(torch.equal(outcome.model.state[k], v) for k, v in short.state.items())
+
+
 def test_the_honest_choice_is_the_earliest_epoch_accepted() -> None:
     c = case(clean(), val=120)
-    outcome = SEAM(recovered=None, recover_steps=53).run(c)
+    outcome = SEAM(patience=None, recover_steps=53).run(c)
     # 280 rows are eight batches of 32: 53 steps are six epochs and a part of the seventh.
     assert list(outcome.path) == [f"epochs={n}" for n in (7, 4, 2, 1)]
     before = right(c.net, c.val, ctx=c.ctx)
@@ -197,12 +232,12 @@ def test_the_honest_choice_is_the_earliest_epoch_accepted() -> None:
 
 
 def test_nothing_accepted_leaves_the_model() -> None:
-    outcome = SEAM(recovered=None, recover_steps=1).run(case(clean(), val=120))
+    outcome = SEAM(patience=None, recover_steps=1).run(case(clean(), val=120))
     assert outcome.model is None and outcome.chosen["epochs"] is None
     assert outcome.chosen["unchanged"] == "no epoch was accepted" and list(outcome.path) == ["epochs=1"]
 
 
 def test_settings_out_of_range_are_refused() -> None:
-    for bad in ({"recovered": 1.1}, {"forgotten": -0.1}, {"forget_share": 0.0}, {"colour": 1}):
+    for bad in ({"recovered": 1.1}, {"patience": 0}, {"forgotten": -0.1}, {"forget_share": 0.0}, {"colour": 1}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             SEAM.from_params(bad)

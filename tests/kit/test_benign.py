@@ -74,6 +74,41 @@ def test_beyond_the_bound_the_generator_only_comes_back(monkeypatch: pytest.Monk
     assert float(inv._apart(x, inv.generator.train()(x)).detach()) < 0.7 * before
 
 
+@pytest.mark.parametrize("bound", [0.0, 1e9])
+def test_a_known_target_pulls_on_either_side_of_the_bound(bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    inv = inversion(bound=bound)
+    half = torch.full_like(inv._features(to_float(inv.images[:1]))[0], 0.5)
+    monkeypatch.setattr(inv, "benign", lambda: half)
+    inv.target = 3
+    net, found = samples.badnets_net(), list[Any]()
+    monkeypatch.setattr(inv, "_train", lambda opt, steps, name, loss: found.append(loss))
+    inv.look(net)
+    x, y = to_float(inv.images[:20]), inv.labels[:20]
+    weights = list(inv.generator.train().parameters())
+    got = torch.autograd.grad(found[0](x, y), weights)
+    made = inv.generator(x)
+    before, after = inv._features(x)[0].detach(), inv._features(made)[0]
+    if bound == 0:
+        rest = ((x - made) / net.std).square().mean()
+    else:
+        rest = 0.01 * (0.5 * (after - before)).square().mean() - (0.5 * (after - before)).square().mean()
+    towards = -net(made).log_softmax(1)[:, 3].mean()
+    wanted = torch.autograd.grad(rest + towards, weights)
+    for g, w in zip(got, wanted, strict=True):
+        assert torch.allclose(g, w, rtol=1e-3, atol=1e-4 * float(w.abs().max()) + 1e-7)
+
+
+def test_one_adam_moves_the_generator_from_look_to_look() -> None:
+    """Pre-training has its own."""
+    inv = inversion(generate=2)
+    first = next(inv.generator.parameters())
+    inv.pretrain()
+    assert not inv._against.state
+    for seen in (2, 4):
+        inv.look(samples.badnets_net())
+        assert int(inv._against.state[first]["step"]) == seen
+
+
 def test_within_the_bound_the_other_features_move(monkeypatch: pytest.MonkeyPatch) -> None:
     inv = inversion(generate=60, bound=1e9)
     half = torch.full_like(inv._features(to_float(inv.images[:1]))[0], 0.5)
