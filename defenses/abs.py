@@ -50,7 +50,8 @@ class ABS(Defense):
     2. Selection. Per image and channel each label rises by max over i > 0 of z(v_i) - z(v_0); the label that rises most
        wins, by the gap to the second. A channel has the label that wins most often and is kept if that is on all images
        but two; its rank is the smallest gap among the images of other classes that the label wins, and above 0. At most
-       three channels of a stage make the first half of the `top` candidates, the best of the others fill it up.
+       three channels of a stage make the first half of the `top` candidates, the best of the others fill it up. Each
+       label that is still without one gets its best channel in addition.
     3. Inversion. For every candidate (stage, channel c, label t) mask and pattern minimise, on a third of the rows,
        - sum a_c + 1e-4 sum of the stage's other activations - sum z_t + penalty, by Adam. With S = `area` of the image,
        the penalty is `weight` |m|_1 where more than S pixels of the mask exceed 0.01, twice that where more than
@@ -66,13 +67,14 @@ class ABS(Defense):
     authors' sum over a layer and the next (before and after its activation) is one sum over the stage's answer. The
     target's logit has a term of its own, as in the authors' later PyTorch code; the neurons alone may not reach it.
     REASR is taken on rows that the inversion has not seen; the authors count on all. Groups of eight neurons do not
-    lose a remainder. Filter triggers (inverted in the space of pooled pixels) are left out.
+    lose a remainder. No label that some channel drives to goes without a candidate: among the authors' `top` alone the
+    true one may be missing. Filter triggers (inverted in the space of pooled pixels) are left out.
 
     Args:
         per_class: Clean rows of each class, at most.
         samples: Constants per channel.
         reach: Largest constant, in units of the stage's largest activation, is `reach` (`samples` - 1) / `samples`.
-        top: Candidates.
+        top: Candidates, to which come those of labels that none of them has.
         steps: Updates of the inversion.
         lr: Learning rate of Adam.
         area: Bound on the mask, as a share of the image.
@@ -90,7 +92,7 @@ class ABS(Defense):
         "Yousra and Zhang, Xiangyu}, booktitle={ACM SIGSAC Conference on Computer and Communications Security}, "
         "pages={1265--1282}, year={2019}}",
         "kind": "inversion",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"per_class": 2, "samples": 2, "top": 5, "steps": 12, "area": 0.25},
         "effort": ["per_class", "samples", "top", "steps"],
@@ -231,7 +233,11 @@ def select(rises: dict[str, Tensor], labels: Tensor, top: int) -> list[Candidate
     for c in found:
         if len(first) < top // 2 and sum(f.site == c.site for f in first) < _PER_LAYER:
             first.append(c)
-    return [*first, *(c for c in found if c not in first)][:top]
+    chosen = [*first, *(c for c in found if c not in first)][:top]
+    for c in found:
+        if all(c.label != known.label for known in chosen):
+            chosen.append(c)
+    return chosen
 
 
 def drive(answer: Tensor, logits: Tensor, c: Candidate) -> Tensor:

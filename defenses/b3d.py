@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from sleeperbench import Access, Defense, Inverted, Outcome, Verdict
 from sleeperbench.contracts import Case, NotApplicable
-from sleeperbench.kit.anomaly import LEAST, anomaly_index, bounded
+from sleeperbench.kit.anomaly import LEAST, smallness
 from sleeperbench.kit.pixels import to_float
 
 _AT_ONCE = 4096
@@ -33,16 +33,17 @@ class B3D(Defense):
        by 1.2, below by 0.8.
     4. With the norms |g(a)|_1, class t is flagged if its anomaly index (below the median) exceeds `threshold`, or if
        its norm is less than a quarter of the median. Score of a class: the larger of the index and of
-       `threshold` median / (4 norm), so that both rules read "above `threshold`".
+       `threshold` median / (4 norm), so that both rules read "above `threshold`". A class that never reached `success`
+       counts with its last mask in median and deviation, and is never flagged (score at most 0).
 
     The authors published no code: settings come from a reproduction of the paper. `steps` is our choice; the paper
     iterates until convergence.
 
     Differs: L_j is taken relative to the mean of the other draws' losses, which changes no expectation and much of the
-    variance. The norm of a class is the smallest g(a) at the end of a window that reached `success`; a class that never
-    did has no norm and the lowest score of the others, as in `neural_cleanse`. Start, which is not known: a = -0.5 (a
-    quarter of all pixels drawn) and b = 0 (grey). Clean rows are real; the variant that synthesises them is not here,
-    nor the rejection of inputs that the recovered trigger does not change.
+    variance. The norm of a class is the smallest g(a) at the end of a window that reached `success`. Start, which is
+    not known: a = -0.5 (a quarter of all pixels drawn) and b = 0 (grey). Clean rows are real; the variant that
+    synthesises them is not here, nor the rejection of inputs that the recovered trigger does not change. `drop` is for
+    short runs, in which the masks of clean models hardly leave the start and their deviation is tiny.
 
     Args:
         steps: Updates.
@@ -54,6 +55,8 @@ class B3D(Defense):
         window: Updates between changes of w.
         success: Share of stamped images that must reach the class, 0..1.
         threshold: Anomaly index above which a class is flagged.
+        drop: Share of the median by which the norm of a class must fall short of it, too, if its index is to flag it,
+            0..1; 0 leaves the index alone.
     """
 
     INFO = {
@@ -64,7 +67,7 @@ class B3D(Defense):
         "Zihao and Su, Hang and Zhu, Jun}, booktitle={IEEE/CVF International Conference on Computer Vision}, "
         "year={2021}}",
         "kind": "inversion",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"steps": 6, "samples": 4, "batch": 8, "window": 3, "lr": 1.0, "success": 0.1},
         "effort": ["steps", "samples", "batch"],
@@ -82,12 +85,15 @@ class B3D(Defense):
     window: int = 10
     success: float = 0.99
     threshold: float = 2.0
+    drop: float = 0.0
 
     def __post_init__(self) -> None:
         if self.samples < 2 or min(self.steps, self.batch, self.window) < 1:
             raise ValueError(f"samples is {self.samples}, at least 2; steps, batch and window must be at least 1")
         if not (self.sigma > 0 and self.lr > 0 and self.weight > 0):
             raise ValueError("sigma, lr and weight must be above 0")
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"drop must lie in [0, 1), not {self.drop}")
 
     def run(self, case: Case) -> Outcome:
         """The verdict, a score per class, and the recovered triggers of flagged classes.
@@ -102,7 +108,7 @@ class B3D(Defense):
         masks, patterns = torch.full((classes, 1, h, w), -0.5), torch.zeros(classes, c, h, w)
         adam = torch.optim.Adam([masks, patterns], lr=self.lr)
         weight, hits = torch.full((classes,), self.weight), torch.zeros(classes)
-        norm, kept = torch.full((classes,), math.nan), [masks.clone(), patterns.clone()]
+        norm, kept = torch.full((classes,), math.inf), [masks.clone(), patterns.clone()]
         for step in range(1, self.steps + 1):
             rows = x[torch.randperm(len(x), generator=gen)[: self.batch]]
             masks.grad, patterns.grad = torch.zeros_like(masks), torch.zeros_like(patterns)
@@ -118,19 +124,24 @@ class B3D(Defense):
             if step % self.window == 0:
                 reached = hits / self.window >= self.success
                 size = squash(masks).flatten(1).sum(1)
-                better = reached & ~(size >= norm)  # also where there is no norm yet
+                better = reached & (size < norm)
                 norm = torch.where(better, size, norm)
-                moved = better | norm.isnan()  # a class that never succeeds shows its last mask
-                kept[0][moved], kept[1][moved] = masks[moved], patterns[moved]
+                kept[0][better], kept[1][better] = masks[better], patterns[better]
                 weight *= torch.where(reached, 1.2, 0.8)
                 hits.zero_()
             case.ctx.progress(step, self.steps, "invert")
-        score = suspicion(norm, self.threshold)
+        found = norm.isfinite()
+        norm = torch.where(found, norm, squash(masks).flatten(1).sum(1))
+        score = suspicion(norm, found, self.threshold, self.drop)
         claimed = [int(t) for t in (score > self.threshold).nonzero().flatten()]
         return Outcome(
             verdict=Verdict(score=float(score.max()), threshold=self.threshold, label_scores=score),
             inverted=tuple(Inverted(target=t, mask=squash(kept[0][t]), pattern=squash(kept[1][t])) for t in claimed),
-            chosen={"claimed": claimed, "norms": [None if math.isnan(n) else round(n, 4) for n in norm.tolist()]},
+            chosen={
+                "claimed": claimed,
+                "norms": [round(n, 4) for n in norm.tolist()],
+                "not_inverted": (~found).nonzero().flatten().tolist(),
+            },
         )
 
     def _losses(self, case: Case, x: Tensor, m: Tensor, p: Tensor, target: int) -> tuple[Tensor, float]:
@@ -166,10 +177,17 @@ def estimate(loss: Tensor, m: Tensor, share: Tensor, e: Tensor, sigma: float) ->
     return (gain * 2 * (m - share)).mean(0), (gain * e).mean(0) / sigma
 
 
-def suspicion(norms: Tensor, threshold: float) -> Tensor:
-    """Score (K,): the anomaly index of small norms, or `threshold` times a quarter of the median over the norm."""
-    known = norms[~norms.isnan()].double()
-    if not len(known):
-        return torch.zeros(len(norms), dtype=torch.float64)
-    ratio = threshold * known.quantile(0.5) / (4 * norms.double().cpu().clamp_min(1e-12))
-    return bounded(torch.maximum(-anomaly_index(norms), ratio))
+def suspicion(norms: Tensor, found: Tensor, threshold: float, drop: float = 0.0) -> Tensor:
+    """Score (K,): the anomaly index of small norms, or `threshold` times a quarter of the median over the norm.
+
+    Args:
+        norms: (K,), all above 0.
+        found: bool (K,), classes that were reached; the others get no more than 0.
+        threshold: See step 4.
+        drop: Where above 0 the index alone exceeds `threshold` only for a norm below (1 - drop) median.
+    """
+    index, size = smallness(norms, found), norms.double()
+    times = size.quantile(0.5) / size.clamp_min(1e-12)  # how often the norm goes into the median
+    if drop:
+        index = torch.minimum(index, threshold * (1 - drop) * times)
+    return torch.where(found, torch.maximum(index, threshold * times / 4), index)

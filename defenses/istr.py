@@ -30,15 +30,15 @@ class IsTr(Defense):
     5. Slices of E from the top, 2 % of the pixels and more: Steps inside the slice, u = mean T of the rows that still
        turn into n; until clip(x + u) sends 90 % of held-out rows of other labels to n. Or the middle slice
        t1 < E < t2, with t1 and t2 of eq. 7.
-    6. Verdict: n is claimed if its slice is smaller than a fifth of the median slice, or if the mean share of the other
-       classes that turns into it exceeds that of f_s by 0.2. Pairs: step 3 with T inside the slices.
+    6. Verdict: n is claimed if its slice is at most a fifth of the median slice, or if the mean share of the other
+       classes that turns into it exceeds that of f_s by at least 0.2. Pairs: step 3 with T inside the slices.
 
-    With `dms` False the method is Steps alone: a label is claimed if more than 0.4 of the other classes suspect it in
+    With `dms` False the method is Steps alone: a label is claimed if at least 0.4 of the other classes suspect it in
     step 3. The wrapper `unlearn` repairs with the triggers (Algorithm 3).
 
     Differs: no code is public, and the paper leaves open what is listed in docs/methods/istr.md. Above all it has no
-    rule for «clean»; that of step 6, the rate of 0.3 and the slices from the top were fixed on small MNIST and
-    Fashion-MNIST models before any model of this benchmark was seen.
+    rule for «clean»; that of step 6, the rate of 0.3 and the slices from the top were fixed with a prototype on small
+    MNIST and Fashion-MNIST models before any model of this benchmark was seen.
 
     Args:
         steps: Iterations of Steps.
@@ -62,7 +62,7 @@ class IsTr(Defense):
         "Jianjin and Li, Qi and Zhu, Hongliang and Shen, Zongliang and Fu, Anmin}, "
         "journal={arXiv preprint arXiv:2508.04094}, year={2025}}",
         "kind": "inversion",
-        "version": 2,
+        "version": 3,
         "api": 1,
         "micro": {"steps": 2, "step": 0.1, "labels": 1, "reference_steps": 2},
         "effort": ["steps", "labels", "reference_steps"],

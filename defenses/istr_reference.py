@@ -20,7 +20,7 @@ class IsTrReference(Defense):
     2. Steps 2 to 6 of `istr`: Steps, label mutation, maps E against f_s, slices, verdict.
 
     Differs: as `istr`, of which it drops the training on few rows. An independent clean model answers most of the
-    question by itself, so this stands apart from methods with clean rows alone.
+    question by itself, so this stands in an access class of its own, T1R, apart from methods with clean rows alone.
 
     Args:
         steps: Iterations of Steps.
@@ -40,7 +40,7 @@ class IsTrReference(Defense):
         "Jianjin and Li, Qi and Zhu, Hongliang and Shen, Zongliang and Fu, Anmin}, "
         "journal={arXiv preprint arXiv:2508.04094}, year={2025}}",
         "kind": "inversion",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"steps": 6, "step": 0.1, "labels": 1},
         "effort": ["steps", "labels"],

@@ -52,7 +52,7 @@ class IsTrStrip(Defense):
         "Jianjin and Li, Qi and Zhu, Hongliang and Shen, Zongliang and Fu, Anmin}, "
         "journal={arXiv preprint arXiv:2508.04094}, year={2025}}",
         "kind": "detection",
-        "version": 3,
+        "version": 4,
         "api": 1,
         "micro": {"overlays": 8, "steps": 3, "labels": 1, "reference_steps": 2},
         "effort": ["overlays", "steps", "labels", "reference_steps"],

@@ -12,11 +12,8 @@ from torch import Tensor
 
 from sleeperbench import Access, Defense, Inverted, Outcome, Verdict
 from sleeperbench.contracts import Case, NotApplicable
-from sleeperbench.kit.anomaly import LEAST, anomaly_index
+from sleeperbench.kit.anomaly import LEAST, smallness
 from sleeperbench.kit.masks import Masks, optimise_masks
-
-_INFINITE = 1e6
-"""Stands for an infinite index, which tables cannot hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,20 +25,20 @@ class NeuralCleanse(Defense):
     2. After each pass over the rows the weight w doubles after `patience` successful passes in a row and falls by
        2^1.5 after as many failed ones. The smallest successful mask of each class is kept. A class stops early.
     3. Anomaly index of class t: (median - |m_t|) / (1.4826 median absolute deviation). Classes above `threshold` are
-       flagged; the model's score is the largest index, that of the smallest mask.
+       flagged; the model's score is the largest index, that of the smallest mask. A class that no mask reached counts
+       with its last one in median and deviation, and is never flagged.
     4. With `repetitions` above 1, steps 1 to 3 from other starts and orders of rows. The score is then the mean of the
        models' indices, as BELT reports it, and a class is flagged by the mean of its own; its claim is the smallest
        mask of all repetitions.
 
     Settings of BackdoorBench. The recovered triggers of flagged classes are the claims that the wrapper `unlearn`
-    repairs with; norms and successes of all classes stand in `chosen`.
+    repairs with; norms and successes of all classes stand in `chosen`, and which were not inverted.
 
     Differs: masks and patterns start uniform in [0, 1], as the authors' do; BackdoorBench starts both at 0.88. Rows are
     not augmented. The norm kept is that of the mask kept, not the mean over the pass. A pass takes `updates` updates
     whatever the number of rows (BackdoorBench: 2,500 rows in batches of 256), so that fewer rows mean smaller batches
-    and not fewer updates. A class whose mask never succeeds has no norm and counts in no median; BackdoorBench keeps
-    its first mask. With fewer than six such norms nothing is flagged (score 0), with fewer than six classes the method
-    is not applicable.
+    and not fewer updates. Of a class that no mask reached BackdoorBench keeps the first one. With fewer than six
+    classes the method is not applicable.
 
     Args:
         epochs: Passes over the clean rows, at most.
@@ -65,7 +62,7 @@ class NeuralCleanse(Defense):
         "Bimal and Zheng, Haitao and Zhao, Ben Y.}, booktitle={IEEE Symposium on Security and Privacy}, "
         "pages={707--723}, year={2019}}",
         "kind": "inversion",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"epochs": 4, "updates": 4},
         "effort": ["epochs", "updates"],
@@ -120,7 +117,7 @@ class NeuralCleanse(Defense):
             for ctx in contexts
         ]
         found = smallest(runs)
-        indices = torch.stack([suspicion(run.norm) for run in runs])
+        indices = torch.stack([smallness(sizes(run), ~run.norm.isnan()) for run in runs])
         index, score = indices.mean(0), float(indices.amax(1).mean())
         claimed = [int(t) for t in (index > self.threshold).nonzero().flatten()]
         return Outcome(
@@ -128,7 +125,8 @@ class NeuralCleanse(Defense):
             inverted=tuple(Inverted(target=t, mask=found.mask[t], pattern=found.pattern[t]) for t in claimed),
             chosen={
                 "claimed": claimed,
-                "norms": [None if math.isnan(n) else round(n, 4) for n in found.norm.tolist()],
+                "norms": [round(n, 4) for n in sizes(found).tolist()],
+                "not_inverted": found.norm.isnan().nonzero().flatten().tolist(),
                 "successes": [round(s, 4) for s in found.success.tolist()],
                 "curves": drawn(indices, self.threshold),
             },
@@ -142,6 +140,11 @@ def smallest(runs: Sequence[Masks]) -> Masks:
     at = torch.arange(norms.shape[1])
     parts = {n: torch.stack([getattr(run, n) for run in runs])[best, at] for n in ("mask", "pattern", "success")}
     return Masks(norm=norms[best, at], **parts)
+
+
+def sizes(found: Masks) -> Tensor:
+    """Norms (K,) of the masks; of a class that was never reached that of its last mask."""
+    return torch.where(found.norm.isnan(), found.mask.flatten(1).sum(1), found.norm)
 
 
 def drawn(indices: Tensor, threshold: float) -> dict[str, Any]:
@@ -174,11 +177,3 @@ def drawn(indices: Tensor, threshold: float) -> dict[str, Any]:
             "series": [{"label": "repetitions", "x": x, "y": each, "points": True}, mean],
         }
     return made
-
-
-def suspicion(norms: Tensor) -> Tensor:
-    """Anomaly index (K,) of small norms: larger is smaller; classes without a norm share the lowest one."""
-    index = -anomaly_index(norms)
-    known = index[~index.isnan()]
-    lowest = float(known.min()) if len(known) else 0.0
-    return index.nan_to_num(nan=lowest).clamp(-_INFINITE, _INFINITE)

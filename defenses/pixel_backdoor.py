@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 from sleeperbench import Access, Defense, Inverted, Outcome, Verdict
 from sleeperbench.contracts import Case, Ctx, NotApplicable
 from sleeperbench.data.images import ImageSet
-from sleeperbench.kit.anomaly import LEAST, anomaly_index, bounded
+from sleeperbench.kit.anomaly import LEAST, smallness
 from sleeperbench.kit.pixels import to_float
 
 _AT_ONCE = {"cpu": 256, "cuda": 2048}
@@ -36,13 +35,14 @@ class PixelBackdoor(Defense):
        b. w is multiplied by 1.5 after `patience` passes in a row with s >= `success`, and divided by 1.5^1.5 after as
           many below it.
     4. Size of t: the pixels that the kept pattern changes. Anomaly index as Neural Cleanse's; classes above `threshold`
-       are flagged, and their patterns pos - neg claimed as additive triggers.
+       are flagged, and their patterns pos - neg claimed as additive triggers. A class for which none was kept counts
+       with its last pattern in median and deviation, and is never flagged.
 
     All classes are optimised in one batch, each on its own rows; every class has as many rows as the class with fewest.
-    Sizes and final shares of hits of all classes stand in `chosen`.
+    Sizes and final shares of hits of all classes stand in `chosen`, and which were not inverted.
 
-    Differs: a class that never succeeds has no size and gets the lowest index (the authors' code counts 0 pixels, which
-    would be the smallest). Rows that fill no batch sit out a pass, as there. Universal triggers only, no pairs.
+    Differs: the authors' code counts 0 pixels for a class that never succeeds, which would be the smallest. Rows that
+    fill no batch sit out a pass, as there. Universal triggers only, no pairs.
 
     Args:
         steps: Passes over the rows.
@@ -64,7 +64,7 @@ class PixelBackdoor(Defense):
         "Li, Pan and Zhang, Xiangyu}, booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition}, "
         "year={2022}}",
         "kind": "inversion",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"steps": 16, "images": 16, "batch": 16, "lr": 0.15},
         "effort": ["steps", "images"],
@@ -97,14 +97,17 @@ class PixelBackdoor(Defense):
             raise NotApplicable(f"too_few_classes: {classes}; an outlier needs {LEAST}")
         rows = victims(case.clean, classes, self.images, case.ctx)
         delta, size, share = self.invert(case.net, case.clean.images, rows, case.ctx)
-        index = bounded(-anomaly_index(size))
+        found = ~size.isnan()
+        size = torch.where(found, size, (delta.abs().sum(1) > 0).flatten(1).sum(1))
+        index = smallness(size, found)
         claimed = [int(t) for t in (index > self.threshold).nonzero().flatten()]
         return Outcome(
             verdict=Verdict(score=float(index.max()), threshold=self.threshold, label_scores=index),
             inverted=tuple(Inverted(target=t, delta=delta[t]) for t in claimed),
             chosen={
                 "claimed": claimed,
-                "sizes": [None if math.isnan(n) else int(n) for n in size.tolist()],
+                "sizes": [int(n) for n in size.tolist()],
+                "not_inverted": (~found).nonzero().flatten().tolist(),
                 "successes": [round(s, 4) for s in share.tolist()],
             },
         )
@@ -119,7 +122,9 @@ class PixelBackdoor(Defense):
         targets: Tensor | None = None,
         start: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Kept patterns (K, C, H, W), their sizes (K,), NaN where none was kept, and the last pass's hits (K,).
+        """Kept patterns (K, C, H, W), their sizes (K,) in pixels, and the last pass's hits (K,).
+
+        Where none was kept the pattern is the last one and the size NaN.
 
         Args:
             net: Classifier of [0, 1] images; left untouched.
@@ -185,8 +190,9 @@ class Kept:
         reached = share >= self.success
         better = reached & (size < self.size) & (count < self.count)
         self.size, self.count = torch.where(better, size, self.size), torch.where(better, count, self.count)
+        shown = better | self.count.isinf()  # the last one where none was ever kept
         for kept, variable, new in ((self.pos, pos, up), (self.neg, neg, down)):
-            kept[better] = new[better]
+            kept[shown] = new[shown]
             variable[better] = new[better]
         self.good, self.bad = torch.where(reached, self.good + 1, 0), torch.where(reached, 0, self.bad + 1)
         rise, fall = self.good >= self.patience, self.bad >= self.patience

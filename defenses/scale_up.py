@@ -44,7 +44,7 @@ class ScaleUp(Defense):
         "and Guo, Hanqing and Sun, Lichao and Liu, Cong}, booktitle={International Conference on Learning "
         "Representations}, year={2023}}",
         "kind": "detection",
-        "version": 2,
+        "version": 3,
         "api": 1,
         "micro": {},
         "scores": True,
@@ -65,12 +65,13 @@ class ScaleUp(Defense):
 
     def run(self, case: Case) -> Outcome:
         """Mean and deviation of SPC per class, as the second phase needs them."""
-        labels, classes = case.clean.labels, case.spec.classes
-        spc = self._consistency(case.net, to_float(case.clean.images), labels)
+        x, labels, classes = to_float(case.clean.images), case.clean.labels, case.spec.classes
+        answer, scaled = case.net(x), self._scaled(case.net, x)
+        spc = consistency(scaled, labels)
         mean, deviation = torch.zeros(classes), torch.ones(classes)
         if self.mode == "data_limited" and len(spc):
             mean, deviation = moments(spc, labels, classes)
-        value = (spc - mean[labels]) / deviation[labels]
+        value = (consistency(scaled, answer) - mean[answer]) / deviation[answer]
         return Outcome(
             state=({"mean": mean, "deviation": deviation}, {}),
             alarm=self.threshold,
@@ -84,12 +85,16 @@ class ScaleUp(Defense):
         """SPC (N,), normalised by the class of the answer in mode `data_limited`."""
         answer = net(x)
         mean, deviation = (state[0][n].to(x.device) for n in ("mean", "deviation"))
-        return (self._consistency(net, x, answer) - mean[answer]) / deviation[answer]
+        return (consistency(self._scaled(net, x), answer) - mean[answer]) / deviation[answer]
 
-    def _consistency(self, net: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor) -> Tensor:
-        """Share (N,) of the multiplied images that get `labels`."""
-        same = [net((x * n).clamp(0, 1)) == labels for n in self.factors]
-        return torch.stack(same).float().mean(0)
+    def _scaled(self, net: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Labels (factors, N) of the multiplied images."""
+        return torch.stack([net((x * n).clamp(0, 1)) for n in self.factors])
+
+
+def consistency(scaled: Tensor, labels: Tensor) -> Tensor:
+    """SPC (N,): share of the answers to multiplied images, (factors, N), that are `labels`."""
+    return (scaled == labels).float().mean(0)
 
 
 def moments(spc: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:

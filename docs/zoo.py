@@ -18,6 +18,13 @@ from sleeperbench.engine.rows import read_table
 
 DOCS = Path(__file__).resolve().parent
 FIELDS = ("cell", "dataset", "defense", "metric", "qualifier", "value", "count", "total", "lower", "upper", "reason")
+BESIDE = {
+    "det_tpr_fpr5": "TPR at 5 % FPR",
+    "det_fpr_fpr5": "FPR there",
+    "det_missing": "backdoored without verdict",
+    "det_missing_clean": "clean without verdict",
+}
+"""Columns of figures that tables before version 4 of detection_zoo lack."""
 
 
 def detectors(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[tuple[str, str], Mapping[str, Any]]]:
@@ -44,6 +51,14 @@ def bounded(figures: Mapping[tuple[str, str], Mapping[str, Any]], metric: str, a
         return ""
     ends = {end: figures.get((metric, f"{at};stat={end}".lstrip(";"))) for end in ("lower", "upper")}
     return share({**row, **{name: end["value"] for name, end in ends.items() if end is not None}})
+
+
+def beside(
+    found: Mapping[tuple[str, str], Mapping[tuple[str, str], Mapping[str, Any]]],
+) -> dict[str, str]:
+    """Metric -> title of those of `BESIDE` that some detector has a figure of."""
+    had = {metric for figures in found.values() for (metric, _), row in figures.items() if row["value"] is not None}
+    return {metric: title for metric, title in BESIDE.items() if metric in had}
 
 
 def kinds(cells: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -94,7 +109,9 @@ def main() -> int:
     )
     names = dict(sorted(clean.items(), key=lambda kv: (kv[1] != "plain", kv[1])))
     head = ["data set", "detector", "models", "AUROC", "balanced accuracy", "TPR", "FPR"]
-    head += [*(f"FPR {said}" for said in names.values()), "core-seconds a model", "flags"]
+    head += [*(f"FPR {said}" for said in names.values())]
+    more = beside(found)
+    head += [*more.values(), "core-seconds a model", "flags"]
     text = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     qualifiers = {q for f in found.values() for _, q in f if q.startswith("attack=") and ";" not in q}
     attacks = sorted(q.removeprefix("attack=") for q in qualifiers)
@@ -108,7 +125,7 @@ def main() -> int:
             *(bounded(f, m) for m in ("det_auroc", "det_bacc")),
             *(share(f[m, ""]) for m in ("det_tpr", "det_fpr")),
         ]
-        figures += [*apart, cost]
+        figures += [*apart, *(share(f.get((m, ""))) for m in more), cost]
         figures.append("; ".join(sorted(flags.get((dataset, detector), set()))))
         text.append("| " + " | ".join([dataset, detector, models, *figures]) + " |")
         per_attack = [bounded(f, "det_auroc", f"attack={a}") for a in attacks]
@@ -125,7 +142,9 @@ def main() -> int:
         f"{machine(about)}, {about['recipe']['epochs']} epochs. In %, with 95 % intervals: Newcombe's for AUROC, "
         "Wilson's for shares, and for balanced accuracy Newcombe's of a difference of shares. The thresholds are the "
         "methods' own and were fixed before any model of the zoo was trained; `reduced` is one that ran with less than "
-        "its published effort.",
+        "its published effort."
+        + " TPR at 5 % FPR is at a threshold from the clean models of every other seed, on those of the seeds between."
+        * ("det_tpr_fpr5" in more),
         "",
         f"Backdoored models are those whose attack implanted. Left out: {absent(cells) or 'none'}.",
         *("", *text, "", "AUROC of each attack against all clean models:", "", *by_attack),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sleeperbench import EvalCase, Evaluator, Findings, Inverted, Measurement, Metric, Needs
 from sleeperbench.contracts import NotApplicable, Rendered
+from sleeperbench.data.images import ImageSet
 from sleeperbench.evaluators.accuracy import answers, share
 from sleeperbench.kit.masks import appliable
 from sleeperbench.kit.recovered import Stamper, difference, picture, some, victims
@@ -19,6 +20,8 @@ _DISTANCES = ("apd", "apd_rel", "apd_raw", "mask_iou")
 _OWN = ("reasr", "reasr_any", "reasr_clean", *_DISTANCES)
 _REPAIR = {"reasr_before": "attacked", "reasr_after": "defended"}
 """Metrics of a repair that is made with recovered triggers, and the model that each is measured on."""
+_NONE_RIGHT = "none_right"
+_EMPTY = torch.zeros(0, dtype=torch.bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,8 @@ class Inversion(Evaluator):
 
     All images are held-out test images; those with a recovered trigger are rounded to 8 bit. Success is measured on
     the undefended model over the images whose label is not the claimed one (of a source-specific claim: its source
-    class). Distance is measured on up to 100 pairs per true target, spread evenly over the triggered test images.
+    class) and that it classifies correctly without a trigger; on a clean model over those that this one does. Distance
+    is measured on up to 100 pairs per true target, spread evenly over the triggered test images.
 
     Headlines are means over the true targets; a true target without a claim counts as an empty trigger: success 0, the
     distance of doing nothing. Claims of other labels stand beside them as `label=...` alone. Without a true trigger
@@ -35,8 +39,8 @@ class Inversion(Evaluator):
     label the one with the most success on the probe rows counts, never the nearest one.
 
     Of a repair that is made with the triggers of the method it wraps (`unlearn:istr`) the success of these same
-    triggers is measured on the undefended model and on the repaired one, as means over the labels they lead to. Without
-    attack that says whether natural backdoors are gone.
+    triggers is measured on the undefended model and on the repaired one, on the same images, as means over the labels
+    they lead to. Without attack that says whether natural backdoors are gone.
 
     An inverter that claims nothing says so by `chosen["claimed"]`; a defense without that and without recovered
     triggers has none of the other figures (`no_inversion`).
@@ -50,7 +54,7 @@ class Inversion(Evaluator):
         "Jianjin and Li, Qi and Zhu, Hongliang and Shen, Zongliang and Fu, Anmin}, "
         "journal={arXiv preprint arXiv:2508.04094}, year={2025}}",
         "kind": "inversion",
-        "version": 4,
+        "version": 5,
         "api": 1,
         "micro": {},
     }
@@ -62,7 +66,7 @@ class Inversion(Evaluator):
             low=0.0,
             high=1.0,
             better="up",
-            doc="Test images with the recovered trigger that get its label from the attacked model",
+            doc="Test images that the attacked model classifies correctly, and with the recovered trigger as its label",
         ),
         Metric(
             name="reasr_any",
@@ -70,7 +74,7 @@ class Inversion(Evaluator):
             low=0.0,
             high=1.0,
             better="none",
-            doc="Test images whose predicted label the recovered trigger changes",
+            doc="The same images that the attacked model misclassifies with the recovered trigger, whatever the label",
         ),
         Metric(
             name="reasr_clean",
@@ -180,10 +184,10 @@ def _repair(case: EvalCase) -> list[Measurement]:
     stamp, rows = Stamper(case), []
     claims = _one_per_label(usable, case, stamp)
     for label, claim in claims.items():
-        data = victims(claim, case.test)
-        images = stamp(claim, data)
+        data = _right(case.attacked, claim, case)
+        images = stamp(claim, data) if len(data) else data.images
         for metric, net in (("reasr_before", case.attacked), ("reasr_after", case.net)):
-            rows.append(share(metric, answers(net, images, case.ctx) == label, f"label={label}"))
+            rows.append(_share(metric, answers(net, images, case.ctx) == label if len(data) else _EMPTY, label))
     rows += [_mean(metric, rows, list(claims)) for metric in _REPAIR]
     return [replace(row, stage=_REPAIR[row.metric]) for row in rows]
 
@@ -194,7 +198,7 @@ def _one_per_label(inverted: Sequence[Inverted], case: EvalCase, stamp: Stamper)
     for label in sorted({claim.target for claim in inverted}):
         same = [claim for claim in inverted if claim.target == label]
         if len(same) > 1:
-            hits = [_hit(case.attacked, claim, case, stamp, "probe").double().mean() for claim in same]
+            hits = [_hit(case.attacked, claim, case, stamp, "probe").double().mean().nan_to_num() for claim in same]
             same = [same[int(torch.stack(hits).argmax())]]
         claims[label] = same[0]
     return claims
@@ -202,24 +206,34 @@ def _one_per_label(inverted: Sequence[Inverted], case: EvalCase, stamp: Stamper)
 
 def _success(claim: Inverted, case: EvalCase, stamp: Stamper) -> list[Measurement]:
     """Rows of one claim: on the attacked model, and on clean ones."""
-    at = f"label={claim.target}"
-    data = victims(claim, case.test)
-    before = answers(case.attacked, data.images, case.ctx)
-    after = answers(case.attacked, stamp(claim, data), case.ctx)
+    label, data = claim.target, _right(case.attacked, claim, case)
+    after = answers(case.attacked, stamp(claim, data), case.ctx) if len(data) else torch.zeros(0)
     # Replica 0 of attack `none` is the attacked model itself where there is no attack.
     nets = case.clean_models if case.bd_test is not None else case.clean_models[1:]
-    clean = [float(_hit(net, claim, case, stamp).double().mean()) for net in nets]
+    hits = [hit.double().mean() for net in nets if len(hit := _hit(net, claim, case, stamp))]
+    clean = float(torch.stack(hits).mean()) if hits else None
     return [
-        share("reasr", after == claim.target, at),
-        share("reasr_any", after != before, at),
-        _at("reasr_clean", claim.target, sum(clean) / len(clean)),
+        _share("reasr", after == label, label),
+        _share("reasr_any", after != data.labels.cpu(), label),
+        _at("reasr_clean", label, clean, "" if hits else _NONE_RIGHT),
     ]
 
 
-def _hit(net: nn.Module, claim: Inverted, case: EvalCase, stamp: Stamper, part: str = "test") -> Tensor:
-    """Whether the recovered trigger sends each of its victims in `part` to the claimed label, bool (n,)."""
+def _right(net: nn.Module, claim: Inverted, case: EvalCase, part: str = "test") -> ImageSet:
+    """The victims of a claim in `part` that a model classifies correctly without a trigger."""
     data = victims(claim, case.probe if part == "probe" else case.test)
-    return answers(net, stamp(claim, data, part), case.ctx) == claim.target
+    right = answers(net, data.images, case.ctx) == data.labels.cpu() if len(data) else _EMPTY
+    return data.rows(right.to(data.labels.device))
+
+
+def _hit(net: nn.Module, claim: Inverted, case: EvalCase, stamp: Stamper, part: str = "test") -> Tensor:
+    """Whether the recovered trigger sends each image of `_right` to the claimed label, bool (n,)."""
+    data = _right(net, claim, case, part)
+    return answers(net, stamp(claim, data, part), case.ctx) == claim.target if len(data) else _EMPTY
+
+
+def _share(metric: str, hit: Tensor, label: int) -> Measurement:
+    return share(metric, hit, f"label={label}") if len(hit) else _at(metric, label, None, _NONE_RIGHT)
 
 
 def _distances(

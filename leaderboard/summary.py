@@ -25,7 +25,8 @@ BOARD = ("dataset", "arch", "suite", "protocol", "clean_source")
 """Columns that cells of one board agree in."""
 TRACKS = {
     "T0": "T0: the weights alone",
-    "T1": "T1: weights and clean rows or reference models",
+    "T1": "T1: clean rows and at most the weights",
+    "T1R": "T1R: weights, clean rows and supplied clean models",
     "T2": "T2: the poisoned training set",
     "T3": "T3: the poisoned training set and clean rows",
     "Q": "Q: queries only",
@@ -47,7 +48,7 @@ def track(cell: Cell) -> str:
 
 def trains(cell: Cell) -> bool:
     """The defense trains the model itself; without a kind in plugins.json, the poisoned training set says so."""
-    return cell["kind"] == "in_training" or (not cell["kind"] and cell["access"] in ("T2", "T3"))
+    return cell["kind"] == "in_training" or (not cell["kind"] and cell["access"].removesuffix("R") in ("T2", "T3"))
 
 
 def benign(cell: Cell) -> bool:

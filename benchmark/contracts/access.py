@@ -31,14 +31,19 @@ class Access:
     inner: Literal["", "keep", "inverted", "cost"] = ""
 
     def track(self) -> str:
-        """Access class: T0 weights only, T1 + clean rows, T2 training set, T3 both, T4 oracle, Q queries only."""
+        """Access class: T0 weights at most, T1 + clean rows, T2 training set, T3 both, T4 oracle, Q queries only.
+
+        With an R where independent clean models are supplied, which answer most of the question: T1R.
+        """
         if self.oracle:
             return "T4"
         if self.train:
-            return "T3" if self.clean else "T2"
-        if self.model in ("labels", "scores"):
-            return "Q"
-        return "T1" if self.clean or self.references else "T0"
+            found = "T3" if self.clean else "T2"
+        elif self.model in ("labels", "scores"):
+            found = "Q"
+        else:
+            found = "T1" if self.clean else "T0"
+        return found + "R" * bool(self.references)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +71,8 @@ class Needs:
         peers: Other defenses whose outcomes it reads, by id; the suite names them.
         surrogates: Architectures of attacked models it transfers from, by id, or as DEFENSE@ARCHITECTURE such a model
             after a defense; the suite names them.
-        evaluators: Other evaluators whose findings on the same cell it reads.
+        evaluators: Other evaluators whose findings on the same cell it reads, and whose parameters.
+        draws_of: An evaluator whose randomness it has, so that what both draw under one name is the same.
         trigger: `none`, `rendered` (8-bit triggered images) or `live` (the trigger itself).
     """
 
@@ -84,4 +90,5 @@ class Needs:
     peers: tuple[str, ...] = ()
     surrogates: tuple[str, ...] = ()
     evaluators: tuple[str, ...] = ()
+    draws_of: str = ""
     trigger: Literal["none", "rendered", "live"] = "rendered"

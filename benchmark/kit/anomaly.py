@@ -32,6 +32,23 @@ def anomaly_index(values: Tensor) -> Tensor:
     return torch.where(gap == 0, 0.0, gap / deviation)
 
 
+def smallness(sizes: Tensor, works: Tensor) -> Tensor:
+    """How far below the median each class's trigger lies, in robust deviations: the larger, the more suspicious.
+
+    Every size counts in median and deviation, also that of a trigger that does not work: where all classes but one
+    resist, that one is the outlier. A trigger that does not work makes no class suspicious, whatever its size.
+
+    Args:
+        sizes: (K,), of each class's smallest working trigger, or of the last one tried.
+        works: bool (K,), whether it reaches the class.
+
+    Returns:
+        float64 (K,), on the CPU, between -1e6 and 1e6; at most 0 for a trigger that does not work.
+    """
+    index = bounded(-anomaly_index(sizes))
+    return torch.where(works.cpu(), index, index.clamp_max(0))
+
+
 def bounded(index: Tensor) -> Tensor:
     """Scores that can be ranked and stored: NaN becomes the lowest of the others (0 without any), infinities 1e6.
 

@@ -27,7 +27,7 @@ from sleeperbench.kit.predict import evaluating, spread
 FLOOR = 0.3
 """A pair (m, n) counts where at least this share of class m turns into n: 2-means alone always finds a high cluster."""
 VOTES = 0.4
-"""Share of the other classes that must turn into a label for Steps alone to claim it."""
+"""Share of the other classes that must suspect a label, at least, for Steps alone to claim it."""
 AREAS = (0.02, 0.04, 0.08, 0.15, 0.25, 0.40, 0.60, 1.00)
 """Shares of the pixels in the top-down slices."""
 FIXED = (0.01, 0.05)
@@ -37,9 +37,9 @@ SUCCESS = 0.9
 FEASIBLE = 0.8
 """The same for middle slices: thresholds of eq. 7 below it are discarded."""
 SMALL = 0.2
-"""A slice below this share of the median slice claims its label."""
+"""A slice of at most this share of the median slice claims its label."""
 LEAN = 0.2
-"""A label that so much more of the other classes turns into than with the benign model is claimed."""
+"""A label that so much more of the other classes, or more, turns into than with the benign model is claimed."""
 NATURAL = (0.7, 0.4)
 """A natural backdoor: at least this success with at most this share of the pixels."""
 SOURCE = 0.9
@@ -52,6 +52,8 @@ _INNER_STEPS, _INNER_STEP = 10, 0.1
 _QUANTILES, _LEAST, _TRIES = 12, 4, 8
 """Eq. 7: candidates for t1 and t2, smallest set in pixels, and how many pairs are tried, the best first."""
 _BATCH = 256
+_ROUNDING = 1e-9
+"""What the bounds of the rules themselves fall short of by rounding alone: thresholds lie so much below them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ class Trial:
 
     Args:
         mask: bool (H, W).
-        area: Its share of the pixels.
+        area: Its share of the pixels; of a slice from the top the share asked for, where the mask is rounded up.
         delta: The trigger, (C, H, W), added to an image and cut to [0, 1].
         success: Share of held-out rows of other labels that get the label.
         thresholds: t1 and t2 of a middle slice.
@@ -148,7 +150,7 @@ class Isolation:
 
     Args:
         scores: float64 (K,); a label is claimed iff its score exceeds `threshold`.
-        threshold: See `scores`.
+        threshold: The bound of the rule, which claims, too, less what rounding may take from it.
         rates: Label mutation after Steps, (K, K), NaN where no row of a class was right.
         reference: The same of the benign model; None without DMS.
         pairs: int64 (P, 2), (source, target) of claimed targets, from label mutation inside the slices.
@@ -437,7 +439,13 @@ class _Look:
         return hits, kept
 
     def trial(
-        self, rows: Tensor, label: int, where: Tensor, moved: Tensor, found: tuple[float, float] | None = None
+        self,
+        rows: Tensor,
+        label: int,
+        where: Tensor,
+        area: float,
+        moved: Tensor,
+        found: tuple[float, float] | None = None,
     ) -> Trial:
         """The universal trigger inside `where`: mean T, `moved`, of the rows that still turn into the label."""
         landed = self.answers(self.net, self.x[rows] + moved) == label
@@ -446,7 +454,6 @@ class _Look:
         judged = judged[spread(len(judged), _JUDGED).to(judged.device)]
         hit = self.answers(self.net, (judged + delta).clamp(0, 1)) == label
         success = float(hit.float().mean()) if len(hit) else 0.0
-        area = float(where.float().mean())
         return Trial(mask=where.cpu(), area=area, delta=delta.cpu(), success=success, thresholds=found)
 
     def slice(self, reference: nn.Module, hits: Tensor, label: int) -> Slice:
@@ -459,28 +466,30 @@ class _Look:
         gaps, benign = gap_maps(self.net, reference, x, delta, self.ctx)
         goal = SUCCESS if self.settings.slices == "topdown" else FEASIBLE
         trials = []
-        for where, found in self.candidates(gaps, benign):
-            trials.append(self.trial(mine, label, where, self.within(mine, label, where), found))
+        for where, area, found in self.candidates(gaps, benign):
+            trials.append(self.trial(mine, label, where, area, self.within(mine, label, where), found))
             if trials[-1].success >= goal:
                 break
         return Slice(label=label, gaps=gaps.cpu(), trials=tuple(trials), goal=goal, benign=benign.cpu())
 
-    def candidates(self, gaps: Tensor, benign: Tensor) -> Iterator[tuple[Tensor, tuple[float, float] | None]]:
-        """Slices with their thresholds, in the order of trying; never none."""
+    def candidates(self, gaps: Tensor, benign: Tensor) -> Iterator[tuple[Tensor, float, tuple[float, float] | None]]:
+        """Slices with their areas and thresholds, in the order of trying; never none."""
         if self.settings.slices == "topdown":
-            yield from ((top(gaps, share), None) for share in AREAS)
+            yield from ((top(gaps, share), share, None) for share in AREAS)
             return
         pairs = [FIXED] if self.settings.slices == "fixed" else thresholds(gaps, benign)[:_TRIES]
-        yield from ((middle(gaps, *pair), pair) for pair in pairs)
+        for pair in pairs:
+            where = middle(gaps, *pair)
+            yield where, float(where.double().mean()), pair
         if not pairs:
-            yield torch.ones_like(gaps, dtype=torch.bool), None
+            yield torch.ones_like(gaps, dtype=torch.bool), 1.0, None
 
     def whole(self, hits: Tensor, label: int) -> Slice:
         """The trigger without a slice, of Steps alone."""
         everywhere = torch.ones(self.x.shape[2:], dtype=torch.bool, device=self.x.device)
         rows = hits[: self.fitted, label].nonzero().flatten()
         rows = rows[spread(len(rows), _FITTED).to(rows.device)]
-        trial = self.trial(rows, label, everywhere, self.climb(self.net, rows, label))
+        trial = self.trial(rows, label, everywhere, 1.0, self.climb(self.net, rows, label))
         return Slice(label=label, gaps=torch.zeros(self.x.shape[2:]), trials=(trial,), goal=SUCCESS)
 
 
@@ -519,11 +528,11 @@ def isolate(case: Case, reference: nn.Module | None, settings: Settings) -> Isol
             moved = look.within(rows, s.label, s.kept.mask)
             inside[rows, s.label] = look.answers(look.net, look.x[rows] + moved) == s.label
     scores = label_scores(rates, theirs, slices, targeted=settings.targeted)
-    return _judged(scores, 1.0, rates, theirs, mutation(inside, look.y, kept), tuple(slices))
+    return _judged(scores, 1 - _ROUNDING, rates, theirs, mutation(inside, look.y, kept), tuple(slices))
 
 
 def label_scores(rates: Tensor, reference: Tensor, slices: list[Slice], *, targeted: bool) -> Tensor:
-    """Score (K,) of each label; above 1 it is claimed.
+    """Score (K,) of each label; at 1 and above it is claimed.
 
     The larger of (1 - a / median a) / (1 - SMALL), with a the area of its slice if the trigger in it reaches SUCCESS,
     and (s - s_ref) / LEAN, with s the mean share of the other classes that turns into it. Towards a target every label
@@ -544,8 +553,9 @@ def label_scores(rates: Tensor, reference: Tensor, slices: list[Slice], *, targe
 def _steps_alone(look: _Look, hits: Tensor, rates: Tensor) -> Isolation:
     """Steps without slices: a label is claimed by the classes that turn into it."""
     votes = suspected(rates).sum(0).double() / max(1, look.classes - 1)
-    slices = tuple(look.whole(hits, int(n)) for n in (votes > VOTES).nonzero().flatten())
-    return _judged(votes, VOTES, rates, None, rates, slices)
+    threshold = VOTES - _ROUNDING
+    slices = tuple(look.whole(hits, int(n)) for n in (votes > threshold).nonzero().flatten())
+    return _judged(votes, threshold, rates, None, rates, slices)
 
 
 def _judged(

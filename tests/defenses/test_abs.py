@@ -82,8 +82,16 @@ def test_selection() -> None:
     rises = {"a": rising([9.0, 8, 7, 6, 5], 1), "b": rising([2.0, 1], 2)}
     order = [(c.site, c.gap) for c in select(rises, labels, 8)]
     assert order == [("a", 9), ("a", 8), ("a", 7), ("b", 2), ("a", 6), ("a", 5), ("b", 1)]
-    assert [c.gap for c in select(rises, labels, 5)] == [9, 8, 7, 6, 5]
+    assert [c.gap for c in select(rises, labels, 5)] == [9, 8, 7, 6, 5, 2]  # 2: the only label without one
     assert [(c.site, c.gap) for c in select(rises, labels, 8)[:4]] == order[:4]
+
+
+def test_every_label_that_has_a_candidate_keeps_its_best_one() -> None:
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    rises = {"a": rising([9.0, 8, 7, 6], 1), "b": rising([0.5, 2.0, 1.0], 2), "c": rising([0.3, 0.4], 0)}
+    found = [(c.site, c.channel, c.label) for c in select(rises, labels, 2)]
+    assert found == [("a", 0, 1), ("a", 1, 1), ("b", 1, 2), ("c", 1, 0)]
+    assert [c.label for c in select(rises, labels, 8)] == [1, 1, 1, 2, 1, 2, 2, 0]
 
 
 def test_penalty_has_two_steps() -> None:

@@ -70,7 +70,8 @@ def test_masks_are_drawn_with_their_shares() -> None:
 
 def test_either_rule_is_a_score_above_the_threshold() -> None:
     spread = torch.tensor([30.0, 60, 90, 100, 110, 140, 170, 20])  # an eighth of no index, but a fifth of the median
-    score = suspicion(spread, 2.0)
+    everywhere = torch.ones(8, dtype=torch.bool)
+    score = suspicion(spread, everywhere, 2.0)
     values = spread.numpy().astype(float)
     index = (np.median(values) - values) / (1.4826 * np.median(np.abs(values - np.median(values))))
     assert (index < 2).all()
@@ -78,10 +79,29 @@ def test_either_rule_is_a_score_above_the_threshold() -> None:
     assert (score > 2).tolist() == [False] * 7 + [True]
     assert score[7] == pytest.approx(2 * 95 / 80)
     tight = torch.tensor([100.0, 101, 102, 103, 104, 105, 106, 80])
-    assert (suspicion(tight, 2.0) > 2).tolist() == [False] * 7 + [True]
-    some = suspicion(torch.tensor([math.nan, 100, 101, 102, 103, 104, 105, 50]), 2.0)
-    assert float(some[0]) == float(some[1:].min()) and float(some[7]) > 2
-    assert suspicion(torch.full((8,), math.nan), 2.0).tolist() == [0.0] * 8
+    assert (suspicion(tight, everywhere, 2.0) > 2).tolist() == [False] * 7 + [True]
+
+
+def test_only_a_class_that_was_reached_is_flagged_and_the_others_count() -> None:
+    norms = torch.tensor([4.0, 390, 400, 410, 395, 405, 400, 3, 398, 402])
+    alone = torch.arange(10) == 0
+    score = suspicion(norms, alone, 2.0)
+    values = norms.numpy().astype(float)
+    index = (399 - values) / (1.4826 * np.median(np.abs(values - 399)))
+    assert score.tolist() == pytest.approx([max(index[0], 2 * 399 / 16), *np.minimum(index[1:], 0)])
+    assert (score > 2).tolist() == alone.tolist()
+    assert float(suspicion(norms, ~alone, 2.0)[7]) > 2
+    assert float(suspicion(norms, torch.zeros(10, dtype=torch.bool), 2.0).max()) == 0
+
+
+def test_a_drop_is_asked_for_beside_the_index() -> None:
+    everywhere = torch.ones(8, dtype=torch.bool)
+    for small, flagged in ((80.0, False), (52.0, False), (51.0, True), (20.0, True)):  # the median is 102.5
+        tight = torch.tensor([100.0, 101, 102, 103, 104, 105, 106, small])
+        assert bool(suspicion(tight, everywhere, 2.0)[7] > 2)
+        assert bool(suspicion(tight, everywhere, 2.0, 0.5)[7] > 2) is flagged
+    wide = torch.tensor([10.0, 40, 70, 100, 130, 160, 190, 45])
+    assert torch.equal(suspicion(wide, everywhere, 2.0, 0.5), suspicion(wide, everywhere, 2.0)), "the quarter suffices"
 
 
 class Planted:
@@ -119,7 +139,7 @@ def test_the_target_gets_the_smallest_mask_on_the_trigger() -> None:
     net = Planted(True)
     outcome = SMALL.run(case(net))
     norms = outcome.chosen["norms"]
-    assert min(n for n in norms if n is not None) == norms[2]
+    assert min(norms) == norms[2] and 2 not in outcome.chosen["not_inverted"]
     assert outcome.chosen["claimed"] == [2]
     assert outcome.verdict is not None and int(outcome.verdict.label_scores.argmax()) == 2  # type: ignore[union-attr]
     (claim,) = outcome.inverted
@@ -129,6 +149,23 @@ def test_the_target_gets_the_smallest_mask_on_the_trigger() -> None:
     assert net.images == 80 * 32 * 4 * 6
     clean = SMALL.run(case(Planted(False)))
     assert clean.chosen["claimed"] == []
+
+
+def test_a_class_that_is_never_reached_counts_with_its_last_mask() -> None:
+    """Whatever is drawn, the answer is class 2, and the weight alone moves the masks."""
+
+    class Fixed:
+        def __call__(self, x: Tensor) -> Tensor:
+            return torch.tensor([0.1, 0.1, 0.5, 0.1, 0.1, 0.1]).expand(len(x), 6)
+
+    outcome = B3D(steps=5, samples=2, batch=2, window=2, weight=1e-3).run(case(Fixed()))
+    assert outcome.chosen["not_inverted"] == [0, 1, 3, 4, 5]
+    # Adam's steps are of about `lr`: five of them for the last mask, four for the one kept at the end of a window.
+    last, kept = (36 * float(squash(torch.tensor(-0.5 - n * 0.05))) for n in (5, 4))
+    norms = outcome.chosen["norms"]
+    assert norms[0] == pytest.approx(last, rel=0.01) and norms[2] == pytest.approx(kept, rel=0.01)
+    assert outcome.verdict is not None and outcome.verdict.label_scores is not None
+    assert float(outcome.verdict.label_scores[[0, 1, 3, 4, 5]].max()) == 0
 
 
 def test_every_draw_is_asked_on_every_row_of_the_batch() -> None:
@@ -183,7 +220,7 @@ def test_equal_seeds_give_equal_answers_and_rows_stay() -> None:
     tiny = B3D(steps=20, samples=4, batch=4, success=0.2)
     runs = [tiny.run(case(Planted(True), clean)) for _ in range(2)]
     assert runs[0].chosen == runs[1].chosen
-    assert any(n is not None for n in runs[0].chosen["norms"])
+    assert len(runs[0].chosen["not_inverted"]) < 6
     assert torch.equal(clean.images, before)
 
 
@@ -196,5 +233,7 @@ def test_settings_are_the_published_ones_and_senseless_ones_are_refused() -> Non
         B3D(samples=1)
     with pytest.raises(ValueError, match="above 0"):
         B3D(sigma=0.0)
+    with pytest.raises(ValueError, match="drop must lie"):
+        B3D(drop=1.0)
     with pytest.raises(NotApplicable, match="too_few_classes: 5"):
         m.run(case(Planted(True), classes=5))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import samples
 import torch
@@ -16,11 +17,12 @@ from torch.nn import functional as F
 from sleeperbench import Inverted, ModelSpec, Outcome, Role
 from sleeperbench.contracts import NotApplicable
 from sleeperbench.defenses import neural_cleanse as module
-from sleeperbench.defenses.neural_cleanse import NeuralCleanse, smallest, suspicion
+from sleeperbench.defenses.neural_cleanse import NeuralCleanse, smallest
 from sleeperbench.defenses.unlearn import Unlearn, Unlearning
 from sleeperbench.evaluators.accuracy import answers
 from sleeperbench.evaluators.evidence import curve
 from sleeperbench.evaluators.ra import measure_asr
+from sleeperbench.kit.anomaly import anomaly_index
 from sleeperbench.kit.classifier import build, load, pack
 from sleeperbench.kit.masks import Masks
 
@@ -85,18 +87,20 @@ def test_figures_of_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     NeuralCleanse(batched=False).run(c)
     assert seen["at_once"] == 1
 
-    norms[3:8] = [math.nan] * 5
-    few = NeuralCleanse().run(c)
-    assert (few.verdict.score, few.inverted, few.chosen["claimed"]) == (0, (), [])
-    assert few.chosen["norms"][2:4] == [50, None]
-
-
-def test_suspicion_is_always_a_number() -> None:
-    some = suspicion(torch.tensor([1.0, 50, 52, 51, 53, math.nan, 54, 49]))
-    assert bool(some.isfinite().all())
-    assert float(some[5]) == float(some.min()) == float(some[6])
-    assert suspicion(torch.tensor([1.0, 7, 7, 7, 7, 7])).tolist() == [1e6, 0, 0, 0, 0, 0]
-    assert suspicion(torch.full((10,), math.nan)).tolist() == [0] * 10
+    # Only the target is reached: the others count with their last masks, 25.6 for each tenth of the class.
+    norms[:] = [4.0] + [math.nan] * 9
+    last = [4.0] + [25.6 * t for t in range(1, 10)]
+    alone = NeuralCleanse().run(c)
+    values = np.array(last)
+    index = (np.median(values) - 4) / (1.4826 * np.median(np.abs(values - np.median(values))))
+    assert alone.verdict.score == pytest.approx(index, rel=1e-5) and 1 < index < 2
+    assert float(alone.verdict.label_scores[1:].max()) == 0
+    assert alone.chosen["norms"] == pytest.approx(last, rel=1e-5)
+    assert (alone.chosen["claimed"], alone.chosen["not_inverted"]) == ([], list(range(1, 10)))
+    assert NeuralCleanse(threshold=1).run(c).chosen["claimed"] == [0]
+    norms[0] = math.nan
+    nothing = NeuralCleanse(threshold=0).run(c)
+    assert (nothing.verdict.score, nothing.inverted, nothing.chosen["not_inverted"]) == (0, (), list(range(10)))
 
 
 def test_few_classes_decline() -> None:
@@ -200,13 +204,17 @@ def test_the_index_is_averaged_over_repetitions(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "optimise_masks", planted)
     c = case()
     found = NeuralCleanse(repetitions=2).run(c)
-    first, second = (suspicion(torch.tensor(n)) for n in NORMS)
+    # The last mask of the class that was never reached in the second repetition covers 512 pixels.
+    last = torch.tensor(NORMS[1]).nan_to_num(nan=512.0)
+    first, second = -anomaly_index(torch.tensor(NORMS[0])), -anomaly_index(last)
+    assert float(second[9]) < 0
     assert seeds[0] == c.ctx.seed != seeds[1]
     assert found.verdict.label_scores.tolist() == pytest.approx(((first + second) / 2).tolist())
     assert found.verdict.score == pytest.approx((float(first.max()) + float(second.max())) / 2)
     assert found.chosen["claimed"] == [0]
     # Of every class the smallest mask is handed over.
     assert found.chosen["norms"] == [10, 52, 50, 49, 55, 51, 48, 53, 54, 47]
+    assert found.chosen["not_inverted"] == []
     assert found.chosen["successes"][0] == 0.5
     assert float(found.inverted[0].mask.mean()) == 1
 

@@ -55,7 +55,7 @@ def attacked() -> Outcome:
 def test_it_claims_the_target_and_isolates_the_patch(attacked: Outcome) -> None:
     verdict = attacked.verdict
     assert attacked.chosen["claimed"] == [0]
-    assert verdict.score == float(verdict.label_scores[0]) > 1.5 > 1.0 == verdict.threshold
+    assert verdict.score == float(verdict.label_scores[0]) > 1.5 > verdict.threshold == pytest.approx(1.0)
     assert float(verdict.label_scores[1:].max()) < 1
     assert len(verdict.pairs) >= 5
     assert set(verdict.pairs[:, 1].tolist()) == {0}
@@ -112,7 +112,7 @@ def test_steps_alone() -> None:
     assert found.chosen["claimed"] == [0]
     votes = found.verdict.label_scores * 9
     assert torch.allclose(votes, votes.round())
-    assert found.verdict.threshold == 0.4
+    assert found.verdict.threshold == pytest.approx(0.4)
     assert len(found.verdict.pairs) == int(votes[0])
     assert "reference_rates" not in found.chosen
     (claim,) = found.inverted

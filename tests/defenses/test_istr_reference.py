@@ -45,6 +45,7 @@ def test_it_claims_the_target_against_the_clean_model(monkeypatch: pytest.Monkey
 
 def test_access_and_settings_are_those_of_istr_but_for_the_reference() -> None:
     assert (IsTrReference.ACCESS.references, IsTr.ACCESS.references) == (1, 0)
+    assert (IsTrReference.ACCESS.track(), IsTr.ACCESS.track()) == ("T1R", "T1")
     assert slices.Settings.of(IsTrReference()) == slices.Settings.of(IsTr())
     names = [{f.name for f in dataclasses.fields(c)} for c in (IsTr, IsTrReference)]
     assert names[0] - names[1] == {"dms", "reference_steps", "batched"}

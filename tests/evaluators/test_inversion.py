@@ -13,7 +13,6 @@ from sleeperbench import Findings, Inverted, Outcome, Role
 from sleeperbench.contracts import NotApplicable
 from sleeperbench.evaluators.accuracy import answers, headline
 from sleeperbench.evaluators.inversion import Inversion
-from sleeperbench.evaluators.ra import measure_asr
 from sleeperbench.kit.masks import apply
 from sleeperbench.kit.pixels import to_float, to_uint8
 
@@ -48,16 +47,19 @@ def rows(findings: Findings) -> dict[tuple[str, str], Any]:
 def test_the_true_trigger_reaches_asr_at_no_distance() -> None:
     case = digits_case(true_claim())
     found = rows(Inversion().measure(case))
-    asr = measure_asr(case.attacked, case.bd_test, case.ctx)
-    assert asr.value > 0.9
-    assert (found["reasr", ""].count, found["reasr", ""].total) == (asr.count, asr.total)
-    assert found["reasr", "label=0"].value == found["reasr", ""].value == asr.value
-    on_clean = measure_asr(case.clean_models[0], case.bd_test, case.ctx).value
-    assert found["reasr_clean", ""].value == pytest.approx((on_clean + asr.value) / 2)
-    assert on_clean < 0.1
-    plain = answers(case.attacked, case.bd_test.clean.images, case.ctx)
-    with_it = answers(case.attacked, case.bd_test.data.images, case.ctx)
-    assert found["reasr_any", ""].count == int((plain != with_it).sum())
+    truth = case.bd_test.clean.labels
+    shares = []
+    for net in (case.attacked, case.clean_models[0]):
+        plain, with_it = (answers(net, x.images, case.ctx) for x in (case.bd_test.clean, case.bd_test.data))
+        right = plain == truth
+        assert 0 < int(right.sum()) < len(truth)
+        shares.append((int((with_it == 0)[right].sum()), int((with_it != truth)[right].sum()), int(right.sum())))
+    (hits, wrong, total), clean = shares
+    assert hits / total > 0.9 and clean[0] / clean[2] < 0.1
+    assert (found["reasr", ""].count, found["reasr", ""].total) == (hits, total)
+    assert found["reasr", "label=0"].value == found["reasr", ""].value == hits / total
+    assert (found["reasr_any", ""].count, found["reasr_any", ""].total) == (wrong, total)
+    assert found["reasr_clean", ""].value == pytest.approx((clean[0] / clean[2] + hits / total) / 2)
     assert [found[m, ""].value for m in ("apd", "apd_rel", "apd_raw", "mask_iou")] == [0, 0, 0, 1]
     assert found["apd", "trigger=none"].value > 0
     after = found.pop(("reasr_after", ""))
@@ -79,8 +81,7 @@ def test_an_empty_trigger_has_the_true_ones_energy() -> None:
     assert found["apd_raw", ""].value == pytest.approx(float(patch.pattern.sum()) / 256)
     assert found["mask_iou", ""].value == 0
     assert found["reasr_any", ""].value == 0
-    off = answers(case.attacked, case.bd_test.clean.images, case.ctx) == 0
-    assert found["reasr", ""].count == int(off.sum())
+    assert found["reasr", ""].count == 0
     # Less than half a grey level is no change of a stored image; an addition has no mask to compare.
     faint = rows(Inversion().measure(digits_case(Inverted(target=0, delta=torch.full(shape, 0.4 / 255)))))
     assert faint["apd_rel", ""].value == 1
@@ -143,9 +144,9 @@ def repaired_case(*inverted: Inverted, **parts: Any) -> Any:
 
 def test_a_repair_is_measured_with_the_triggers_that_it_was_made_with() -> None:
     found = rows(Inversion().measure(repaired_case(paints(5), paints(7, value=6))))
-    # Of the images 1, 2, 3, 3, 5, 9 one is of class 5, none of class 7.
+    # Of the images 1, 2, 3, 4, 5, 9 one is of class 5, none of class 7, and 4 is taken for a 3 without any trigger.
     counts = {q: [(found[m, q].count, found[m, q].total) for m in ("reasr_before", "reasr_after")] for q in LABELS}
-    assert counts == {"label=5": [(5, 5), (0, 5)], "label=7": [(0, 6), (6, 6)]}
+    assert counts == {"label=5": [(4, 4), (0, 4)], "label=7": [(0, 5), (5, 5)]}
     assert (found["reasr_before", ""].value, found["reasr_after", ""].value) == (0.5, 0.5)
     assert {found["reasr_before", q].stage for q in (*LABELS, "")} == {"attacked"}
     assert {found["reasr_after", q].stage for q in (*LABELS, "")} == {"defended"}
@@ -153,7 +154,7 @@ def test_a_repair_is_measured_with_the_triggers_that_it_was_made_with() -> None:
     one = rows(Inversion().measure(repaired_case(paints(5))))
     assert (one["reasr_after", ""].count, one["reasr_after", ""].total, one["reasr_after", ""].stage) == (
         0,
-        5,
+        4,
         "defended",
     )
     untouched = rows(Inversion().measure(repaired_case(paints(5), net=samples.ReadsPixel())))
@@ -215,16 +216,25 @@ class Always(nn.Module):
         return torch.eye(10)[torch.full((len(x),), self.label)]
 
 
+class Deaf(samples.ReadsPixel):
+    """Never answers 5."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = super().forward(x)
+        return logits * (torch.arange(10) != 5)
+
+
 def test_a_true_target_without_claim_counts_as_an_empty_trigger() -> None:
     findings = Inversion().measure(reading_case(paints(5), paints(7, value=6)))
     found = rows(findings)
-    assert (found["reasr", "label=5"].count, found["reasr", "label=5"].total) == (5, 5)
+    assert (found["reasr", "label=5"].count, found["reasr", "label=5"].total) == (4, 4)
     assert found["reasr", "label=9"].value == 0
     assert found["reasr", "label=7"].value == 0
     assert found["reasr_any", "label=7"].value == 1
     assert headline(findings)["reasr"] == 0.5
-    # On the clean models 5 is answered always, always and never, 9 was not recovered; 7 is no target, counts nowhere.
-    assert headline(findings)["reasr_clean"] == pytest.approx(1 / 3)
+    # Of the clean models the first always answers 5 with the trigger; the others are right on no such image without it.
+    # 9 was not recovered; 7 is no target, counts nowhere.
+    assert headline(findings)["reasr_clean"] == pytest.approx(1 / 2)
     assert found["apd", "label=5"].value == 0
     assert found["apd", "label=9"].value == pytest.approx(9 / 255 / 256)
     assert headline(findings)["apd"] == pytest.approx(4.5 / 255 / 256)
@@ -250,13 +260,29 @@ def test_of_several_claims_the_most_successful_counts_not_the_nearest() -> None:
     assert rows(Inversion().measure(reading_case(near, far, probe=easy)))["reasr", "label=5"].value < 1
 
 
+def test_what_is_misclassified_without_a_trigger_is_no_success_of_one() -> None:
+    nothing = Inverted(target=3, mask=torch.zeros(1, 16, 16), pattern=torch.zeros(1, 16, 16))
+    found = rows(Inversion().measure(reading_case(nothing)))
+    # The image of class 4 gets 3 by itself.
+    for metric in ("reasr", "reasr_any"):
+        assert (found[metric, "label=3"].count, found[metric, "label=3"].total) == (0, 4)
+    assert found["reasr_clean", "label=3"].value == 0, "of clean models that answer 5 or 0 throughout, too"
+    blind = reading_case(nothing, attacked=Always(0), clean_models=(Always(0), Always(7)))
+    found = rows(Inversion().measure(blind))
+    told = {(found[m, "label=3"].value, found[m, "label=3"].reason) for m in ("reasr", "reasr_any", "reasr_clean")}
+    assert told == {(None, "none_right")}
+    repaired = rows(Inversion().measure(repaired_case(paints(5), attacked=Always(0))))
+    assert {repaired[m, ""].reason for m in ("reasr_before", "reasr_after")} == {"none_right"}
+
+
 def test_a_source_specific_claim_is_measured_on_its_source() -> None:
     found = rows(Inversion().measure(reading_case(paints(5, source=3))))
     assert (found["reasr", "label=5"].count, found["reasr", "label=5"].total) == (1, 1)
 
 
 def test_without_attack_claims_are_natural_backdoors() -> None:
-    case = reading_case(paints(5), paints(7, value=6), bd_test=None, oracle=None)
+    nets = (samples.ReadsPixel(), samples.ReadsPixel(), Deaf())
+    case = reading_case(paints(5), paints(7, value=6), bd_test=None, oracle=None, clean_models=nets)
     findings = Inversion().measure(case)
     found = rows(findings)
     assert found["reasr", ""].value == 0.5

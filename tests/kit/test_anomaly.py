@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sleeperbench.kit.anomaly import anomaly_index, bounded
+from sleeperbench.kit.anomaly import anomaly_index, bounded, smallness
 
 
 def test_example_of_ten_sizes() -> None:
@@ -44,6 +44,20 @@ def test_too_few_values_have_no_outlier() -> None:
     assert index[:5].tolist() == [0] * 5
     assert math.isnan(float(index[5]))
     assert float(anomaly_index(torch.tensor([1.0, 50, 51, 52, 53, 54]))[0]) < -2
+
+
+def test_a_trigger_that_does_not_work_counts_in_the_median_and_is_never_suspicious() -> None:
+    sizes = torch.tensor([4.0, 41, 44, 52, 43, 56, 42, 3, 57, 49])
+    alone = torch.arange(10) == 0
+    found = smallness(sizes, alone)
+    v = sizes.numpy().astype(float)
+    index = (np.median(v) - v) / (1.4826 * np.median(np.abs(v - np.median(v))))
+    assert found[0] == pytest.approx(index[0]) and index[0] > 2
+    assert found[1:].tolist() == pytest.approx(np.minimum(index[1:], 0).tolist())
+    assert index[7] > index[0] > 0 == found[7], "smaller still, but it does not work"
+    assert smallness(sizes, torch.ones(10, dtype=torch.bool)).tolist() == pytest.approx(index.tolist())
+    assert float(smallness(sizes, torch.zeros(10, dtype=torch.bool)).max()) == 0
+    assert smallness(torch.tensor([1.0, 7, 7, 7, 7, 7]), alone[:6]).tolist() == [1e6, 0, 0, 0, 0, 0]
 
 
 def test_bounded_scores_can_be_ranked() -> None:

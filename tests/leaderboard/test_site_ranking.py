@@ -14,6 +14,7 @@ import synthetic
 from page_reader import Page, Tag, figures, read
 from synthetic import cell_row, measurement, write_run
 
+from sleeperbench.contracts.access import Access
 from sleeperbench.leaderboard import boards, methods, paging, ranking, stats, summary
 from sleeperbench.leaderboard.build import build
 from sleeperbench.leaderboard.paging import Section
@@ -69,7 +70,7 @@ def of(cells: list[dict[str, Any]], attack: str, defense: str, seed: int) -> dic
 def test_scores_are_means_over_families_of_net_p_der(tmp_path: Path) -> None:
     cells = tables()
     c = only(tmp_path / "r", cells)
-    assert (c.id, c.title) == ("repair-t1", "Repair, T1: weights and clean rows or reference models")
+    assert (c.id, c.title) == ("repair-t1", "Repair, T1: clean rows and at most the weights")
     per = {}
     for attack in FAMILIES:
         mine = [x for x in cells if (x["attack"], x["defense"]) == (attack, "good")]
@@ -80,6 +81,21 @@ def test_scores_are_means_over_families_of_net_p_der(tmp_path: Path) -> None:
     assert mean.kind == "t"
     assert c.ranks == {"best": (1, 1), "good": (2, 3), "alike": (2, 3), "poor": (4, 4)}
     assert list(c.scores) == sorted(LEFT), "neither controls nor clean models compete"
+
+
+def test_a_supplied_clean_model_is_a_contest_of_its_own(tmp_path: Path) -> None:
+    cells = tables()
+    for x in cells:
+        if x["defense"] == "good":
+            x["access"] = Access(clean=0.05, references=1).track()
+    views = Views(load([write_run(tmp_path / "r", cells, [], plugins())]))
+    (board,) = views.boards
+    found = {c.access: list(c.scores) for c in ranking.contests(views, board)}
+    assert found == {"T1": ["alike", "best", "poor"], "T1R": ["good"]}
+    assert [c.id for c in ranking.contests(views, board)] == ["repair-t1", "repair-t1r"]
+    assert board.defenses == ["alike", "best", "poor", "good", "none"], "classes in their order, controls last"
+    titles = [title for title, _ in views.by_track(board, ["p_der"], board.repairs)]
+    assert "Repair, T1R: weights, clean rows and supplied clean models" in titles
 
 
 @pytest.mark.parametrize(

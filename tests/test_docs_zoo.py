@@ -1,0 +1,46 @@
+"""docs/zoo.py: which columns stand in its table of detectors."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripts import script
+
+
+def figure(metric: str, value: float | None, qualifier: str = "", defense: str = "abs") -> dict[str, Any]:
+    known = {"scope": "zoo", "dataset": "digits", "defense": defense, "cell": f"digits/a/zoo/{defense}/s0"}
+    ends = {"lower": None, "upper": None, "count": 1, "total": 4, "reason": ""}
+    return known | ends | {"metric": metric, "value": value, "qualifier": qualifier}
+
+
+PLAIN = ("det_auroc", "det_bacc", "det_tpr", "det_fpr")
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_columns_are_those_that_tables_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibrated: bool) -> None:
+    """Tables of before `det_tpr_fpr5` have no column of it, nor have those with too few clean models."""
+    zoo = script("zoo")
+    rows = [figure(m, 0.25, defense=d) for m in PLAIN for d in ("abs", "istr")]
+    rows += [figure("det_tpr_fpr5", 0.75 if calibrated else None), figure("det_missing", 0.5 if calibrated else None)]
+    found = zoo.detectors(rows)
+    assert list(zoo.beside(found)) == (["det_tpr_fpr5", "det_missing"] if calibrated else [])
+    monkeypatch.setattr(zoo, "read_table", lambda path: rows if path.name == "measurements.parquet" else [])
+    monkeypatch.setattr(zoo, "provenance", lambda run, rows: {"recipe": {"epochs": 3}})
+    monkeypatch.setattr(zoo, "machine", lambda about: "torch")
+    monkeypatch.setattr(zoo, "DOCS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["zoo.py", "small", "run", str(tmp_path)])
+    (tmp_path / "tasks.jsonl").write_text("")
+    (tmp_path / "measured").mkdir()
+    assert zoo.main() == 0
+    page = (tmp_path / "zoo.md").read_text()
+    head, _, abs_, istr = [n for n in page.splitlines() if n.startswith("|")][:4]
+    shown = [dict(zip(head.split(" | "), line.split(" | "), strict=True)) for line in (abs_, istr)]
+    assert ("TPR at 5 % FPR" in shown[0], "at a threshold from the clean models" in page) == (calibrated, calibrated)
+    if calibrated:
+        assert [s["TPR at 5 % FPR"] for s in shown] == ["75.0", ""]
+        assert [s["backdoored without verdict"] for s in shown] == ["50.0", ""]
+    assert len(json.loads((tmp_path / "measured" / "small.json").read_text())["rows"]) == len(rows)
