@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,13 +42,13 @@ _IDENTITY = (
     Column(
         "rate_actual",
         "f64",
-        "Poison rate that was possible; where training itself poisons, triggered rows per row drawn",
+        "Dirty rows per row that was not appended; where training itself poisons, triggered rows per row drawn",
         "fraction",
     ),
     Column("defense", "str", "Defense, with `~` and a digest when its parameters are not the suite's first"),
     Column("defense_params", "str", "Parameters of the defense, canonical JSON"),
     Column("clean_source", "str", "Where the defender's clean rows come from: heldout or training"),
-    Column("access", "str", "Access class of the defense: T0 T1 T2 T3 T4 Q none"),
+    Column("access", "str", "Access class of the defense: T0 T1 T2 T3 T4 Q none, with R for supplied clean models"),
     Column("seed", "i64", "Seed of the row"),
     Column("cell", "str", "dataset/arch/attack@rate/defense/s<seed>"),
 )
@@ -95,7 +95,8 @@ _HEADLINES = {
     "asr_attacked": "asr of the undefended model",
     "o_asr": "Original ASR: asr of this cell's model before any re-activation",
     "p_asr": "Post-purification ASR: the worse of p_asr_ra and p_asr_qra",
-    "p_asr_net": "p_asr minus the largest of its three controls without this backdoor, floored at 0",
+    "p_asr_net": "p_asr_ra and p_asr_qra, each minus the largest of its three controls without this backdoor, floored "
+    "at 0: the larger",
     "p_asr_ra": "ASR after the retuning attack, mean over draws",
     "p_asr_qra": "ASR under the query-based reactivation attack",
     "c_acc_ra": "c_acc after the retuning attack, mean over draws",
@@ -143,6 +144,8 @@ HEADLINE_METRICS = tuple(n for n in _HEADLINES if n != "p_asr_set")
 KEY = ("task_key", "evaluator", "metric", "qualifier")
 LOW_RATE = 0.01
 """Up to this poison rate the lower bar counts."""
+ALL_TO_ALL_SHARE = 0.95
+"""Of the C-Acc of clean models: the ASR at which an all-to-all attack counts as implanted."""
 VOLATILE = frozenset(c.name for c in (*MEASUREMENTS, *CELLS) if c.volatile)
 
 
@@ -180,9 +183,16 @@ def reproduce(cell: Mapping[str, Any], suite: str) -> list[str]:
 
 
 def implant_bar(
-    infos: Iterable[Mapping[str, Any]], params: Mapping[str, Any], rate: float, gate: Mapping[str, Any]
+    infos: Iterable[Mapping[str, Any]],
+    params: Mapping[str, Any],
+    rate: float,
+    gate: Mapping[str, Any],
+    clean: float | None = None,
 ) -> float:
-    """The mean ASR from which an attack counts as implanted: the protocol's bar, or the attack's own if that is lower.
+    """The mean ASR from which an attack counts as implanted: the lowest of the bars that hold for it.
+
+    These are the protocol's, the attack's own, and for `targets = "all_to_all"` 0.95 of the C-Acc of clean models:
+    there a hit takes the true class and one step on, so that ASR hardly exceeds C-Acc.
 
     Args:
         infos: INFO of the attack, with those of its wrappers. `clean_label` says that labels stay true, `implant_asr`
@@ -190,15 +200,22 @@ def implant_bar(
         params: Its parameters; `labels = "clean"` says that labels stay true as well.
         rate: Poison rate.
         gate: The suite's bars: `implant_asr`, and `implant_asr_low` for clean labels and rates of up to 1 %.
+        clean: Mean C-Acc of clean models; None where there are none.
     """
-    told = list(infos)
-    level: Any = params
-    low = rate <= LOW_RATE or any(info.get("clean_label") for info in told)
-    while isinstance(level, Mapping):
-        low = low or level.get("labels") == "clean"
-        level = level.get("inner")
-    own = [info["implant_asr"] for info in told if isinstance(info.get("implant_asr"), float | int)]
-    return float(min([gate["implant_asr_low" if low else "implant_asr"], *own]))
+    told, levels = list(infos), list(_levels(params))
+    low = rate <= LOW_RATE or any(i.get("clean_label") for i in told) or any(p.get("labels") == "clean" for p in levels)
+    bars = [gate["implant_asr_low" if low else "implant_asr"]]
+    bars += [info["implant_asr"] for info in told if isinstance(info.get("implant_asr"), float | int)]
+    if clean is not None and any(p.get("targets") == "all_to_all" for p in levels):
+        bars.append(ALL_TO_ALL_SHARE * clean)
+    return float(min(bars))
+
+
+def _levels(params: Any) -> Iterator[Mapping[str, Any]]:
+    """Parameters of an attack, then of what it wraps."""
+    while isinstance(params, Mapping):
+        yield params
+        params = params.get("inner")
 
 
 def _settings(kind: str, plugin: str, params: Mapping[str, Any]) -> list[str]:

@@ -31,7 +31,7 @@ DOCS = Path(__file__).resolve().parent
 Key = tuple[str, str]
 Cell = dict[str, Any]
 PARTS = ("paper-safety-cpu", signals.SUITE)
-TWIN, LINELESS = ("bec", "control=twin"), ("bec", "control=no_lineage")
+TWIN = ("bec", "control=twin")
 SHIFT, NET_SHIFT = ("shift_target", ""), ("shift_target_net", "")
 PLACEBOS: dict[str, Key] = {
     "BEC, random channels": ("bec", "control=random"),
@@ -357,15 +357,8 @@ def twins(all_cells: Sequence[Cell]) -> list[str]:
     """The same backdoor trained anew, beside clean models."""
     body = []
     for c in undefended(all_cells, TWIN):
-        clean = [
-            d
-            for d in all_cells
-            if attacked(d) == attacked(c) and d["defense"] == "clean_model" and LINELESS in d["figures"]
-        ]
-        twin, band = plain(c["figures"][TWIN]), ends(of_clean(c, "bec"))
-        body.append([c["attack"], c["seed"], twin, band, ends(values(clean, LINELESS))])
-    head = ["attack", "seed", "same backdoor, trained anew", "clean models, each against the other two"]
-    return table([*head, "another clean model"], body)
+        body.append([c["attack"], c["seed"], plain(c["figures"][TWIN]), ends(of_clean(c, "bec"))])
+    return table(["attack", "seed", "same backdoor, trained anew", "clean models, each against the other two"], body)
 
 
 def shifted(all_cells: Sequence[Cell]) -> list[str]:
@@ -536,7 +529,7 @@ def page(name: str, about: Mapping[str, Any]) -> list[str]:
         *("", *differences(all_cells), ""),
         "Positive control: a model with the same trigger and poisoned rows, trained anew, has the backdoor and should "
         "have more than clean models have; one that answers to less than half of these images is left out. Beside it "
-        "the spread that chance gives: each clean model against the other two, and one more clean model.",
+        "the spread that chance gives: each clean model against the other two.",
         *("", *twins(all_cells), "", "## What predicts that a model comes back", ""),
         f"Spearman's rank correlation with P-ASR under the retuning attack over repaired models that have all these "
         f"figures, from {models} attacked models. Models that are the attacked model itself have BEC 1, distance 0 and "

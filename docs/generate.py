@@ -140,7 +140,8 @@ MEANINGS = {
     "budget.threads": "Threads per task",
     "budget.task_seconds": "Seconds after which a task ends as `timeout`",
     "budget.memory_gb": "Memory that a task on a processor may allocate",
-    "gate.implant_asr": "Mean ASR from which an attack counts as implanted, unless it declares a lower one",
+    "gate.implant_asr": "Mean ASR from which an attack counts as implanted, unless it declares a lower one; all to all "
+    "also from 0.95 of clean C-Acc",
     "gate.implant_asr_low": "The same for clean labels and for rates of up to 1 %",
     "gate.collapse_points": "C-Acc lost from which a defense counts as collapsed",
     "gate.clean_drop_points": "C-Acc lost against clean models up to which an attack counts as implanted",

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from sleeperbench import EvalCase, Evaluator, Findings, ImageSet, Measurement, Metric, Needs
 from sleeperbench.contracts import Ctx, Rendered
-from sleeperbench.evaluators.accuracy import answers, over_triggers
+from sleeperbench.evaluators.accuracy import answers
 from sleeperbench.evaluators.ra import thinned
-from sleeperbench.evaluators.wba import Shifted
+from sleeperbench.evaluators.wba import Shifted, rates
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.predict import evaluating
 from sleeperbench.kit.qualifiers import tagged
@@ -222,18 +222,6 @@ def ask(net: nn.Module, x: Tensor, targets: Tensor, ctx: Ctx) -> tuple[float, fl
     if not math.isfinite(loss):
         raise FloatingPointError("the model's answer to perturbed images is not finite")
     return loss, float((logits.argmax(1) == targets).double().mean())
-
-
-def rates(attack: str, net: nn.Module, test: Rendered, ctx: Ctx) -> list[Measurement]:
-    """ASR and R-Acc on `test`, over all triggers and of each where there are several."""
-    label = answers(net, test.data.images, ctx)
-    known = {"asr": test.targets, "r_acc": test.data.labels}
-    rows = [
-        m
-        for what, wanted in known.items()
-        for m in over_triggers(f"{what}_{attack}", label == wanted.cpu(), test.trigger_id)
-    ]
-    return [replace(m, stage="reactivated") for m in rows]
 
 
 def side(i: int, horizon: int, area: float, height: int, width: int) -> int:

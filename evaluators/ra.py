@@ -104,6 +104,12 @@ class RetuningAttack(Evaluator):
         if case.bd_test is None or case.bd_probe is None:
             return self._nothing("no_trigger")
         k = self.k or headline(case.evaluators["ra_budget"])["ra_k"]
+        found_with = {name: case.settings["ra_budget"][name] for name in ("steps", "lr")}
+        if not self.k and found_with != {"steps": self.steps, "lr": self.lr}:
+            return self._nothing(
+                f"budget_of_other_tuning: ra_budget has {found_with}, ra steps {self.steps} and lr {self.lr}; set both "
+                "alike in the suite"
+            )
         if not k:
             return self._nothing("no_valid_budget")
         k = int(k)

@@ -13,9 +13,8 @@ from torch.nn import functional as F
 from sleeperbench import EvalCase, Evaluator, Findings, ImageSet, Measurement, Metric, Needs
 from sleeperbench.contracts import Ctx, Rendered
 from sleeperbench.evaluators.accuracy import headline
-from sleeperbench.evaluators.bba import rates
 from sleeperbench.evaluators.ra import measure_asr, thinned
-from sleeperbench.evaluators.wba import Shifted
+from sleeperbench.evaluators.wba import Shifted, rates
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.predict import evaluating
 from sleeperbench.kit.qualifiers import tagged

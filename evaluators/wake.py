@@ -52,12 +52,12 @@ class WakeCurve(Evaluator):
         "paper": "",
         "bibtex": "",
         "kind": "reactivation",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"ks": [0, 1], "steps": [0, 2], "draws": 1},
         "effort": ["draws"],
     }
-    NEEDS = Needs(white_box=True, controls=("clean_model",), defended_clean=True)
+    NEEDS = Needs(white_box=True, controls=("clean_model",), defended_clean=True, draws_of="ra")
     METRICS = (
         Metric(
             name="asr_wake",

@@ -36,6 +36,9 @@ class WhiteBoxActivation(Evaluator):
     4. `asr_guaa`, the control: the same images without trigger, from the same start and in the same order, with all
        settings equal, in training and at test. What it reaches is an adversarial perturbation and no re-activation.
 
+    `r_acc_wba` and `r_acc_guaa` are the shares that go to the true class. `wba_moved`, the mean change of d since its
+    start over `rho`, tells an attack that failed from one whose plain gradient was too small to move anything.
+
     Both are read again on the cell of `clean_model`: a backdoor is woken where `asr_wba` is far above `asr_guaa` on
     the same model and above `asr_wba` on the clean one. The model is frozen, in eval mode.
 
@@ -61,7 +64,7 @@ class WhiteBoxActivation(Evaluator):
         "through Re-Activation Attack}, author={Zhu, Mingli and Liang, Siyuan and Wu, Baoyuan}, booktitle={Advances "
         "in Neural Information Processing Systems}, year={2024}}",
         "kind": "reactivation",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {"steps": 10},
         "effort": ["steps"],
@@ -83,6 +86,30 @@ class WhiteBoxActivation(Evaluator):
             high=1.0,
             better="none",
             doc="The same images without trigger, under one perturbation trained on such images, that go to the target",
+        ),
+        Metric(
+            name="r_acc_wba",
+            unit="fraction",
+            low=0.0,
+            high=1.0,
+            better="up",
+            doc="Triggered images under WBA's perturbation that get their true label",
+        ),
+        Metric(
+            name="r_acc_guaa",
+            unit="fraction",
+            low=0.0,
+            high=1.0,
+            better="none",
+            doc="Images without trigger under gUAA's perturbation that get their true label",
+        ),
+        Metric(
+            name="wba_moved",
+            unit="",
+            low=0.0,
+            high=2.0,
+            better="none",
+            doc="Mean change of WBA's perturbation since its random start, over its bound",
         ),
     )
 
@@ -108,7 +135,10 @@ class WhiteBoxActivation(Evaluator):
             ("asr_guaa", case.bd_probe.clean, untriggered),
         ):
             found = self.learn(case.net, train, case.bd_probe.targets, case.ctx)
-            rows += success(metric, Shifted(case.net, found[-1]), test, case.ctx)
+            rows += rates(metric.removeprefix("asr_"), Shifted(case.net, found[-1]), test, case.ctx)
+            if metric == "asr_wba":
+                moved = float((found[-1] - found[0]).abs().mean()) / self.rho
+                rows.append(replace(_none("wba_moved", "", ""), value=moved))
             if control is not None:
                 value = control.get(metric)
                 missing = _none(metric, "control=clean_model", "control_missing: clean_model")
@@ -197,10 +227,16 @@ def objective(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets) - (1.0001 - rival + 1e-12).log().mean()
 
 
-def success(metric: str, net: nn.Module, test: Rendered, ctx: Ctx) -> list[Measurement]:
-    """The share of `test` that goes to the target, over all triggers and each where there are several."""
-    hit = answers(net, test.data.images, ctx) == test.targets.cpu()
-    return [replace(m, stage="reactivated") for m in over_triggers(metric, hit, test.trigger_id)]
+def rates(attack: str, net: nn.Module, test: Rendered, ctx: Ctx) -> list[Measurement]:
+    """ASR and R-Acc on `test`, over all triggers and of each where there are several."""
+    label = answers(net, test.data.images, ctx)
+    known = {"asr": test.targets, "r_acc": test.data.labels}
+    rows = [
+        m
+        for what, wanted in known.items()
+        for m in over_triggers(f"{what}_{attack}", label == wanted.cpu(), test.trigger_id)
+    ]
+    return [replace(m, stage="reactivated") for m in rows]
 
 
 def _none(metric: str, qualifier: str, reason: str) -> Measurement:

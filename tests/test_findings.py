@@ -155,7 +155,7 @@ def test_a_twin_is_recognised_above_all_clean_models(findings: Any, twin: tuple[
     of = [model("badnets", "none", i, bec__control_twin=v, **clean) for i, v in enumerate(twin)]
     (said,) = findings.about_twins(of)
     assert words in said
-    assert findings.twins(of)[2].split(" | ")[3] == "-0.10 to 0.20"
+    assert findings.twins(of)[2].split(" | ")[3] == "-0.10 to 0.20 |"
 
 
 def test_chance_alone_reaches_a_correlation(findings: Any) -> None:

@@ -211,7 +211,8 @@ def serve(line: socket.socket, *doors: socket.socket) -> dict[str, Any]:
                 for fd in stdio:
                     os.close(fd)
                 _, code = os.waitpid(child, 0)
-                os.write(status, str(os.waitstatus_to_exitcode(code)).encode())
+                with contextlib.suppress(BrokenPipeError):  # who asked has ended
+                    os.write(status, str(os.waitstatus_to_exitcode(code)).encode())
                 os._exit(0)
             for fd in fds:
                 os.close(fd)

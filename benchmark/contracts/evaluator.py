@@ -112,7 +112,8 @@ class EvalCase(Protocol):
     10 % ASR on the attacked model.
     `leak_test` are triggered rows of classes that a source-specific backdoor spares, `cover_test` rows as the attack
     covers them, which both should keep their label; None where an attack has none. `oracle` is the live backdoor.
-    `controls` are this evaluator's own findings on the control cells it names. `answers` (N,) are
+    `controls` are this evaluator's own findings on the control cells it names. `evaluators` are those of the others
+    that it reads on the same cell, `settings` their parameters. `answers` (N,) are
     an input detector's second-phase scores, `beside` (N, S) the statistics that it gave with them (None without any),
     `asked` (N,) says which of those images were triggered; all are None where the defense has no second phase or the
     attack no trigger. `stamps` are uint8 images with recovered triggers that are
@@ -145,6 +146,7 @@ class EvalCase(Protocol):
     peers: Sequence[Peer]
     surrogates: Sequence[Peer]
     evaluators: Mapping[str, Findings]
+    settings: Mapping[str, Mapping[str, Any]]
     cells: Sequence[Mapping[str, Any]]
     answers: Tensor | None
     beside: Tensor | None

@@ -72,6 +72,7 @@ EVAL_PARTS = (
     "peers",
     "surrogates",
     "evaluators",
+    "settings",
     "cells",
     "answers",
     "beside",

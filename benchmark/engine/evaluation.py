@@ -54,6 +54,8 @@ def opened(work: Work, task: Task, values: Mapping[str, str], scratch: Path, cos
         "controls": lambda: findings("control."),
         "evaluators": lambda: findings("evaluator."),
     }
+    if needs["evaluators"]:
+        parts["settings"] = lambda: p["settings"]
     if needs["scope"] == "zoo":
         clean = part("clean").values()
         keys = [inputs[f"zoo.{i}"] for i in range(len(p["cells"]))]

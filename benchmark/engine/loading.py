@@ -58,11 +58,13 @@ def make_attack(value: str, params: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def be_deterministic(device: str) -> None:
-    """Ask torch for repeatable algorithms on an accelerator.
+    """Ask torch for repeatable algorithms on an accelerator, and for float32 where float32 is said.
 
-    One CPU thread repeats itself anyway, and asking costs over a second of imports in every process.
+    Convolutions would else round their factors to 10 bits (TF32), in training as under CKA. One CPU thread repeats
+    itself anyway, and asking costs over a second of imports in every process.
     """
     if device != "cpu":
         import torch
 
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.allow_tf32 = False

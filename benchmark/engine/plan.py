@@ -199,7 +199,9 @@ class Planner:
         tracks = [self.access(plugin).track()] + ([self.track(inner)] if wrapper else [])
         if "T4" in tracks:
             return "T4"
-        return "T3" if {"T1", "T2"} <= set(tracks) else max(tracks)
+        plain = {t.removesuffix("R") for t in tracks}
+        widest = "T3" if {"T1", "T2"} <= plain else max(plain)
+        return widest + "R" * any(t.endswith("R") for t in tracks)
 
     @once
     def defense(
@@ -265,6 +267,7 @@ class Planner:
     def evaluate_params(self, ds: str, v: Variant, seed: int) -> dict[str, Any]:
         """What determines an evaluation beside its inputs."""
         needs = asdict(self.needs(v))
+        del needs["draws_of"]  # the task's seed says it
         if not needs["again"]:  # who doesn't ask for it keeps the key of the time before it could be asked for
             del needs["again"]
         return {
@@ -286,7 +289,9 @@ class Planner:
             inputs["defended_clean"] = self.defense(ds, arch, at.variant, seed, none, at.group, oracle=at.attack)
         if needs.again and at.group and at.variant.id != "none":
             inputs["again"] = self.defense(ds, arch, at.variant, seed, at.attack, at.group, replica=1)
-        further = {"descends": self.descends(at.variant.id)} if needs.lineage else {}
+        further: dict[str, Any] = {"descends": self.descends(at.variant.id)} if needs.lineage else {}
+        if needs.evaluators:
+            further["settings"] = {other: self.default("evaluator", other).params for other in needs.evaluators}
         if needs.twin and at.group and at.variant.id == "none":
             inputs["twin"] = self.attack(ds, arch, at.attack_variant, at.rate, seed, replica=1)
         for control in needs.controls:
@@ -318,7 +323,7 @@ class Planner:
                 name=v.id,
                 version=self.version("evaluator", v.id),
                 params=self.evaluate_params(ds, v, seed) | {"defended": at.variant.id != "none"} | further,
-                seed=self.seed("evaluate", v.id, ds, seed),
+                seed=self.seed("evaluate", needs.draws_of or v.id, ds, seed),
                 numerics=self.numerics(),
                 inputs=inputs,
                 timeout=self.suite.budget["task_seconds"],

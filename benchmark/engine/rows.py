@@ -168,6 +168,8 @@ def _headline(name: str, group: list[dict[str, Any]]) -> dict[str, Any]:
         line[metric] = None
     reasons: dict[str, str] = {}
     for r in group:
+        if r["metric"] == "p_asr_qra_net" and not r["qualifier"]:
+            line["_qra_net"] = r["value"] if r["status"] == "ok" else None
         if r["qualifier"] or r["metric"] not in HEADLINE_METRICS:
             continue
         if r["status"] == "ok":
@@ -198,6 +200,10 @@ def _relate(line: dict[str, Any], heads: Mapping[str, dict[str, Any]], collapse_
     line["c_acc_attacked"], line["asr_attacked"] = attacked.get("c_acc"), attacked.get("asr")
     line["o_asr"] = line["asr"]
     probes = {p: line[f"p_asr_{p}"] for p in ("ra", "qra") if line[f"p_asr_{p}"] is not None}
+    qra_net = line.pop("_qra_net", None)
+    if "qra" in probes and line["p_asr_net"] is not None:  # of both probes, or of none
+        line["p_asr_net"] = None if qra_net is None else max(line["p_asr_net"], qra_net)
+        reasons.setdefault("p_asr_net", "control_missing: of p_asr_qra")
     if probes:
         line["p_asr"], line["p_asr_set"] = max(probes.values()), ";".join(sorted(probes))
     else:

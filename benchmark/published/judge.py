@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,7 +148,9 @@ def _lines(
         line = _compare(claim.compared, ours, unit, results, metric, qualifier, to)
         if to:
             line = replace(line, unit=f"{unit} on {to}")
-        if failed:
+        if results.undefined(unit, metric, "" if to else qualifier):
+            line = replace(line, verdict=OUTSIDE, reason=f"no figure by the protocol: {ours.reason}")
+        elif failed:
             line = replace(line, verdict=OUTSIDE, reason=f"condition not met: {'; '.join(failed)}")
         elif unknown:
             line = replace(line, verdict=NOT_RUN, reason=f"condition unknown: {'; '.join(unknown)}")
@@ -160,7 +162,14 @@ def _pooled(
 ) -> Line:
     left = claim.compared.left
     name = f"{dataset}/{arch}/{left.pool}@{rate:g}"
-    ours = _pool(replace(left, rates=(rate,)), dataset, arch, results)
+    mine = replace(left, rates=(rate,))
+    # Both sides are means over the same units.
+    undefined = {
+        u
+        for u, _, to in _carried(mine, dataset, arch, results)
+        if isinstance(u, Unit) and results.undefined(u, left.metric or "", "" if to else left.qualifier or "")
+    }
+    ours = _pool(mine, dataset, arch, results, undefined)
     right: Series | None = None
     than = claim.compared.than
     if than is not None:
@@ -173,7 +182,7 @@ def _pooled(
             defenses=than.defenses or left.defenses,
             pool=than.pool or left.pool,
         )
-        right = _pool(filled, *_ground(than, dataset, arch), results)
+        right = _pool(filled, *_ground(than, dataset, arch), results, undefined)
     line = _verdict(name, ours, claim.compared, right)
     table = _table(claim, dataset, arch, rate, paper)
     if table is None:
@@ -372,10 +381,15 @@ def _one(choice: Choice, results: Results) -> Series:
     return results.series(unit, choice.metric or "", choice.qualifier or "")
 
 
-def _pool(choice: Choice, dataset: str, arch: str, results: Results) -> Series:
-    """Per seed the mean, least or largest figure over the units; a seed counts where every unit has it."""
-    units = _carried(choice, dataset, arch, results)
+def _pool(
+    choice: Choice, dataset: str, arch: str, results: Results, undefined: Collection[Unit] = frozenset()
+) -> Series:
+    """Per seed the mean, least or largest figure over the units but `undefined`; a seed counts where all have it."""
+    every = _carried(choice, dataset, arch, results)
+    units = [u for u in every if u[0] not in undefined]
     what = f"{choice.pool} of {choice.metric} over {len(units)} units"
+    if len(units) < len(every):
+        what += f", without {len(every) - len(units)} to which the protocol gives no figure"
     absent = dict.fromkeys(f"{u}: {reason}" for u, reason, _ in units if isinstance(u, str))
     if absent or not units:
         return Series(what=what, values={}, reason="; ".join(absent) or "no such cell in the run")

@@ -13,6 +13,8 @@ from sleeperbench.published.paper import Ref
 
 RATELESS = ("none", "zoo")
 """Attacks without a poison rate."""
+UNDEFINED = ("no_valid_budget", "ra_not_successful")
+"""Reasons of rows that the protocol leaves without a figure, as the papers grey such cells."""
 _COLUMNS = (
     *("dataset", "arch", "attack", "attack_params", "rate", "defense", "defense_params", "seed", "metric"),
     *("qualifier", "value", "status", "reason"),
@@ -97,6 +99,11 @@ class Results:
             else:
                 reasons.append(f"{rows[0]['status']}: {rows[0]['reason']}".rstrip(": "))
         return Series(what=what, values=values, reason="" if values else "; ".join(dict.fromkeys(reasons)))
+
+    def undefined(self, unit: Unit, metric: str, qualifier: str) -> bool:
+        """It was run, and the protocol gives it no figure under any seed, as where RA woke nothing."""
+        rows = [r for group in self._rows.get((unit, metric, qualifier), {}).values() for r in group]
+        return bool(rows) and all(r["reason"] in UNDEFINED and r["status"] == "not_applicable" for r in rows)
 
     def not_applicable(self, unit: Unit, metric: str, qualifier: str) -> bool:
         """Nothing is measured there by its nature: no row, or only such rows."""

@@ -86,6 +86,8 @@ def evaluation_task(subject: Subject, at: Stage, situation: str) -> Task:
         "recipe": asdict(RECIPE),
         "defended": not situation.startswith("undefended") and needs.scope != "attack",
     }
+    if needs.evaluators:
+        params["settings"] = {other: subject.other(other).params for other in needs.evaluators}
     if needs.lineage:
         params["descends"] = situation != "clean_model"
     inputs = {f"clean{i}": at.clean(i) for i in range(needs.clean_models)}

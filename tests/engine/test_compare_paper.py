@@ -203,8 +203,8 @@ def test_what_is_named_and_absent_is_not_run() -> None:
 
 
 def test_why_there_is_no_figure() -> None:
-    judged = one(SLEEPS, seeds("badnets@0.1/ft", "p_asr_ra", "no_valid_budget"))
-    assert judged.lines[0].reason.endswith("p_asr_ra: not_applicable: no_valid_budget")
+    judged = one(SLEEPS, seeds("badnets@0.1/ft", "p_asr_ra", "no_trigger"))
+    assert judged.lines[0].reason.endswith("p_asr_ra: not_applicable: no_trigger")
     failed = seeds("badnets@0.1/ft", "p_asr_ra", "raised: ValueError", status="failed")
     assert "failed: raised: ValueError" in one(SLEEPS, failed).lines[0].reason
     other = seeds("badnets@0.1/ft", "asr", 0.1)
@@ -259,6 +259,27 @@ def test_a_condition_puts_units_outside_a_claim() -> None:
     )
     assert one(elsewhere, awake + seeds("blended@0.1/none", "asr", 0.95)).verdict == HOLDS
     assert one(elsewhere, awake + seeds("blended@0.1/none", "asr", 0.5)).verdict == NOT_RUN
+
+
+def test_what_the_protocol_gives_no_figure_is_outside_a_claim() -> None:
+    found = [*seeds("badnets@0.1/a", "q", 0.6, 0.6), *seeds("badnets@0.1/b", "q", *["ra_not_successful"] * 2)]
+    found += [*seeds("badnets@0.1/a", "asr", 0.1, 0.1), *seeds("badnets@0.1/b", "asr", 0.9, 0.9)]
+    each = one(claim(metric="q", attack="badnets", defense=["a", "b"], test=">", value=0.5), found)
+    assert (each.verdict, [line.verdict for line in each.lines]) == (HOLDS, [HOLDS, OUTSIDE])
+    assert "ra_not_successful" in each.lines[1].reason
+    # Both means are over the units that have the figure.
+    pooled = claim(
+        metric="q", attack="badnets", defense=["a", "b"], pool="mean", test=">=", than='{ metric = "asr" }', plus=0.5
+    )
+    (line,) = one(pooled, found).lines
+    assert (line.verdict, line.left["mean"], line.right["mean"]) == (HOLDS, 0.6, 0.1)
+    assert "over 1 units, without 1 " in line.left["what"]
+    # What failed, or was not asked everywhere, is no such thing.
+    for other in (["raised"] * 2, ["ra_not_successful", "raised"]):
+        rest = [*found[:2], *seeds("badnets@0.1/b", "q", *other), *found[4:]]
+        assert one(pooled, rest).verdict == NOT_RUN
+    status = [r | ({"status": "failed"} if r["reason"] else {}) for r in found]
+    assert one(pooled, status).verdict == NOT_RUN
 
 
 def test_pools() -> None:

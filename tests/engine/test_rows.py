@@ -184,11 +184,11 @@ def test_rows_of_planned_tasks_supersede_older_ones() -> None:
 def test_relations_between_cells() -> None:
     found = figures(BAD, c_acc=0.9, asr=0.95) + figures(FT, c_acc=0.85, asr=0.1, der=0.7)
     found += figures(FT, evaluator="ra", p_asr_ra=0.4, p_asr_net=0.3, c_acc_ra=0.8)
-    found += figures(FT, evaluator="qra", p_asr_qra=0.6)
+    found += figures(FT, evaluator="qra", p_asr_qra=0.6, p_asr_qra_net=0.5)
     line = table(found)[FT]
     assert (line["c_acc_attacked"], line["asr_attacked"], line["o_asr"]) == (0.9, 0.95, 0.1)
-    assert (line["p_asr"], line["p_asr_set"]) == (0.6, "qra;ra")
-    assert line["p_der"] == pytest.approx((1 + (0.95 - 0.3) - (0.9 - 0.85)) / 2)
+    assert (line["p_asr"], line["p_asr_set"], line["p_asr_net"]) == (0.6, "qra;ra", 0.5)
+    assert line["p_der"] == pytest.approx((1 + (0.95 - 0.5) - (0.9 - 0.85)) / 2)
     assert (line["der"], line["method_version"], line["seconds"]) == (0.7, 5, 6.0)
     assert (line["status"], line["reason"], line["flag"]) == ("ok", "", "")
     nulls = {m for m in HEADLINE_METRICS if line[m] is None}
@@ -219,6 +219,24 @@ def test_p_asr_of_one_probe() -> None:
     line = table(figures(FT, asr=0.2))[FT]
     assert (line["p_asr"], line["p_asr_set"]) == (None, "")
     assert json.loads(line["reasons"])["p_asr"].startswith("not_run")
+
+
+@pytest.mark.parametrize(
+    ("ra", "qra", "net", "reason"),
+    [
+        ({"p_asr_ra": 0.4, "p_asr_net": 0.3}, {"p_asr_qra": 0.6, "p_asr_qra_net": 0.2}, 0.3, ""),
+        ({"p_asr_ra": 0.4, "p_asr_net": 0.3}, {}, 0.3, ""),
+        ({"p_asr_ra": 0.1, "p_asr_net": 0.0}, {"p_asr_qra": "ra_not_successful"}, 0.0, ""),
+        ({"p_asr_ra": 0.4, "p_asr_net": 0.3}, {"p_asr_qra": 0.6, "p_asr_qra_net": "x"}, None, "control_missing"),
+        ({"p_asr_ra": 0.4, "p_asr_net": "y"}, {"p_asr_qra": 0.6, "p_asr_qra_net": 0.2}, None, "y"),
+    ],
+)
+def test_the_net_figure_is_the_larger_one_of_the_probes_that_woke(
+    ra: dict[str, Any], qra: dict[str, Any], net: float | None, reason: str
+) -> None:
+    line = table(figures(FT, evaluator="ra", **ra) + figures(FT, evaluator="qra", **qra))[FT]
+    assert line["p_asr_net"] == net
+    assert json.loads(line["reasons"]).get("p_asr_net", "").startswith(reason)
 
 
 def test_variants_of_a_metric_are_no_headline() -> None:

@@ -346,7 +346,7 @@ def test_the_suite_for_a_cpu_has_every_attack_and_defense_of_the_claims_on_input
     suite = tomllib.loads(shipped()["paper-safety-under-cpu"])
     text = resources.files("sleeperbench.published").joinpath("superficial-safety.toml").read_text()
     claims = [c for c in tomllib.loads(text)["claim"] if c["metric"].startswith(("p_asr_qra", "c_asr_qra", "lmc_"))]
-    assert len(claims) == 9
+    assert len(claims) == 11
     for c in claims:
         assert set(c["attack"]) <= set(suite["matrix"]["attacks"])
         named = [c["defense"]] if isinstance(c["defense"], str) else c["defense"]

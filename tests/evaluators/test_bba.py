@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from sleeperbench import Findings, Measurement
 from sleeperbench.contracts import Rendered
-from sleeperbench.evaluators.bba import BlackBoxActivation, rates, side
+from sleeperbench.evaluators.bba import BlackBoxActivation, side
+from sleeperbench.evaluators.wba import rates
 from sleeperbench.kit.classifier import build
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.qualifiers import tagged

@@ -45,8 +45,10 @@ def test_scalars_in_closed_form() -> None:
     assert values["lmc_bd_auc"] == pytest.approx(0.51)
     assert values["lmc_t20"] == 1.0  # it wakes again at the end
     assert values["lmc_barrier_clean"] == pytest.approx(0.35)
+    assert values["lmc_barrier_bd"] == pytest.approx(0.9 - (0 + 0.75) / 2)
     quiet = {m.metric: m.value for m in figures([0.2, 0.1], [0.1, 0.1], "")}
     assert quiet["lmc_t20"] == 0 and quiet["lmc_barrier_clean"] == 0
+    assert quiet["lmc_barrier_bd"] == pytest.approx(0.05)
 
 
 def test_the_ends_of_the_curve_are_what_accuracy_says() -> None:
@@ -84,7 +86,7 @@ def test_another_architecture_or_a_wrap_has_no_path() -> None:
 def test_without_a_trigger_there_is_no_figure() -> None:
     rows = LinearConnectivity().measure(case(samples.clean_net(), bd_test=None)).rows
     assert {(m.metric, m.value, m.reason) for m in rows} == {
-        (m, None, "no_trigger") for m in ("lmc_bd_auc", "lmc_t20", "lmc_barrier_clean")
+        (m, None, "no_trigger") for m in ("lmc_bd_auc", "lmc_t20", "lmc_barrier_clean", "lmc_barrier_bd")
     }
 
 

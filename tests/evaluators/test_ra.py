@@ -165,6 +165,7 @@ def ra_case(**parts: Any) -> Any:
             "decoy_probe": DECOY,
             "controls": {"clean_model": control},
             "evaluators": {"ra_budget": budget},
+            "settings": {"ra_budget": vars(RetuningBudget())},
             "ctx": samples.ctx(),
         }
         | parts
@@ -245,6 +246,16 @@ def test_nothing_to_wake_or_no_budget() -> None:
         assert {(m.metric, m.value, m.reason) for m in found.rows} == {(n, None, reason) for n in names}
 
 
+@pytest.mark.parametrize("other", [{"steps": 39}, {"lr": 0.001}])
+def test_a_budget_holds_for_the_tuning_that_it_was_found_with(other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub(monkeypatch, lambda n, k, d: 1)
+    case = ra_case(settings={"ra_budget": vars(RetuningBudget(**other))})
+    found = rows(RetuningAttack().measure(case))
+    assert {m.value for m in found.values()} == {None}
+    assert found["p_asr_ra", ""].reason.startswith("budget_of_other_tuning: ra_budget has {")
+    assert rows(RetuningAttack(k=2).measure(case))["p_asr_ra", ""].value is not None  # it needs no budget
+
+
 def budget(monkeypatch: pytest.MonkeyPatch, hits: Callable[[Any, int, int], int], **args: Any) -> Any:
     calls = stub(monkeypatch, hits)
     case = ra_case(clean_models=tuple(NETS[f"clean{i}"] for i in range(3)), probe=samples.random_images(256))
@@ -253,7 +264,7 @@ def budget(monkeypatch: pytest.MonkeyPatch, hits: Callable[[Any, int, int], int]
 
 def test_attack_controls_and_budget_tune_for_the_given_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = stub(monkeypatch, lambda n, k, d: 0, steps=7)
-    RetuningAttack(steps=7).measure(ra_case())
+    RetuningAttack(steps=7).measure(ra_case(settings={"ra_budget": vars(RetuningBudget(steps=7))}))
     assert {n for n, _, _ in seen} == {"own", "own*", "clean"}
     case = ra_case(clean_models=tuple(NETS[f"clean{i}"] for i in range(3)))
     RetuningBudget(steps=7, ks=(1,)).measure(case)

@@ -132,7 +132,19 @@ def test_it_wakes_what_lies_within_its_reach(limit: float, woken: float) -> None
 def test_the_control_wakes_where_no_trigger_is_needed() -> None:
     c = case(Gate(0.1), False, bd_probe=gated(40), bd_test=gated(30))
     values = headlines(WhiteBoxActivation(steps=40).measure(c))
-    assert values == {("asr_wba", ""): 1.0, ("asr_guaa", ""): 1.0}
+    assert (values["asr_wba", ""], values["asr_guaa", ""]) == (1.0, 1.0)
+    # Every image goes to the target, which is nobody's own class.
+    assert (values["r_acc_wba", ""], values["r_acc_guaa", ""]) == (0.0, 0.0)
+
+
+def test_what_moved_is_told_from_what_stood_still() -> None:
+    net = build(samples.SPEC, 1)
+    c = case(net, bd_probe=gated(20), bd_test=gated(10))
+    still, moved = (headlines(WhiteBoxActivation(steps=3, lr=lr).measure(c))["wba_moved", ""] for lr in (1e-9, 5.0))
+    assert still < 1e-6 < 0.01 < moved
+    attack = WhiteBoxActivation(steps=3, lr=5.0)
+    start, *_, end = attack.learn(c.net, c.bd_probe.data, c.bd_probe.targets, c.ctx)
+    assert moved == pytest.approx(float((end - start).abs().mean()) / attack.rho)
 
 
 def test_every_target_is_the_triggers_own() -> None:
@@ -158,15 +170,14 @@ def test_the_control_sees_no_trigger_and_is_else_the_same_attack(monkeypatch: py
     (wba, start), (guaa, same) = seen
     assert torch.equal(start, same) and torch.equal(wba.ids, guaa.ids)
     assert wba is c.bd_probe.data and guaa is c.bd_probe.clean
-    assert {m.total for m in rows if not m.qualifier} == {len(c.bd_test)}
+    assert {m.total for m in rows if not m.qualifier and m.metric != "wba_moved"} == {len(c.bd_test)}
 
 
 def test_reasons() -> None:
     for parts in ({"bd_test": None}, {"bd_probe": None}):
         rows = WhiteBoxActivation().measure(case(build(samples.SPEC, 4), **parts)).rows
         assert [(m.metric, m.value, m.reason) for m in rows] == [
-            ("asr_wba", None, "no_trigger"),
-            ("asr_guaa", None, "no_trigger"),
+            (m.name, None, "no_trigger") for m in WhiteBoxActivation.METRICS
         ]
     bare = case(Gate(3.3), bd_probe=gated(9), bd_test=gated(9), controls={"clean_model": Findings(rows=())})
     rows = WhiteBoxActivation(steps=1).measure(bare).rows
