@@ -190,6 +190,23 @@ def test_seeds_are_independent() -> None:
     assert len(drawn) == 80
 
 
+def test_what_repeats_ra_s_runs_has_its_seed_and_settings(make_plan: Any) -> None:
+    plan = make_plan(
+        evaluators=["ra", "ra_budget", "qra", "wake", "accident"], seeds=[0, 1], tail="[evaluator.ra]\nlr = 0.02\n"
+    )
+    seeds: dict[str, set[int]] = {}
+    for t in plan.tasks.values():
+        if t.kind == "evaluate":
+            seeds.setdefault(t.name, set()).add(t.seed)
+            assert "draws_of" not in t.params["needs"]
+    assert len(seeds["ra"]) == 2
+    assert seeds["qra"] == seeds["wake"] == seeds["ra"]
+    assert not seeds["ra"] & (seeds["accident"] | seeds["ra_budget"])
+    (qra, *_) = [t for t in plan.tasks.values() if t.name == "qra"]
+    assert qra.params["settings"]["ra"]["lr"] == 0.02
+    assert set(qra.params["settings"]) == {"ra", "ra_budget"}
+
+
 def test_a_defenses_seed_tells_nothing_of_the_attack(make_plan: Any) -> None:
     plan = make_plan(attacks=["none", "badnets", "blended"], rates=[0.1, 0.2], tail="[attack.badnets]\nsize = [3, 4]\n")
     seeds = {t.seed for t in plan.tasks.values() if t.kind == "defense" and t.name == "ft"}
