@@ -9,10 +9,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from sleeperbench import EvalCase, Evaluator, Findings, Measurement, Metric, Needs
+from sleeperbench.contracts import Rendered
 from sleeperbench.kit.predict import spread
 
 _ROWS = 500
 _GALLERY = 8
+_APART = 1.0
+"""Decibels from which on the form of training is another one than that of the test."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,10 @@ class Stealth(Evaluator):
 
     Each figure is a mean over up to 500 rows spread evenly over the triggered test images. Rows that the trigger
     leaves unchanged have no finite PSNR and are left out of its mean.
+
+    Some attacks poison with another form than they attack with: weaker, in parts, smaller. `form=training` are the same
+    figures of probe rows as they would be poisoned, and where their PSNR is another one, by 1 dB or more, they have a
+    picture of their own. What an attack changes in single training images beside its trigger is on no other image.
     """
 
     INFO = {
@@ -30,7 +37,7 @@ class Stealth(Evaluator):
         "Similarity}, author={Wang, Zhou and Bovik, Alan C. and Sheikh, Hamid R. and Simoncelli, Eero P.}, "
         "journal={IEEE Transactions on Image Processing}, volume={13}, number={4}, pages={600--612}, year={2004}}",
         "kind": "stealth",
-        "version": 2,
+        "version": 3,
         "api": 1,
         "micro": {},
     }
@@ -63,25 +70,46 @@ class Stealth(Evaluator):
     )
 
     def measure(self, case: EvalCase) -> Findings:
-        """The three figures and a picture `gallery`: clean, triggered, and their difference, one row per image."""
+        """The three figures of both forms, and pictures: clean, triggered, and their difference, one row per image."""
         if case.bd_test is None:
             return Findings(
                 rows=tuple(Measurement(metric=m.name, value=None, reason="no_trigger") for m in self.METRICS)
             )
-        some = spread(len(case.bd_test), _ROWS)
-        clean, triggered = case.bd_test.clean.images[some].cpu(), case.bd_test.data.images[some].cpu()
-        decibel = psnr(clean, triggered)
-        finite = decibel[decibel.isfinite()]
-        rows = (
-            Measurement(metric="psnr", value=float(finite.mean()))
-            if len(finite)
-            else Measurement(metric="psnr", value=None, reason="unchanged"),
-            Measurement(metric="ssim", value=float(ssim(clean, triggered).mean())),
-            Measurement(metric="linf", value=float(_difference(clean, triggered).abs().amax((1, 2, 3)).mean() / 255)),
+        rows, sheets = figures(case.bd_test, ""), {"gallery": sheet(case.bd_test)}
+        if case.bd_probe is not None and len(case.bd_probe):
+            trained = figures(case.bd_probe, "form=training")
+            test, training = rows[0].value, trained[0].value
+            if test is None or training is None or abs(test - training) >= _APART:
+                sheets["gallery_training"] = sheet(case.bd_probe)
+            rows += trained
+        return Findings(
+            rows=tuple(rows),
+            pictures={name: picture for name, (picture, _) in sheets.items()},
+            curves={name: {"residual_factor": factor} for name, (_, factor) in sheets.items()},
         )
-        shown = spread(len(some), _GALLERY)
-        picture, factor = gallery(clean[shown], triggered[shown])
-        return Findings(rows=rows, pictures={"gallery": picture}, curves={"gallery": {"residual_factor": factor}})
+
+
+def figures(bd: Rendered, qualifier: str) -> list[Measurement]:
+    """PSNR, SSIM and largest change of triggered against clean images, in this order."""
+    some = spread(len(bd), _ROWS)
+    clean, triggered = bd.clean.images[some].cpu(), bd.data.images[some].cpu()
+    decibel = psnr(clean, triggered)
+    finite = decibel[decibel.isfinite()]
+    values = {
+        "psnr": float(finite.mean()) if len(finite) else None,
+        "ssim": float(ssim(clean, triggered).mean()),
+        "linf": float(_difference(clean, triggered).abs().amax((1, 2, 3)).mean() / 255),
+    }
+    return [
+        Measurement(metric=m, value=v, qualifier=qualifier, reason="unchanged" if v is None else "")
+        for m, v in values.items()
+    ]
+
+
+def sheet(bd: Rendered) -> tuple[Tensor, int]:
+    """Contact sheet of eight of the rows, see `gallery`."""
+    shown = spread(len(bd), _GALLERY)
+    return gallery(bd.clean.images[shown].cpu(), bd.data.images[shown].cpu())
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:

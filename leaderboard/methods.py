@@ -27,6 +27,8 @@ SHEET = 12
 """Most pictures on an attack's contact sheet."""
 SHEET_ROOM = (330, 1200)
 """Width and height that a contact sheet is blown up to at most, by whole pixels: its columns' names need room."""
+GALLERIES = {"gallery": "", "gallery_training": " · as poisoned in training"}
+"""Pictures of a contact sheet, and what their titles add."""
 COLUMNS = ("clean", "poisoned")
 """Columns of a contact sheet, before the residual."""
 VISIBLE = ("psnr", "ssim", "linf")
@@ -210,8 +212,11 @@ def _sheet(
     apart: Apart,
     write: Callable[[str, bytes], None],
 ) -> list[dict[str, Any]]:
-    """One picture of the trigger per setting, from the undefended model's cell of the lowest seed that has one."""
-    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    """The trigger per setting, from the undefended model's cell of the lowest seed that has a picture.
+
+    Where an attack poisons with another form than it attacks with, a second picture shows that one.
+    """
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for r in sorted(
         rows, key=lambda r: (r.cell["dataset"], r.cell["arch"], setting(r.cell), r.cell["seed"], r.cell["cell"])
     ):
@@ -220,17 +225,20 @@ def _sheet(
         if r.cell["defense"] != NONE or key in found or len(found) == SHEET or r.href[6:-5] not in having[run.path]:
             continue
         of = media.load(run.path, r.cell["cell"], write)
-        named = [p for p in of.pictures if p.title == terms.PICTURES["gallery"][0]]
-        if of.pictures:
-            picture = (named or of.pictures)[0]
+        by_title = {p.title: p for p in reversed(of.pictures)}
+        for name in GALLERIES:
+            named = by_title.get(terms.PICTURES[name][0])
+            picture = named or (of.pictures[0] if name == "gallery" and of.pictures else None)
+            if picture is None:
+                continue
             times = max(1, min(SHEET_ROOM[0] // picture.width, SHEET_ROOM[1] // picture.height))
-            figures = apart.get(r.cell["cell"], {})
-            found[key] = {
+            figures = apart.get(r.cell["cell"], {}) if name == "gallery" else {}
+            made = {
                 "picture": picture,
                 "width": picture.width * times,
                 "height": picture.height * times,
                 "pixels": picture.enlarged or times > 1,
-                "columns": (*COLUMNS, f"residual × {_factor(of.facts)}") if named else (),
+                "columns": (*COLUMNS, f"residual × {_factor(of.facts, name)}") if named else (),
                 "figures": [
                     (
                         words.label(m),
@@ -240,14 +248,15 @@ def _sheet(
                     if m in figures
                 ],
                 "href": r.href,
-                "title": " · ".join((*key, f"seed {r.cell['seed']}")),
+                "title": " · ".join((*key, f"seed {r.cell['seed']}")) + GALLERIES[name],
             }
-    return list(found.values())
+            found.setdefault(key, []).append(made)
+    return [x for several in found.values() for x in several]
 
 
-def _factor(facts: Sequence[media.Facts]) -> str:
-    """What the residual of the gallery was multiplied by."""
-    told = [v for f in facts if f.name.endswith("-gallery") for k, v, _ in f.pairs if k == "residual_factor"]
+def _factor(facts: Sequence[media.Facts], name: str) -> str:
+    """What the residual of that gallery was multiplied by."""
+    told = [v for f in facts if f.name.endswith(f"-{name}") for k, v, _ in f.pairs if k == "residual_factor"]
     return told[0] if told and re.fullmatch(r"[0-9]{1,3}", told[0]) else "k (not recorded)"
 
 

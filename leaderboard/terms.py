@@ -262,6 +262,11 @@ PICTURES = {
         "Trigger gallery",
         "One row per test image: clean, with the trigger, and the difference, enlarged around mid-grey.",
     ),
+    "gallery_training": (
+        "Trigger gallery, as poisoned in training",
+        "One row per probe image, which no model was trained on: clean, with the trigger in the form that the attack "
+        "poisons with, and the difference, enlarged around mid-grey.",
+    ),
     "recovered": (
         "True and recovered triggers",
         "One row per test image: clean; with the true trigger, where there is one; with the recovered one; the "

@@ -60,7 +60,7 @@ def test_psnr_of_constant_change() -> None:
 def measured(attack: BadNets | Blended) -> tuple[dict[str, float | None], object]:
     data = samples.random_images(40, (3, 32, 32))
     bd_test = render(data, attack.prepare(data, samples.ctx()), Role.TEST, samples.ctx())
-    findings = Stealth().measure(SimpleNamespace(bd_test=bd_test))
+    findings = Stealth().measure(SimpleNamespace(bd_test=bd_test, bd_probe=None))
     return headline(findings), findings
 
 
@@ -68,7 +68,7 @@ def test_figures_of_a_patch() -> None:
     data = samples.random_images(40, (3, 32, 32))
     bd_test = render(data, BadNets(pattern="white").prepare(data, samples.ctx()), Role.TEST, samples.ctx())
     assert bd_test is not None
-    found = headline(Stealth().measure(SimpleNamespace(bd_test=bd_test)))
+    found = headline(Stealth().measure(SimpleNamespace(bd_test=bd_test, bd_probe=None)))
     gap = 255 - bd_test.clean.images[:, :, 29:, 29:].double()
     assert found["linf"] == pytest.approx(float(gap.amax((1, 2, 3)).mean()) / 255)
     mse = gap.square().sum((1, 2, 3)) / (3 * 32 * 32)
@@ -79,10 +79,10 @@ def test_figures_of_a_patch() -> None:
 
 def test_unchanged_rows_have_no_psnr() -> None:
     r = samples.rendered([5, 0], [1, 2], [0, 0])
-    found = headline(Stealth().measure(SimpleNamespace(bd_test=r)))
+    found = headline(Stealth().measure(SimpleNamespace(bd_test=r, bd_probe=None)))
     assert found["psnr"] == pytest.approx(10 * math.log10(255**2 * 256 / 25))
     same = samples.rendered([0, 0], [1, 2], [0, 0])
-    findings = Stealth().measure(SimpleNamespace(bd_test=same))
+    findings = Stealth().measure(SimpleNamespace(bd_test=same, bd_probe=None))
     assert {m.metric: m.reason for m in findings.rows}["psnr"] == "unchanged"
     assert headline(findings)["ssim"] == pytest.approx(1)
 
@@ -109,6 +109,19 @@ def test_no_trigger_no_figures_and_at_most_eight_rows_shown() -> None:
     _, full = measured(Blended())
     assert full.pictures["gallery"].shape == (3, 8 * 34, 3 * 34)
     assert full.pictures["gallery"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize(("alpha", "apart"), [(0.1, True), (0.19, False), (0.2, False)])
+def test_the_form_of_training_stands_beside_that_of_the_test_where_it_is_another(alpha: float, apart: bool) -> None:
+    data = samples.random_images(40, (3, 32, 32))
+    backdoor = Blended(alpha_train=alpha).prepare(data, samples.ctx())
+    test, probe = (render(data, backdoor, role, samples.ctx()) for role in (Role.TEST, Role.TRAIN))
+    found = Stealth().measure(SimpleNamespace(bd_test=test, bd_probe=probe))
+    values = {(m.metric, m.qualifier): m.value for m in found.rows}
+    assert values["psnr", "form=training"] == pytest.approx(float(psnr(probe.clean.images, probe.data.images).mean()))
+    # Half of the change are 6 dB.
+    assert values["psnr", "form=training"] - values["psnr", ""] == pytest.approx(20 * math.log10(0.2 / alpha), abs=0.1)
+    assert set(found.pictures) == set(found.curves) == {"gallery", *(["gallery_training"] if apart else [])}
 
 
 def test_ssim_hardly_sees_a_patch_in_the_corner() -> None:

@@ -243,8 +243,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in (1, 2):
         cell = of(cells, "bend", "none", seed)["cell"]
         pictures = [{"file": "trigger.png", "title": "gallery", "caption": "gallery, by stealth"}]
-        factor = {"name": "stealth-gallery", "residual_factor": 3}
-        synthetic.write_media(folder, cell, {"cell": cell, "pictures": pictures, "curves": [factor]})
+        pictures.append({"file": "trigger.png", "title": "gallery_training", "caption": "gallery_training, by stealth"})
+        factors = [{"name": f"stealth-gallery{n}", "residual_factor": f} for n, f in (("", 3), ("_training", 7))]
+        synthetic.write_media(folder, cell, {"cell": cell, "pictures": pictures, "curves": factors})
     return folder
 
 
@@ -318,13 +319,16 @@ def test_an_attacks_page_has_bars_families_robust_accuracy_and_a_contact_sheet(
     assert line[8] == "95.0 %"
     assert [a.text for a in page.by_id("gate").all("a")] == ["0", "1", "2"]
     assert "warp" in next(t.text for t in page.root.all("dl"))
-    (img,) = page.root.all("img")
+    img, trained = page.root.all("img")
     assert (made / "attacks" / img.attrs["src"]).is_file()
     assert "seed 1" in img.attrs["alt"], "the lowest seed that has a picture"
     assert img.attrs["alt"].endswith("columns: clean, poisoned, residual × 3")
     assert (img.attrs["width"], img.attrs["height"]) == ("192", "192"), "12 times 16 pixels; twice that has no room"
-    (figure,) = page.root.all("figure")
+    figure, other = page.root.all("figure")
     assert [t.text for t in figure.all("text")] == ["clean", "poisoned", "residual × 3"]
+    # As poisoned, where that is another form: without the figures, which are of the test.
+    assert trained.attrs["alt"].endswith("as poisoned in training; columns: clean, poisoned, residual × 7")
+    assert other.all("div") == []
     assert [(d.all("dt")[0].text, d.all("dd")[0].text) for d in figure.all("div")] == [
         ("PSNR", "31 dB"),
         ("Largest pixel change", "0.5 (128 of 255)"),
