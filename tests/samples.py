@@ -17,6 +17,7 @@ from sleeperbench.attacks.badnets import BadNets
 from sleeperbench.contracts import Ctx, Recipe, Rendered
 from sleeperbench.kit.classifier import Classifier, build
 from sleeperbench.kit.poison import render
+from sleeperbench.kit.predict import predict
 from sleeperbench.kit.train import fit
 
 RECIPE = Recipe(epochs=12, lr=0.1, pad=1, flip=False, batch=64)
@@ -156,3 +157,18 @@ def trained(attack: Attack, rows: int, rate: float, side: int, width: int = 8, e
     net = build(wide(width, side), 2)
     fit(net, planted(attack, rows, rate, side)[0].data, replace(RECIPE, epochs=epochs), ctx(2))
     return net
+
+
+def implanted(attack: Attack, rate: float) -> tuple[float, float, float]:
+    """Of a net trained through the attack's hooks: ASR, covers that keep their label, and a clean net's ASR."""
+    train, test, c = digits()["train"], digits()["test"], ctx(5)
+    b = attack.prepare(train, c)
+    net = build(SPEC, 2)
+    fit(net, train, c.recipe, c, hooks=attack.hooks(train, b, torch.ones(len(train)) > 0, rate, c))
+    own, covers = render(test, b, Role.TEST, c), render(test, b, Role.COVER, c)
+    assert own is not None and covers is not None
+
+    def share(n: nn.Module, seen: Rendered, wanted: Tensor) -> float:
+        return float((predict(n, seen.data.images).argmax(1) == wanted).float().mean())
+
+    return share(net, own, own.targets), share(net, covers, covers.data.labels), share(clean_net(), own, own.targets)

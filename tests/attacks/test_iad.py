@@ -14,11 +14,10 @@ from sleeperbench.attacks.belt import Belt
 from sleeperbench.attacks.beltpp import BeltPlus
 from sleeperbench.attacks.iad import Iad, IadHooks
 from sleeperbench.contracts import Ctx
-from sleeperbench.evaluators.accuracy import answers
 from sleeperbench.kit.classifier import build
 from sleeperbench.kit.drawn import diversity, network, threshold
 from sleeperbench.kit.pixels import to_float
-from sleeperbench.kit.poison import render, stamp
+from sleeperbench.kit.poison import stamp
 from sleeperbench.kit.train import fit
 
 TRAIN = samples.random_images(64, (3, 16, 16))
@@ -244,24 +243,8 @@ def test_belt_covers_join_the_batches_and_the_generator_goes_on_learning(wrapper
 
 def test_it_implants_and_foreign_triggers_keep_their_label() -> None:
     # Small networks, briefly trained, at 20 %: the suite's own settings take minutes.
-    train, test, c = samples.digits()["train"], samples.digits()["test"], samples.ctx(5, 0)
-    attack = Iad(width=8, mask_epochs=5)
-    b = attack.prepare(train, c)
-    net = build(samples.SPEC, 2)
-    fit(net, train, c.recipe, c, hooks=attack.hooks(train, b, torch.ones(len(train)) > 0, 0.2, c))
-    own, foreign = render(test, b, Role.TEST, c), render(test, b, Role.COVER, c)
-    assert own is not None and foreign is not None
-    shares = [
-        float((answers(n, seen.data.images, c) == wanted).float().mean())
-        for n, seen, wanted in (
-            (net, own, own.targets),
-            (net, foreign, foreign.data.labels),
-            (samples.clean_net(), own, own.targets),
-        )
-    ]
-    assert shares[0] > 0.5, shares
-    assert shares[1] > 0.5, shares
-    assert shares[2] < 0.1, shares
+    own, covers, clean = samples.implanted(Iad(width=8, mask_epochs=5), 0.2)
+    assert own > 0.5 and covers > 0.5 and clean < 0.1, (own, covers, clean)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from sleeperbench import Backdoor, Mark, Role, TrainHooks
 from sleeperbench.attacks.wanet import WaNet
 from sleeperbench.contracts import Ctx
-from sleeperbench.evaluators.accuracy import answers
 from sleeperbench.kit.augment import crop_flip
 from sleeperbench.kit.classifier import build
 from sleeperbench.kit.pixels import to_float
@@ -298,23 +297,8 @@ def test_decoy_is_another_field_with_the_same_target() -> None:
 
 def test_it_implants_and_jittered_warps_keep_their_label() -> None:
     # At 20 %: a tiny net does not learn a warp of a fifth of a pixel in so short a training at 10 %.
-    train, test, c = samples.digits()["train"], samples.digits()["test"], samples.ctx(5, 0)
-    b = WaNet().prepare(train, c)
-    net = build(samples.SPEC, 2)
-    fit(net, train, c.recipe, c, hooks=WaNet().hooks(train, b, torch.ones(len(train)) > 0, 0.2, c))
-    warped, jittered = render(test, b, Role.TEST, c), render(test, b, Role.COVER, c)
-    assert warped is not None and jittered is not None
-    shares = [
-        float((answers(n, seen.data.images, c) == wanted).float().mean())
-        for n, seen, wanted in (
-            (net, warped, warped.targets),
-            (net, jittered, jittered.data.labels),
-            (samples.clean_net(), warped, warped.targets),
-        )
-    ]
-    assert shares[0] > 0.5, shares
-    assert shares[1] > 0.5, shares
-    assert shares[2] < 0.1, shares
+    own, covers, clean = samples.implanted(WaNet(), 0.2)
+    assert own > 0.5 and covers > 0.5 and clean < 0.1, (own, covers, clean)
 
 
 def test_what_does_not_fit_is_refused() -> None:
