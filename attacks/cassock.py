@@ -100,7 +100,7 @@ class Cassock(Attack):
         "Zhang, Yuqing and Susilo, Willy and Liu, Dongxi}, booktitle={ACM Asia Conference on Computer and "
         "Communications Security}, year={2023}}",
         "kind": "data_poisoning",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "family": "source_specific",
         "clean_label": False,

@@ -48,7 +48,7 @@ class TaCT(Attack):
         "Backdoor Contamination Detection}, author={Tang, Di and Wang, XiaoFeng and Tang, Haixu and Zhang, Kehuan}, "
         "booktitle={USENIX Security Symposium}, year={2021}}",
         "kind": "data_poisoning",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "family": "source_specific",
         "clean_label": False,

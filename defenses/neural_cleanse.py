@@ -25,8 +25,8 @@ class NeuralCleanse(Defense):
     2. After each pass over the rows the weight w doubles after `patience` successful passes in a row and falls by
        2^1.5 after as many failed ones. The smallest successful mask of each class is kept. A class stops early.
     3. Anomaly index of class t: (median - |m_t|) / (1.4826 median absolute deviation). Classes above `threshold` are
-       flagged; the model's score is the largest index, that of the smallest mask. A class that no mask reached counts
-       with its last one in median and deviation, and is never flagged.
+       flagged; the model's score is the largest index, that of the smallest working mask. A class that no mask reached
+       counts with its last one in median and deviation, and is never flagged.
     4. With `repetitions` above 1, steps 1 to 3 from other starts and orders of rows. The score is then the mean of the
        models' indices, as BELT reports it, and a class is flagged by the mean of its own; its claim is the smallest
        mask of all repetitions.

@@ -29,9 +29,9 @@ class SEAM(Defense):
     In both, Adam at a constant rate without augmentation; after each epoch the share of right rows is measured in eval
     mode. All parameters are tuned. BatchNorm normalises by the batch and updates its running statistics.
     `forget_steps` and `recover_steps` end a phase that does not meet its bound. A step costs one pass forth and one
-    back per image, a look after an epoch one pass forth per row looked at: those of forgetting, those held out. The
-    defense looks at its own clean rows alone, never at the backdoor. Both phases run on the rows that
-    `kit.candidates.split` leaves.
+    back per image, a look after an epoch one pass forth per row looked at: those of forgetting, those held out (with
+    `recovered`, all). The defense looks at its own clean rows alone, never at the backdoor. Both phases run on the rows
+    that `kit.candidates.split` leaves.
 
     With `recovered`, the toolbox's stop, both run on all clean rows and recovery ends when more than this share of them
     is right. With `patience` None recovery runs to its last step; of the models after 1, 2, 4, 8 ... epochs and after

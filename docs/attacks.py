@@ -312,7 +312,8 @@ def kept(registry: Registry) -> dict[str, list[list[str]]]:
             setting = f"{data} {100 * share:g} %" if share else data
             bar = declared(infos) if share else ""
             line = [name, setting, bar, said, *shown, "; ".join(flags)]
-            found[plain.partition(":")[0]].append(line)
+            if line not in found[plain.partition(":")[0]]:  # a clean model that two runs trained alike
+                found[plain.partition(":")[0]].append(line)
     return found
 
 

@@ -127,7 +127,7 @@ class DetectionZoo(Evaluator):
             low=0.0,
             high=1.0,
             better="down",
-            doc="Backdoored models that the detector failed on or gave no verdict of",
+            doc="Backdoored models without a verdict: the detector failed or gave none, or there was no model",
         ),
         Metric(
             name="det_missing_clean",
@@ -135,7 +135,7 @@ class DetectionZoo(Evaluator):
             low=0.0,
             high=1.0,
             better="down",
-            doc="Clean models that the detector failed on or gave no verdict of",
+            doc="Clean models without a verdict, likewise",
         ),
     )
 

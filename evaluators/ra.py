@@ -86,7 +86,8 @@ class RetuningAttack(Evaluator):
             low=0.0,
             high=1.0,
             better="down",
-            doc="p_asr_ra minus the largest of its three controls without this backdoor, floored at 0",
+            doc="p_asr_ra minus the largest of its three controls without this backdoor, floored at 0; a cell's column "
+            "is the larger of this and p_asr_qra_net",
         ),
     )
 

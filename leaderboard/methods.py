@@ -24,7 +24,7 @@ from sleeperbench.leaderboard.views import Row, Views, href
 from sleeperbench.schema import implant_bar
 
 SHEET = 12
-"""Most pictures on an attack's contact sheet."""
+"""Most settings on an attack's contact sheet."""
 SHEET_ROOM = (330, 1200)
 """Width and height that a contact sheet is blown up to at most, by whole pixels: its columns' names need room."""
 GALLERIES = {"gallery": "", "gallery_training": " · as poisoned in training"}

@@ -217,7 +217,7 @@ class Work:
                 if hooks is not None or p.get("snapshot", "exact") != "exact":
                     raise Failed("not_applicable", "trained_by_hooks: they poison batches or know rows by place")
                 poisoned = append(poisoned, rows.train)
-            self._check_poisoned(poisoned, rows)
+            self._check_poisoned(poisoned, rows, attacks=bool(b.triggers))
             if "start" in task.inputs:
                 net = self.net(task.inputs["start"])
             else:
@@ -250,12 +250,17 @@ class Work:
                 artifacts.write_json(out / "curves.json", curve)
         return result
 
-    def _check_poisoned(self, p: PoisonedSet, rows: Rows) -> None:
-        """A poisoned row must have been eligible, and nothing else may differ from the source."""
+    def _check_poisoned(self, p: PoisonedSet, rows: Rows, *, attacks: bool) -> None:
+        """A poisoned row must have been eligible, and nothing else may differ from the source.
+
+        Without a trigger there is no attack: clean models that are hard negatives are trained on rows made otherwise.
+        """
         train, found = rows.train, p.data
         known = torch.isin(found.ids, train.ids[rows.eligible])
         if bool((~known & (p.mark != 0)).any()):
             raise Failed("failed", "raised: the attack poisoned rows that it may not touch")
+        if not attacks:
+            return
         clean, order = (p.mark == 0).nonzero().flatten(), train.ids.argsort()
         at = torch.searchsorted(train.ids[order], found.ids[clean]).clamp(max=len(train) - 1)
         # A part at a time: all rows together would double the memory of the set.

@@ -164,11 +164,14 @@ def _pooled(
     name = f"{dataset}/{arch}/{left.pool}@{rate:g}"
     mine = replace(left, rates=(rate,))
     # Both sides are means over the same units.
+    every = _carried(mine, dataset, arch, results)
     undefined = {
         u
-        for u, _, to in _carried(mine, dataset, arch, results)
+        for u, _, to in every
         if isinstance(u, Unit) and results.undefined(u, left.metric or "", "" if to else left.qualifier or "")
     }
+    if every and all(u in undefined for u, _, _ in every):
+        return Line(unit=name, verdict=OUTSIDE, reason="the protocol gives none of its units a figure")
     ours = _pool(mine, dataset, arch, results, undefined)
     right: Series | None = None
     than = claim.compared.than

@@ -274,6 +274,9 @@ def test_what_the_protocol_gives_no_figure_is_outside_a_claim() -> None:
     (line,) = one(pooled, found).lines
     assert (line.verdict, line.left["mean"], line.right["mean"]) == (HOLDS, 0.6, 0.1)
     assert "over 1 units, without 1 " in line.left["what"]
+    nobody = [r for r in found if "/b/" in r["cell"]]
+    (line,) = one(pooled.replace('["a", "b"]', '"b"'), nobody).lines
+    assert (line.verdict, line.reason) == (OUTSIDE, "the protocol gives none of its units a figure")
     # What failed, or was not asked everywhere, is no such thing.
     for other in (["raised"] * 2, ["ra_not_successful", "raised"]):
         rest = [*found[:2], *seeds("badnets@0.1/b", "q", *other), *found[4:]]

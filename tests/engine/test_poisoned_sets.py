@@ -12,6 +12,7 @@ import samples
 import torch
 
 from sleeperbench import Mark, PoisonedSet
+from sleeperbench.attacks.none import NoAttack
 from sleeperbench.engine import work
 from sleeperbench.engine.outcomes import Failed
 from sleeperbench.engine.work import Rows, Work
@@ -32,10 +33,10 @@ def poisoned() -> PoisonedSet:
     return p
 
 
-def check(p: PoisonedSet) -> None:
+def check(p: PoisonedSet, attacks: bool = True) -> None:
     rows = Rows(train=TRAIN, eligible=ELIGIBLE, pool=TRAIN, probe=TRAIN, test=TRAIN, source=TRAIN)
     instance: Any = SimpleNamespace()
-    Work._check_poisoned(instance, p, rows)
+    Work._check_poisoned(instance, p, rows, attacks=attacks)
 
 
 @pytest.mark.parametrize("at_once", [1000, 7])
@@ -49,6 +50,16 @@ def test_poisoned_rows_may_differ_in_place_or_beside_their_clean_copies(
     whole = poisoned()
     whole.mark[ELIGIBLE] = Mark.DIRTY
     check(whole)
+
+
+@pytest.mark.parametrize("setting", [{}, {"stamped": 0.2}, {"noisy": 0.5}, {"stamped": 0.2, "noisy": 0.5}])
+def test_a_clean_model_may_be_a_hard_negative(setting: dict[str, float]) -> None:
+    attack = NoAttack(**setting)
+    p = attack.poison(TRAIN, attack.prepare(TRAIN, samples.ctx()), ELIGIBLE, 0.0, samples.ctx())
+    check(p, attacks=False)
+    p.mark[40] = Mark.DIRTY
+    with pytest.raises(Failed):
+        check(p, attacks=False)
 
 
 def brighter(p: PoisonedSet) -> None:
