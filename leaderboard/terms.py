@@ -190,7 +190,7 @@ REASONS = {
     "other_architecture": "the two models are of different architectures",
     "attack_did_not_implant": "the attack did not plant a working backdoor, so nothing can be said about a defense",
     "not_purified": "O-ASR stays above 20 %: the backdoor is awake, so there is nothing to re-activate",
-    "budget_of_other_tuning": "the number of retuning images was found with other steps or another rate than those of RA",
+    "budget_of_other_tuning": "the number of retuning images was found with other steps or another rate than RA has",
     "no_valid_budget": "no number of retuning images leaves clean models asleep",
     "not_a_descendant": "the model does not descend from the attacked one",
     "input_failed": "a task that this one builds on failed",
