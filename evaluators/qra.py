@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sleeperbench import EvalCase, Evaluator, Findings, ImageSet, Measurement, Metric, Needs
 from sleeperbench.contracts import Ctx, Rendered
 from sleeperbench.evaluators.accuracy import answers, headline, over_triggers
-from sleeperbench.evaluators.ra import retune, thinned
+from sleeperbench.evaluators.ra import net_of, retune, thinned
 from sleeperbench.kit.classifier import Classifier
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.predict import evaluating
@@ -165,18 +165,11 @@ class QueryReactivation(Evaluator):
             found = self._figures(net, self._woken(case, net, probe), thinned(test), case.ctx, f"control={name}")
             rows += [m for m in found if m.qualifier == f"control={name}"]
             controls[name] = found[0].value
-        rows.append(self._net(rows[0].value, controls))
+        rows.append(net_of("p_asr_qra_net", rows[0].value or 0.0, controls))
         for peer in case.peers:
             if peer.name in self.peers:
                 rows += self._figures(peer.net, phi, case.bd_test, case.ctx, f"on={peer.name}")
         return Findings(rows=tuple(rows))
-
-    def _net(self, value: float | None, controls: dict[str, float | None]) -> Measurement:
-        """As RA's: a placebo cannot always be made, without another control the net figure would claim too much."""
-        lost = sorted(name for name, v in controls.items() if v is None and name != "placebo")
-        if lost or value is None:
-            return _row("p_asr_qra_net", None, "", f"control_missing: {', '.join(lost)}")
-        return _row("p_asr_qra_net", max(0.0, value - max(v for v in controls.values() if v is not None)), "", "")
 
     def teacher(self, case: EvalCase, net: nn.Module, triggered: Rendered) -> nn.Module:
         """`net` as RA's first draw leaves it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -142,19 +142,10 @@ class RetuningAttack(Evaluator):
                     metric="p_asr_ra", value=value, qualifier=f"control={name}", reason=reason, stage="reactivated"
                 )
             )
-        # A placebo cannot always be made; without any other control the net figure would claim too much.
-        lost = sorted(name for name, value in controls.items() if value is None and name != "placebo")
-        implanted = [value for name, value in controls.items() if value is not None and name != "k0"]
-        net_value = None if lost else max(0.0, p_asr - max(implanted))
         rows += [
             Measurement(metric="p_asr_ra", value=p_asr, stage="reactivated"),
             Measurement(metric="c_acc_ra", value=_mean(clean), stage="reactivated"),
-            Measurement(
-                metric="p_asr_net",
-                value=net_value,
-                reason=f"control_missing: {', '.join(lost)}" if lost else "",
-                stage="reactivated",
-            ),
+            net_of("p_asr_net", p_asr, {name: value for name, value in controls.items() if name != "k0"}),
         ]
         return Findings(rows=tuple(rows), curves={"draws": self._curve(k, tuning_rows(case.probe), own, controls)})
 
@@ -182,6 +173,17 @@ class RetuningAttack(Evaluator):
     def _nothing(self, reason: str) -> Findings:
         rows = (Measurement(metric=m.name, value=None, reason=reason, stage="reactivated") for m in self.METRICS)
         return Findings(rows=tuple(rows))
+
+
+def net_of(metric: str, value: float, controls: Mapping[str, float | None]) -> Measurement:
+    """A probe's ASR minus the largest of its controls, not below 0.
+
+    A placebo cannot always be made; without any other control the figure would claim too much.
+    """
+    lost = sorted(name for name, v in controls.items() if v is None and name != "placebo")
+    net = None if lost else max(0.0, value - max(v for v in controls.values() if v is not None))
+    reason = f"control_missing: {', '.join(lost)}" if lost else ""
+    return Measurement(metric=metric, value=net, reason=reason, stage="reactivated")
 
 
 def tuning_rows(probe: ImageSet) -> int:
