@@ -1,9 +1,10 @@
-"""Writes docs/findings.md and a JSON of its figures: `python docs/findings.py NAME "COMMAND" RUN [RUN ...]`.
+"""Writes docs/findings*.md and a JSON of their figures: `python docs/findings.py NAME "COMMAND" RUN [RUN ...]`.
 
 Says which defenses come back under the retuning attack, what BEC says beside its controls, and how well each measure of
 what lies underneath ranks the models by how far they come back. The rules stand in the page; no figure is chosen by
-hand, and the words of its conclusions follow from the figures. NAME is a suite of `PARTS`: the page has a part for each
-whose JSON is there, the second one by docs/signals.py. `python docs/findings.py --again` renders it without the runs.
+hand, and the words of its conclusions follow from the figures. NAME is one of `PAGES`, each a data set's run of suite
+paper-safety-cpu with a page of its own, or suite digits-signals, whose part ends the first page and is written by
+docs/signals.py. `python docs/findings.py --again` renders what has a JSON without the runs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from sleeperbench.engine.rows import read_table
 DOCS = Path(__file__).resolve().parent
 Key = tuple[str, str]
 Cell = dict[str, Any]
-PARTS = ("paper-safety-cpu", signals.SUITE)
+PAGES = {"paper-safety-cpu": "findings", "paper-safety-cpu-cifar10": "findings-cifar10"}
+"""Name of a JSON -> that of its page."""
 TWIN = ("bec", "control=twin")
 SHIFT, NET_SHIFT = ("shift_target", ""), ("shift_target_net", "")
 PLACEBOS: dict[str, Key] = {
@@ -498,7 +500,14 @@ def page(name: str, about: Mapping[str, Any]) -> list[str]:
         else "Intervals over attacked models are a bootstrap."
     )
     return [
-        *("# Findings", "", "Written by `docs/findings.py` from the tables of:", "", f"`{about['command']}`", ""),
+        *(
+            f"# Findings: {sets}",
+            "",
+            "Written by `docs/findings.py` from the tables of:",
+            "",
+            f"`{about['command']}`",
+            "",
+        ),
         f"{sets}, {archs}, {seeds} seeds, {about['recipe']['epochs']} epochs, {machine(about)}. "
         "Shares in %; two figures are the two seeds'; ± is half of Student's 95 % interval over more. Of two "
         f"seeds both stand, since Student's factor is 12.7 there. What the number of test images leaves open is at "
@@ -562,17 +571,26 @@ def main() -> int:
     """Write a part's JSON, unless the page alone is wanted, and the page."""
     if sys.argv[1] != "--again":
         name, command, *folders = sys.argv[1:]
-        if name not in PARTS:
-            sys.exit(f"NAME is {name}; the page has parts for {' and '.join(PARTS)}")
+        parts = (*PAGES, signals.SUITE)
+        if name not in parts:
+            sys.exit(f"NAME is {name}; there are pages or parts for {', '.join(parts)}")
         written(name, command, [Path(f) for f in folders])
-    abouts = {n: json.loads(f.read_text()) for n in PARTS if (f := DOCS / "measured" / f"{n}.json").exists()}
-    lines = page(PARTS[0], abouts[PARTS[0]])
-    if about := abouts.get(signals.SUITE):
-        all_cells = restored(about["cells"])
-        lines += ["", *signals.section(about, all_cells, about_shift(signals.both(all_cells)))]
-    (DOCS / "findings.md").write_text("\n".join(lines) + "\n")
-    print(f"wrote docs/findings.md from {' and '.join(f'docs/measured/{n}.json' for n in abouts)}")
+    for i, (name, target) in enumerate(PAGES.items()):
+        if (about := _stored(name)) is None:
+            continue
+        lines, sources = page(name, about), [name]
+        if i == 0 and (found := _stored(signals.SUITE)) is not None:
+            all_cells = restored(found["cells"])
+            lines += ["", *signals.section(found, all_cells, about_shift(signals.both(all_cells)))]
+            sources.append(signals.SUITE)
+        (DOCS / f"{target}.md").write_text("\n".join(lines) + "\n")
+        print(f"wrote docs/{target}.md from {' and '.join(f'docs/measured/{n}.json' for n in sources)}")
     return 0
+
+
+def _stored(name: str) -> dict[str, Any] | None:
+    file = DOCS / "measured" / f"{name}.json"
+    return dict(json.loads(file.read_text())) if file.exists() else None
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Runs a method's evidence on real data and writes it beside the published figures: `make measure METHOD=kind/id`.
 
-Suite `cpu` on CIFAR-10 (10,000 rows, small_resnet), BadNets and Blended at 5 %, seeds 0 and 1, the method's published
-steps, or, of a defense that would take more than ten core-minutes, those of its preset `reduced` (docs/presets.md;
-`--published` for the published ones); a repair stands beside `bn_refresh`. Writes docs/measured/<kind>-<id>.json and
-the section `## Measured` of docs/methods/<id>.md. What the store holds already is not computed again, so several
-methods share their attacked models.
+A defense or evaluator: suite `cpu` on CIFAR-10 (10,000 rows, small_resnet), BadNets and Blended at 5 %, seeds 0 and 1,
+the method's published steps, or, of a defense that would take more than ten core-minutes, those of its preset `reduced`
+(docs/presets.md; `--published` for the published ones); a repair stands beside `bn_refresh`. An attack: suite
+`attacks-colour` (the same rows, small_cnn, at 10 %, with clean labels at 5 %), seed 0, beside a clean model.
+
+Writes docs/measured/<kind>-<id>.json and the section `## Measured` of docs/methods/<id>.md. What the store holds
+already is not computed again, so several methods share their attacked models.
 """
 
 from __future__ import annotations
@@ -52,23 +54,30 @@ def controls(kind: str, name: str) -> list[str]:
 
 def command(kind: str, name: str, seeds: str, *, published: bool = False) -> list[str]:
     """The arguments of `sleeperbench` that measure a method."""
-    attacks = [*ATTACKS, *([name] if kind == "attack" and name not in ATTACKS else [])]
+    if kind == "attack":
+        attacks = ["none", name] if name != "none" else ["none"]
+        return ["run", "attacks-colour", *_flags("attack", attacks), "--seeds", seeds, "--keep-unimplanted"]
+    attacks = list(ATTACKS)
     defenses = ["none", "clean_model", *controls(kind, name)] if kind == "defense" else ["none"]
     if kind == "defense" and name not in defenses:
         defenses.append(name)
-    evaluators = ["accuracy", "stealth"] if kind == "attack" else []
+    evaluators: list[str] = []
     if kind == "evaluator":
         evaluators = sorted({"accuracy", name})
         needs = Registry.discover("none").get("evaluator", name).blueprint.needs
         parts = needs.outcome if needs.scope == "cell" else ()
         defenses += sorted({SUPPLIERS[part] for part in parts if part in SUPPLIERS})
     argv = ["run", "cpu", "--dataset", "cifar10", "--seeds", seeds, "--keep-unimplanted"]
-    for flag, values in (("--attack", attacks), ("--defense", defenses), ("--evaluator", evaluators)):
-        argv += [part for v in values for part in (flag, v)]
+    for flag, values in (("attack", attacks), ("defense", defenses), ("evaluator", evaluators)):
+        argv += _flags(flag, values)
     chain = Registry.discover("none").chain("defense", name) if kind == "defense" else ()
     if not published and any(PRESET in p.blueprint.info.get("presets", {}) for p in chain):
         argv += ["--set", f"defense.{name}.preset={PRESET}"]
     return argv
+
+
+def _flags(name: str, values: Iterable[str]) -> list[str]:
+    return [part for v in values for part in (f"--{name}", v)]
 
 
 def plugin(label: str | None) -> str:
@@ -244,7 +253,7 @@ def main() -> int:
     """Run, unless a run folder is given, and write."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("method", help="kind/id, such as defense/anp or defense/unlearn:neural_cleanse")
-    p.add_argument("--seeds", default="0,1", help="default 0,1")
+    p.add_argument("--seeds", default="", help="default 0,1, of an attack 0")
     p.add_argument("--published", action="store_true", help="the published effort, also where there is a preset")
     p.add_argument("--out", type=Path, default=Path("runs/measure"), help="folder of run folders and their store")
     p.add_argument("--run", type=Path, nargs="+", help="take the figures of these run folders and compute nothing")
@@ -258,7 +267,7 @@ def main() -> int:
     if args.again:
         show(kind, name)
         return 0
-    argv = command(kind, name, args.seeds, published=args.published)
+    argv = command(kind, name, args.seeds or ("0" if kind == "attack" else "0,1"), published=args.published)
     runs = args.run or [args.out / f"{kind}-{name.replace(':', '-')}"]
     if args.run is None:
         whole = [sys.executable, "-m", "sleeperbench", *argv, "--no-site", "--out", str(runs[0])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from sleeperbench.contracts import NotApplicable, Rendered
 from sleeperbench.data.images import ImageSet
 from sleeperbench.evaluators.accuracy import answers, share
 from sleeperbench.kit.masks import appliable
-from sleeperbench.kit.recovered import Stamper, difference, picture, some, victims
+from sleeperbench.kit.recovered import Stamper, difference, picture, some, stamped, victims
 
 _PAIRS = 100
 _DISTANCES = ("apd", "apd_rel", "apd_raw", "mask_iou")
@@ -22,6 +22,8 @@ _REPAIR = {"reasr_before": "attacked", "reasr_after": "defended"}
 """Metrics of a repair that is made with recovered triggers, and the model that each is measured on."""
 _NONE_RIGHT = "none_right"
 _EMPTY = torch.zeros(0, dtype=torch.bool)
+Stamp = Callable[[Inverted, ImageSet, str], Tensor]
+"""(claim, images, part of the case they are of) -> uint8 images with the recovered trigger."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,22 +146,22 @@ class Inversion(Evaluator):
         if not all(stamp.knows(claim) for claim in outcome.inverted):
             reason = "needs_stamp: a recovered trigger has neither mask nor delta"
             return Findings(rows=(*_nothing(_OWN, reason), *unrepaired))
-        claims = _one_per_label(outcome.inverted, case, stamp)
+        claims = one_per_label(outcome.inverted, case.attacked, case, stamp)
         true = [] if case.bd_test is None else sorted(int(t) for t in case.bd_test.targets.unique())
         rows = [row for claim in claims.values() for row in _success(claim, case, stamp)]
         lost = [t for t in true if t not in claims]
-        rows += [_at(m, t, 0.0) for t in lost for m in ("reasr", "reasr_any", "reasr_clean")]
+        rows += [at_label(m, t, 0.0) for t in lost for m in ("reasr", "reasr_any", "reasr_clean")]
         wanted = true or list(claims)
-        rows += [_mean(m, rows, wanted) for m in ("reasr", "reasr_any", "reasr_clean")]
+        rows += [mean(m, rows, wanted) for m in ("reasr", "reasr_any", "reasr_clean")]
         if case.bd_test is None:
             rows += [Measurement(metric=m, value=None, reason="no_trigger") for m in _DISTANCES]
         else:
             for label in true:
                 rows += _distances(claims.get(label), label, case.bd_test, _static(case, label), stamp)
-            apd, empty = _mean("apd", rows, true), _mean("apd", rows, true, ";trigger=none")
+            apd, empty = mean("apd", rows, true), mean("apd", rows, true, ";trigger=none")
             # Of the means, so that a faint trigger among several does not decide it.
             rows += [apd, empty, _relative(apd.value, empty.value)]
-            rows += [_mean(m, rows, true) for m in ("apd_raw", "mask_iou")]
+            rows += [mean(m, rows, true) for m in ("apd_raw", "mask_iou")]
         found = (*(replace(row, stage="attacked") for row in rows), *unrepaired)
         if not claims:
             return Findings(rows=found)
@@ -181,24 +183,24 @@ def _repair(case: EvalCase) -> list[Measurement]:
     usable = [claim for claim in inner.inverted if appliable(claim)]
     if not usable:
         return _nothing(_REPAIR, "needs_stamp: no recovered trigger has a mask or a delta")
-    stamp, rows = Stamper(case), []
-    claims = _one_per_label(usable, case, stamp)
+    rows: list[Measurement] = []
+    claims = one_per_label(usable, case.attacked, case, stamped)
     for label, claim in claims.items():
         data = _right(case.attacked, claim, case)
-        images = stamp(claim, data) if len(data) else data.images
+        images = stamped(claim, data) if len(data) else data.images
         for metric, net in (("reasr_before", case.attacked), ("reasr_after", case.net)):
-            rows.append(_share(metric, answers(net, images, case.ctx) == label if len(data) else _EMPTY, label))
-    rows += [_mean(metric, rows, list(claims)) for metric in _REPAIR]
+            rows.append(share_of(metric, answers(net, images, case.ctx) == label if len(data) else _EMPTY, label))
+    rows += [mean(metric, rows, list(claims)) for metric in _REPAIR]
     return [replace(row, stage=_REPAIR[row.metric]) for row in rows]
 
 
-def _one_per_label(inverted: Sequence[Inverted], case: EvalCase, stamp: Stamper) -> dict[int, Inverted]:
-    """The claims by label; of several for one label the one that works best on the probe rows."""
+def one_per_label(inverted: Sequence[Inverted], net: nn.Module, case: EvalCase, stamp: Stamp) -> dict[int, Inverted]:
+    """The claims by label; of several for one label the one that works best on `net` and the probe rows."""
     claims: dict[int, Inverted] = {}
     for label in sorted({claim.target for claim in inverted}):
         same = [claim for claim in inverted if claim.target == label]
         if len(same) > 1:
-            hits = [_hit(case.attacked, claim, case, stamp, "probe").double().mean().nan_to_num() for claim in same]
+            hits = [hits_of(net, claim, case, stamp, "probe").double().mean().nan_to_num() for claim in same]
             same = [same[int(torch.stack(hits).argmax())]]
         claims[label] = same[0]
     return claims
@@ -208,15 +210,20 @@ def _success(claim: Inverted, case: EvalCase, stamp: Stamper) -> list[Measuremen
     """Rows of one claim: on the attacked model, and on clean ones."""
     label, data = claim.target, _right(case.attacked, claim, case)
     after = answers(case.attacked, stamp(claim, data), case.ctx) if len(data) else torch.zeros(0)
+    return [
+        share_of("reasr", after == label, label),
+        share_of("reasr_any", after != data.labels.cpu(), label),
+        on_clean_models("reasr_clean", claim, case, stamp),
+    ]
+
+
+def on_clean_models(metric: str, claim: Inverted, case: EvalCase, stamp: Stamp) -> Measurement:
+    """Success of a claim's trigger on independent clean models, mean over models."""
     # Replica 0 of attack `none` is the attacked model itself where there is no attack.
     nets = case.clean_models if case.bd_test is not None else case.clean_models[1:]
-    hits = [hit.double().mean() for net in nets if len(hit := _hit(net, claim, case, stamp))]
+    hits = [hit.double().mean() for net in nets if len(hit := hits_of(net, claim, case, stamp))]
     clean = float(torch.stack(hits).mean()) if hits else None
-    return [
-        _share("reasr", after == label, label),
-        _share("reasr_any", after != data.labels.cpu(), label),
-        _at("reasr_clean", label, clean, "" if hits else _NONE_RIGHT),
-    ]
+    return at_label(metric, claim.target, clean, "" if hits else _NONE_RIGHT)
 
 
 def _right(net: nn.Module, claim: Inverted, case: EvalCase, part: str = "test") -> ImageSet:
@@ -226,14 +233,15 @@ def _right(net: nn.Module, claim: Inverted, case: EvalCase, part: str = "test") 
     return data.rows(right.to(data.labels.device))
 
 
-def _hit(net: nn.Module, claim: Inverted, case: EvalCase, stamp: Stamper, part: str = "test") -> Tensor:
+def hits_of(net: nn.Module, claim: Inverted, case: EvalCase, stamp: Stamp, part: str = "test") -> Tensor:
     """Whether the recovered trigger sends each image of `_right` to the claimed label, bool (n,)."""
     data = _right(net, claim, case, part)
     return answers(net, stamp(claim, data, part), case.ctx) == claim.target if len(data) else _EMPTY
 
 
-def _share(metric: str, hit: Tensor, label: int) -> Measurement:
-    return share(metric, hit, f"label={label}") if len(hit) else _at(metric, label, None, _NONE_RIGHT)
+def share_of(metric: str, hit: Tensor, label: int) -> Measurement:
+    """Row of one label: the share of `hit`, or that no image was classified correctly."""
+    return share(metric, hit, f"label={label}") if len(hit) else at_label(metric, label, None, _NONE_RIGHT)
 
 
 def _distances(
@@ -245,15 +253,19 @@ def _distances(
     apd = difference(clean.images if claim is None else stamp(claim, clean), triggered)
     empty = difference(clean.images, triggered)
     found = [
-        _at("apd", label, apd),
-        _at("apd", label, empty, also=";trigger=none"),
+        at_label("apd", label, apd),
+        at_label("apd", label, empty, also=";trigger=none"),
         _relative(apd, empty, f"label={label}"),
     ]
     if not static or (claim is not None and claim.mask is None):
         reason = "no_mask" if static else "no_static_trigger"
-        return [*found, *(_at(m, label, None, reason) for m in ("apd_raw", "mask_iou"))]
+        return [*found, *(at_label(m, label, None, reason) for m in ("apd_raw", "mask_iou"))]
     raw, overlap = zip(*(_shapes(claim, mask, pattern) for mask, pattern in static), strict=True)
-    return [*found, _at("apd_raw", label, sum(raw) / len(raw)), _at("mask_iou", label, sum(overlap) / len(overlap))]
+    return [
+        *found,
+        at_label("apd_raw", label, sum(raw) / len(raw)),
+        at_label("mask_iou", label, sum(overlap) / len(overlap)),
+    ]
 
 
 def _shapes(claim: Inverted | None, mask: Tensor, pattern: Tensor) -> tuple[float, float]:
@@ -277,11 +289,12 @@ def _static(case: EvalCase, label: int) -> list[tuple[Tensor, Tensor]]:
     return [] if None in shapes else [(s[0].cpu(), s[1].cpu()) for s in shapes if s is not None]
 
 
-def _at(metric: str, label: int, value: float | None, reason: str = "", also: str = "") -> Measurement:
+def at_label(metric: str, label: int, value: float | None, reason: str = "", also: str = "") -> Measurement:
+    """Row of one label."""
     return Measurement(metric=metric, value=value, qualifier=f"label={label}{also}", reason=reason)
 
 
-def _mean(metric: str, rows: Sequence[Measurement], labels: Sequence[int], also: str = "") -> Measurement:
+def mean(metric: str, rows: Sequence[Measurement], labels: Sequence[int], also: str = "") -> Measurement:
     """The headline: mean of the rows of `labels`; that of one label keeps its counts."""
     name = also.lstrip(";")
     mine = [r for r in rows if r.metric == metric and r.qualifier in {f"label={t}{also}" for t in labels}]

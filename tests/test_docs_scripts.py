@@ -11,6 +11,7 @@ import pytest
 from scripts import script
 
 from sleeperbench.engine.registry import Registry
+from sleeperbench.engine.suite import build
 
 
 def row(metric: str, value: float | None, qualifier: str = "", **more: Any) -> dict[str, Any]:
@@ -54,8 +55,11 @@ def test_measure_asks_the_suite_for_the_method_and_its_controls() -> None:
         expected = dict.fromkeys(["none", "clean_model", *beside, name])
         assert values(measure.command("defense", name, "0"), "--defense") == [*expected]
     attack = measure.command("attack", "wanet", "0")
-    assert values(attack, "--attack")[-1] == "wanet"
-    assert (values(attack, "--defense"), values(attack, "--evaluator")) == (["none"], ["accuracy", "stealth"])
+    assert (attack[:2], values(attack, "--attack")) == (["run", "attacks-colour"], ["none", "wanet"])
+    suite, _ = build("attacks-colour", Registry.discover("none"))
+    assert (suite.datasets, [d.id for d in suite.defenses]) == (("cifar10",), ["none"])
+    bare = {p.id for p in Registry.discover("none").of("attack") if not p.blueprint.info.get("wrapper")}
+    assert bare <= {a.id for a in suite.attacks}, "every built-in attack stands in the suite"
     assert values(measure.command("evaluator", "ra", "0"), "--evaluator") == ["accuracy", "ra"]
     for name, supplied in (
         ("ra", ["ft"]),

@@ -204,14 +204,16 @@ def test_the_page_has_a_part_for_it(
     signals: Any, drawn_figures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     findings = script("findings")
-    first = json.loads((DOCS / "measured" / f"{findings.PARTS[0]}.json").read_text())
+    data_set, other = findings.PAGES
+    first = json.loads((DOCS / "measured" / f"{data_set}.json").read_text())
     of = [
         c | {"dataset": "digits", "arch": "n", "reasons": {}, "room": 0.0, "cell": ""}
         for c in pool(signals, drawn_figures)
     ]
     about = {k: first[k] for k in ("versions", "recipe")} | {"command": "sleeperbench run it", "settings": {}}
     (tmp_path / "measured").mkdir()
-    for name, data in ((findings.PARTS[0], first), (findings.PARTS[1], about | {"cells": findings.stored(of)})):
+    signalled = about | {"cells": findings.stored(of)}
+    for name, data in ((data_set, first), (other, first | {"command": "on other data"}), (signals.SUITE, signalled)):
         (tmp_path / "measured" / f"{name}.json").write_text(json.dumps(data))
     monkeypatch.setattr(findings, "DOCS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["findings.py", "--again"])
@@ -222,3 +224,6 @@ def test_the_page_has_a_part_for_it(
     assert "| held out | weights changed | 8 | 48 |" in tail and "| developed on | weights changed | 4 | 24 |" in tail
     assert "- Chosen on the first part: target shift" in tail and "`sleeperbench run it`" in tail
     assert tail.count("| O-ASR and BEC |") == 3
+    # A second data set has a page of its own, without that part.
+    second = (tmp_path / f"{findings.PAGES[other]}.md").read_text()
+    assert "`on other data`" in second and "## Which defenses come back" in second and "## What foretells" not in second

@@ -106,7 +106,8 @@ class EvalCase(Protocol):
 
     `net` is the defended model in eval mode; `attacked` the undefended one, `twin` one trained anew under the same
     attack (None but on undefended cells), `again` what the same defense makes of `attacked` under another seed (None on
-    undefended cells), and `descends` says whether `net` was made from the weights of `attacked`.
+    undefended cells), and `descends` says whether `net` was made from the weights of `attacked`. `anew` is what the
+    inverter answers that a repair wraps when it is run on `net` (None where the defense is no such repair).
     `test` and `probe` are clean rows that no defense has seen. `bd_test` and `bd_probe` are the same rows triggered,
     None for attack `none`; `decoy_test` and `decoy_probe` carry the placebo trigger, None when no placebo stays below
     10 % ASR on the attacked model.
@@ -128,6 +129,7 @@ class EvalCase(Protocol):
     attacked: nn.Module
     twin: nn.Module | None
     again: nn.Module | None
+    anew: Outcome | None
     descends: bool
     outcome: Outcome
     inner: Outcome | None

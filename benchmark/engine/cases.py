@@ -54,6 +54,7 @@ EVAL_PARTS = (
     "attacked",
     "twin",
     "again",
+    "anew",
     "descends",
     "outcome",
     "inner",

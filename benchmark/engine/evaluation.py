@@ -77,6 +77,8 @@ def opened(work: Work, task: Task, values: Mapping[str, str], scratch: Path, cos
         parts["twin"] = lambda: work.net(inputs["twin"]) if "twin" in inputs else None
     if needs.get("again"):
         parts["again"] = lambda: work.net(inputs["again"]) if "again" in inputs else None
+    if needs.get("anew"):
+        parts["anew"] = lambda: artifacts.read_outcome(work.store.fetch(inputs["anew"])) if "anew" in inputs else None
     if needs["lineage"]:
         parts["descends"] = lambda: p["descends"]
     if needs["clean_models"]:

@@ -268,8 +268,9 @@ class Planner:
         """What determines an evaluation beside its inputs."""
         needs = asdict(self.needs(v))
         del needs["draws_of"]  # the task's seed says it
-        if not needs["again"]:  # who doesn't ask for it keeps the key of the time before it could be asked for
-            del needs["again"]
+        for late in ("again", "anew"):  # who doesn't ask for one keeps the key of the time before it could be asked for
+            if not needs[late]:
+                del needs[late]
         return {
             "method": v.params,
             "needs": needs,
@@ -289,6 +290,9 @@ class Planner:
             inputs["defended_clean"] = self.defense(ds, arch, at.variant, seed, none, at.group, oracle=at.attack)
         if needs.again and at.group and at.variant.id != "none":
             inputs["again"] = self.defense(ds, arch, at.variant, seed, at.attack, at.group, replica=1)
+        if needs.anew and self.unlearns(at.variant.id):
+            # To the inverter the repaired model is a model like any other.
+            inputs["anew"] = self.defense(ds, arch, self.inner(at.variant), seed, at.defense, at.group)
         further: dict[str, Any] = {"descends": self.descends(at.variant.id)} if needs.lineage else {}
         if needs.evaluators:
             further["settings"] = {other: self.default("evaluator", other).params for other in needs.evaluators}
@@ -368,6 +372,14 @@ class Planner:
         info = self.info("defense", wrapper or inner)
         access = self.access(defense)
         return access.model == "weights" and not access.control and bool(info.get("descends", True))
+
+    @once
+    def unlearns(self, defense: str) -> bool:
+        """Whether a defense is a wrapper that repairs with the triggers which the wrapped one has recovered."""
+        wrapper, _ = Registry.split_wrapper(defense)
+        if not wrapper or self.info("defense", wrapper)["kind"] != "repair":
+            return False
+        return self.access(defense).inner == "inverted"
 
     @once
     def keeps_model(self, defense: str) -> bool:

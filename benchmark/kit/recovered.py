@@ -18,6 +18,11 @@ from sleeperbench.kit.predict import spread
 _SHOWN = 8
 
 
+def stamped(claim: Inverted, data: ImageSet, part: str = "test") -> Tensor:
+    """uint8 images with a recovered trigger that has a mask or a delta, rounded to 8 bit; whatever `part` they are."""
+    return torch.cat([to_uint8(apply(claim, to_float(x))) for x in data.images.split(1000)])
+
+
 def victims(claim: Inverted, data: ImageSet) -> ImageSet:
     """Images of other labels than the claimed one; of a source-specific claim, those of its source class."""
     labels = data.labels
@@ -44,9 +49,9 @@ class Stamper:
     def __call__(self, claim: Inverted, data: ImageSet, part: str = "test") -> Tensor:
         """uint8 images with the recovered trigger, rounded to 8 bit; `data` are rows of the case's `part`."""
         if appliable(claim):
-            return torch.cat([to_uint8(apply(claim, to_float(part))) for part in data.images.split(1000)])
-        stamped, places = self._stamps[f"{self._numbers[id(claim)]}.{part}"], self._places[part]
-        return stamped[[places[row] for row in data.ids.tolist()]].to(data.images.device)
+            return stamped(claim, data)
+        made, places = self._stamps[f"{self._numbers[id(claim)]}.{part}"], self._places[part]
+        return made[[places[row] for row in data.ids.tolist()]].to(data.images.device)
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -107,6 +107,8 @@ def _cell(subject: Subject, needs: Needs, at: Stage, situation: str) -> dict[str
         inputs["twin"] = at.classifier(1, triggers=True)
     if needs.again and attack == at.attacked and not situation.startswith("undefended"):
         inputs["again"] = at.kept("again", {"attack": attack}, lambda f: artifacts.write_outcome(f, _second(at)))
+    if needs.anew and situation not in CONTROLS:
+        inputs["anew"] = _outcome(at, "repaired", attack)
     if needs.defended_clean:
         inputs["defended_clean"] = _outcome(at, "repaired", at.clean(0))
     quiet = attack != at.attacked

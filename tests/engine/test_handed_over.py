@@ -163,3 +163,28 @@ def test_a_threshold_for_inputs_is_read_back_and_is_finite(tmp_path: Path) -> No
     for alarm in (float("inf"), float("nan")):
         with pytest.raises(Failed, match="a figure of the answer is not finite"):
             checked(Outcome(alarm=alarm), samples.SPEC, {}, tmp_path)
+
+
+def test_an_inverter_runs_once_more_on_the_model_that_was_repaired_with_its_triggers(make_plan: Any) -> None:
+    defenses = ["none", "ft", "neural_cleanse", "unlearn:neural_cleanse", "retrain:spectral", "refine:neural_cleanse"]
+    plan = make_plan(evaluators=["inversion", "reinversion"], defenses=[*defenses, "unlearn:refine:neural_cleanse"])
+    anew: dict[tuple[str, str], Any] = {}
+    for cell in plan.cells:
+        inversion, reinversion = (plan.tasks[e.key].inputs for e in cell.evaluations)
+        assert "anew" not in inversion
+        if "anew" in reinversion:
+            anew[cell.identity["attack"], cell.identity["defense"]] = cell, plan.tasks[reinversion["anew"]]
+    wrappers = ("unlearn:neural_cleanse", "unlearn:refine:neural_cleanse")
+    assert set(anew) == {(attack, wrapper) for attack in ("none", "badnets") for wrapper in wrappers}
+    for cell, task in anew.values():
+        first = plan.tasks[plan.tasks[cell.defense_key].inputs["inner"]]
+        assert task.inputs["attack"] == cell.defense_key, "the repaired model in the attacked one's place"
+        unlike = {"attack": first.inputs["attack"]} | (
+            {"inner": first.inputs["inner"]} if "inner" in task.inputs else {}
+        )
+        assert replace(task, inputs={**task.inputs, **unlike}) == first
+        if "inner" in task.inputs:
+            assert plan.tasks[task.inputs["inner"]].inputs["attack"] == cell.defense_key
+    # No other evaluator's key knows of it.
+    asked = {t.name for t in plan.tasks.values() if t.kind == "evaluate" and "anew" in t.params["needs"]}
+    assert asked == {"reinversion"}
