@@ -1,9 +1,11 @@
 """Runs a method's evidence on real data and writes it beside the published figures: `make measure METHOD=kind/id`.
 
-A defense or evaluator: suite `cpu` on CIFAR-10 (10,000 rows, small_resnet), BadNets and Blended at 5 %, seeds 0 and 1,
-the method's published steps, or, of a defense that would take more than ten core-minutes, those of its preset `reduced`
-(docs/presets.md; `--published` for the published ones); a repair stands beside `bn_refresh`. An attack: suite
-`attacks-colour` (the same rows, small_cnn, at 10 %, with clean labels at 5 %), seed 0, beside a clean model.
+A repair: suite `paper-safety-cpu` (Fashion-MNIST and CIFAR-10, 10,000 rows each, small_cnn), BadNets and Blended at
+5 %, three seeds, beside `bn_refresh` and a clean model. Another defense, a wrapper or an evaluator: suite `cpu` on
+CIFAR-10 (10,000 rows, small_resnet), the same attacks, seeds 0 and 1. Both with the method's published steps, or, of a
+defense that would take more than ten core-minutes, those of its preset `reduced` (docs/presets.md; `--published` for
+the published ones). An attack: suite `attacks-colour` (CIFAR-10, 10,000 rows, small_cnn, at 10 %, with clean labels at
+5 %), seed 0, beside a clean model.
 
 Writes docs/measured/<kind>-<id>.json and the section `## Measured` of docs/methods/<id>.md. What the store holds
 already is not computed again, so several methods share their attacked models.
@@ -42,6 +44,9 @@ HEAD = "## Measured"
 SUPPLIERS = {"model": "ft", "verdict": "neural_cleanse", "inverted": "neural_cleanse", "scores": "strip"}
 """Part of an outcome -> a defense that has it, for an evaluator that measures it."""
 PRESET = "reduced"
+_TOGETHER = 3
+LASTING = ("accuracy", "cost", "ra", "ra_budget", "selection")
+"""What is measured of a repair."""
 
 
 def controls(kind: str, name: str) -> list[str]:
@@ -50,6 +55,13 @@ def controls(kind: str, name: str) -> list[str]:
         return []
     outer = Registry.discover("none").chain("defense", name)[0]
     return ["bn_refresh"] if outer.blueprint.info["kind"] == "repair" else []
+
+
+def repairs(kind: str, name: str) -> bool:
+    """Whether the method is a repair by itself, which suite paper-safety-cpu asks whether it lasts."""
+    if kind != "defense" or ":" in name:
+        return False
+    return Registry.discover("none").get("defense", name).blueprint.info["kind"] == "repair"
 
 
 def command(kind: str, name: str, seeds: str, *, published: bool = False) -> list[str]:
@@ -61,13 +73,14 @@ def command(kind: str, name: str, seeds: str, *, published: bool = False) -> lis
     defenses = ["none", "clean_model", *controls(kind, name)] if kind == "defense" else ["none"]
     if kind == "defense" and name not in defenses:
         defenses.append(name)
-    evaluators: list[str] = []
+    evaluators = [*LASTING] if repairs(kind, name) else []
     if kind == "evaluator":
         evaluators = sorted({"accuracy", name})
         needs = Registry.discover("none").get("evaluator", name).blueprint.needs
         parts = needs.outcome if needs.scope == "cell" else ()
         defenses += sorted({SUPPLIERS[part] for part in parts if part in SUPPLIERS})
-    argv = ["run", "cpu", "--dataset", "cifar10", "--seeds", seeds, "--keep-unimplanted"]
+    place = ["paper-safety-cpu"] if repairs(kind, name) else ["cpu", "--dataset", "cifar10"]
+    argv = ["run", *place, "--seeds", seeds, "--keep-unimplanted"]
     for flag, values in (("attack", attacks), ("defense", defenses), ("evaluator", evaluators)):
         argv += _flags(flag, values)
     chain = Registry.discover("none").chain("defense", name) if kind == "defense" else ()
@@ -95,6 +108,9 @@ def collect(run: Path, kind: str, name: str) -> tuple[dict[str, Any], list[dict[
     else:
         known = {name, *controls(kind, name)}
         rows = [r for r in rows if plugin(r[kind]) in known]
+    if repairs(kind, name):
+        shown = [r for r in rows if not r["qualifier"] or r["metric"].endswith("_path")]
+        rows = [r for r in shown if r["evaluator"] in LASTING]
     own = rows if kind == "evaluator" else [r for r in rows if plugin(r[kind]) == name]
     if not own:
         sys.exit(f"{run} has no rows of {kind} `{name}`")
@@ -132,15 +148,30 @@ def table(lines: dict[str, dict[str, Any]], *, several: bool) -> list[str]:
     """One line per cell: its figures, in the order above; of `several` runs, which one it is of."""
     place = common_place(lines)
     shown = [m for m in (*SHARES, *PLAIN) if any(m in v for v in lines.values())]
+    if not any(v.get("cost_queries") for v in lines.values()):
+        shown = [m for m in shown if m != "cost_queries"]
     known = {*SHARES, *PLAIN, "flags", "origin"}
     shown += sorted({m for v in lines.values() for m in v} - known)
     head = ["cell", *shown, "flags", *(["run"] if several else [])]
     text = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for cell in sorted(lines):
-        values = [_shown(m, lines[cell].get(m)) for m in shown]
-        ends = [lines[cell]["flags"], *([str(lines[cell]["origin"])] if several else [])]
+    for cell, mine in over_seeds(lines).items():
+        told = [[figure for line in mine if (figure := _shown(m, line.get(m)))] for m in shown]
+        values = [each[0] if len(set(each)) == 1 else ", ".join(each) for each in told]
+        flags = sorted({f for line in mine for f in line["flags"].split(";")} - {""})
+        ends = [";".join(flags), *([", ".join(sorted({str(line["origin"]) for line in mine}))] if several else [])]
         text.append("| " + " | ".join([cell.removeprefix(place), *values, *ends]) + " |")
     return text
+
+
+def over_seeds(lines: Mapping[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Cell -> its line; three seeds or more of one cell stand in one line, in the order of seeds."""
+    found: dict[str, list[str]] = {}
+    for cell in sorted(lines, key=lambda c: (c.rpartition("/s")[0], int(c.rpartition("/s")[2]))):
+        found.setdefault(cell.rpartition("/s")[0], []).append(cell)
+    joined: dict[str, list[dict[str, Any]]] = {}
+    for name, cells in found.items():
+        joined |= {name: [lines[c] for c in cells]} if len(cells) >= _TOGETHER else {c: [lines[c]] for c in cells}
+    return joined
 
 
 def common_place(cells: Iterable[str]) -> str:
@@ -253,7 +284,7 @@ def main() -> int:
     """Run, unless a run folder is given, and write."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("method", help="kind/id, such as defense/anp or defense/unlearn:neural_cleanse")
-    p.add_argument("--seeds", default="", help="default 0,1, of an attack 0")
+    p.add_argument("--seeds", default="", help="default 0,1; of a repair 0,1,2, of an attack 0")
     p.add_argument("--published", action="store_true", help="the published effort, also where there is a preset")
     p.add_argument("--out", type=Path, default=Path("runs/measure"), help="folder of run folders and their store")
     p.add_argument("--run", type=Path, nargs="+", help="take the figures of these run folders and compute nothing")
@@ -267,7 +298,8 @@ def main() -> int:
     if args.again:
         show(kind, name)
         return 0
-    argv = command(kind, name, args.seeds or ("0" if kind == "attack" else "0,1"), published=args.published)
+    usual = "0" if kind == "attack" else "0,1,2" if repairs(kind, name) else "0,1"
+    argv = command(kind, name, args.seeds or usual, published=args.published)
     runs = args.run or [args.out / f"{kind}-{name.replace(':', '-')}"]
     if args.run is None:
         whole = [sys.executable, "-m", "sleeperbench", *argv, "--no-site", "--out", str(runs[0])]

@@ -54,6 +54,10 @@ def test_measure_asks_the_suite_for_the_method_and_its_controls() -> None:
     for name, beside in (("bn_refresh", []), ("clean_model", []), ("abl", []), ("fst", ["bn_refresh"])):
         expected = dict.fromkeys(["none", "clean_model", *beside, name])
         assert values(measure.command("defense", name, "0"), "--defense") == [*expected]
+    assert (defense[1], measure.command("defense", "abl", "0")[1]) == ("cpu", "cpu")
+    repair = measure.command("defense", "fst", "0,1,2")
+    assert (repair[1], values(repair, "--seeds")) == ("paper-safety-cpu", ["0,1,2"])
+    assert values(repair, "--evaluator") == [*measure.LASTING]
     attack = measure.command("attack", "wanet", "0")
     assert (attack[:2], values(attack, "--attack")) == (["run", "attacks-colour"], ["none", "wanet"])
     suite, _ = build("attacks-colour", Registry.discover("none"))
@@ -68,6 +72,34 @@ def test_measure_asks_the_suite_for_the_method_and_its_controls() -> None:
         ("stealth", []),
     ):
         assert values(measure.command("evaluator", name, "0"), "--defense") == ["none", *supplied]
+
+
+def test_measure_puts_three_seeds_into_one_line() -> None:
+    measure = script("measure")
+    lines = {f"d/n/a@0/x/s{s}": {"c_acc": 0.5 + s / 100, "asr": 1.0, "flags": "tuned" * (s == 0)} for s in (10, 2, 0)}
+    lines |= {f"d/n/b@0/x/s{s}": {"c_acc": 0.25, "flags": ""} for s in (0, 1)}
+    body = measure.table(lines, several=False)[2:]
+    assert body == [
+        "| a@0/x | 50.0, 52.0, 60.0 | 100.0 | tuned |",
+        "| b@0/x/s0 | 25.0 |  |  |",
+        "| b@0/x/s1 | 25.0 |  |  |",
+    ]
+
+
+def test_measure_takes_of_a_repair_its_headlines_and_what_it_chose_among(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = script("measure")
+    kinds = (("accuracy", "asr", ""), ("accuracy", "asr", "class=1"), ("bec", "bec", ""), ("ra", "p_asr_ra", "k=5"))
+    kinds += (("selection", "asr_path", "t=0.20"), ("ra", "p_asr_ra", ""))
+    found = [
+        {"cell": "c", "defense": "fst", "evaluator": e, "metric": m, "qualifier": q, "value": 0.5, "flag": ""}
+        for e, m, q in kinds
+    ]
+    monkeypatch.setattr(measure, "read_table", lambda path: [] if path.stem == "cells" else found)
+    monkeypatch.setattr(measure, "provenance", lambda run, rows: {})
+    rows = measure.collect(tmp_path, "defense", "fst")[1]
+    assert [(r["metric"], r["qualifier"]) for r in rows] == [("asr", ""), ("asr_path", "t=0.20"), ("p_asr_ra", "")]
 
 
 def test_measure_takes_the_preset_of_a_dear_defense() -> None:
