@@ -7,8 +7,9 @@ defense that would take more than ten core-minutes, those of its preset `reduced
 the published ones). An attack: suite `attacks-colour` (CIFAR-10, 10,000 rows, small_cnn, at 10 %, with clean labels at
 5 %), seed 0, beside a clean model.
 
-Writes docs/measured/<kind>-<id>.json and the section `## Measured` of docs/methods/<id>.md. What the store holds
-already is not computed again, so several methods share their attacked models.
+Writes docs/measured/<kind>-<id>.json and the section `## Measured` of docs/methods/<id>.md; an attack's figures join
+those of the other attacks, docs/attacks-cifar10.md (docs/attack_pages.py). What the store holds already is not computed
+again, so several methods share their attacked models.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import attack_pages
 from record import aged, machine, provenance
 
 from sleeperbench.engine.registry import Registry
@@ -29,6 +31,7 @@ from sleeperbench.engine.rows import read_table
 
 DOCS = Path(__file__).resolve().parent
 ATTACKS = ("none", "badnets", "blended")
+ATTACKS_PAGE = "attacks-cifar10"
 SHARES = (
     *("c_acc_attacked", "asr_attacked", "c_acc", "asr", "r_acc", "p_asr_ra", "p_asr_net", "det_flag", "label_tpr"),
     *("label_fpr", "reasr", "reasr_clean", "mask_iou", "input_auroc", "input_tpr_fpr1", "input_tpr_fpr5"),
@@ -296,7 +299,7 @@ def main() -> int:
     if kind not in ("attack", "defense", "evaluator") or not name:
         p.error(f"{args.method}: write attack/ID, defense/ID or evaluator/ID")
     if args.again:
-        show(kind, name)
+        attack_pages.shown() if kind == "attack" else show(kind, name)
         return 0
     usual = "0" if kind == "attack" else "0,1,2" if repairs(kind, name) else "0,1"
     argv = command(kind, name, args.seeds or usual, published=args.published)
@@ -306,7 +309,11 @@ def main() -> int:
         code = subprocess.run(whole).returncode
         if code not in (0, 1):
             return code
-    write(runs, kind, name, args.command or "sleeperbench " + " ".join(argv), keep=args.keep)
+    said = args.command or "sleeperbench " + " ".join(argv)
+    if kind == "attack":
+        attack_pages.written(ATTACKS_PAGE, [(run, said) for run in runs], keep=True)
+    else:
+        write(runs, kind, name, said, keep=args.keep)
     return 0
 
 

@@ -207,9 +207,9 @@ def test_measure_lists_every_candidate() -> None:
     assert measure.candidates(rows[2:]) == []
 
 
-# ---- attacks.py ------------------------------------------------------------------------------------------------------
+# ---- attack_pages.py -------------------------------------------------------------------------------------------------
 def test_attacks_stand_with_what_they_declare_and_a_figure_per_seed() -> None:
-    attacks = script("attacks")
+    attacks = script("attack_pages")
     rows = [
         row("asr", 0.5, defense="none", seed=1),
         row("asr", 0.25, defense="none", seed=0),
@@ -245,14 +245,22 @@ def test_attacks_stand_with_what_they_declare_and_a_figure_per_seed() -> None:
 
 
 def test_an_attack_s_page_shows_its_lines_of_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    attacks = script("attacks")
+    attacks = script("attack_pages")
     monkeypatch.setattr(attacks, "DOCS", tmp_path)
     (tmp_path / "measured").mkdir()
     (tmp_path / "methods").mkdir()
 
-    def of(cell: str, attack: str, seed: int, asr: float, flag: str = "") -> dict[str, object]:
+    def of(cell: str, attack: str, seed: int, asr: float, flag: str = "") -> dict[str, Any]:
         about = {"cell": f"{cell}/none/s{seed}", "attack": attack, "seed": seed, "flag": flag}
         return about | {"metric": "asr", "qualifier": "", "value": asr}
+
+    def made(rows: list[dict[str, Any]], methods: dict[str, int], params: dict[str, str] | None = None) -> str:
+        cells = [
+            {"cell": r["cell"], "attack": r["attack"], "rate": float(r["cell"].split("/")[2].partition("@")[2])}
+            | {"attack_params": json.dumps(params or {}), "flag": r["flag"], "status": "ok", "reason": ""}
+            for r in rows
+        ]
+        return json.dumps({"parts": [{"rows": rows, "cells": cells, "methods": methods}]})
 
     small = [of("digits/small_cnn/badnets@0.1", "badnets", i, a, f) for i, a, f in ((1, 0.5, "weak"), (0, 1.0, ""))]
     swept = [of("fashion_mnist/small_cnn/badnets~abc@0.05", "badnets~abc", 0, 0.75)]
@@ -261,10 +269,9 @@ def test_an_attack_s_page_shows_its_lines_of_every_run(tmp_path: Path, monkeypat
     registry = Registry.discover("none")
     belt = registry.get("attack", "belt").blueprint.info["version"]
     known = {"attack/badnets": 99, "attack/belt:badnets": belt}
-    named = {"settings": {"badnets~abc": ["targets=all_to_all"]}, "methods": known}
-    own = {"methods": {"attack/belt:badnets": belt}}
-    (tmp_path / "measured" / "attacks-digits.json").write_text(json.dumps({"rows": small + around} | own))
-    (tmp_path / "measured" / "attacks-fashion.json").write_text(json.dumps({"rows": swept + wrapped} | named))
+    (tmp_path / "measured" / "attacks-digits.json").write_text(made(small + around, {"attack/belt:badnets": belt}))
+    swept_too = made(swept + wrapped, known, {"targets": "all_to_all"})
+    (tmp_path / "measured" / "attacks-fashion.json").write_text(swept_too)
     page = tmp_path / "methods" / "badnets.md"
     page.write_text("# BadNets\n\nText.\n\n## Measured\n\nBy `make measure`.\n")
     (tmp_path / "methods" / "belt.md").write_text("# BELT\n")
@@ -295,6 +302,48 @@ def test_an_attack_s_page_shows_its_lines_of_every_run(tmp_path: Path, monkeypat
     assert attacks.differing(cells) == {"badnets~abc": ["targets=all_to_all"]}
 
 
+def test_an_attack_s_figures_are_those_of_the_first_part_that_has_its_cell() -> None:
+    attacks = script("attack_pages")
+
+    def made(*cells: tuple[str, float], command: str) -> dict[str, Any]:
+        about = [{"cell": c, "attack": c[0]} for c, _ in cells]
+        return {"command": command, "cells": about, "rows": [{"cell": c, "value": v} for c, v in cells]}
+
+    new, old = made(("a", 1.0), command="new"), made(("a", 0.0), ("b", 0.5), command="old")
+    first, second = attacks.together([new, old, made(("b", 0.1), command="oldest")])
+    assert (first["command"], first["rows"]) == ("new", [{"cell": "a", "value": 1.0}])
+    assert (second["command"], second["rows"]) == ("old", [{"cell": "b", "value": 0.5}])
+    assert [c["cell"] for c in second["cells"]] == ["b"]
+
+
+def test_an_attack_at_several_rates_has_a_line_each() -> None:
+    attacks = script("attack_pages")
+    cells = [
+        {"cell": f"d/n/{a}@{r}/none/s0", "attack": a, "rate": r, "flag": "", "status": "ok", "reason": ""}
+        | {"attack_params": "{}"}
+        for a, r in (("badnets", 0.1), ("adaptive_blend", 0.015), ("adaptive_blend", 0.1))
+    ]
+    rows = [row("asr", c["rate"], attack=c["attack"], defense="none", seed=0) | {"cell": c["cell"]} for c in cells]
+    rows, cells = attacks.by_rate(rows, cells)
+    lines = [line.split(" | ") for line in attacks.lines(rows, cells, Registry.discover("none"))[2:]]
+    assert [(line[0], line[1], line[5]) for line in lines] == [
+        ("| adaptive_blend", "1.5", "1.5"),
+        ("| adaptive_blend", "10", "10.0"),
+        ("| badnets", "10", "10.0"),
+    ]
+    assert attacks.plain("belt:badnets~1a at 1.5 %") == "belt:badnets"
+
+
+def test_the_attacks_pages_are_those_of_the_stored_figures() -> None:
+    attacks = script("attack_pages")
+    registry, own = Registry.discover("none"), attacks.DOCS
+    files = sorted((own / "measured").glob("attacks-*.json"))
+    assert files
+    for file in files:
+        text = attacks.page(file.stem, json.loads(file.read_text())["parts"], registry)
+        assert (own / f"{file.stem}.md").read_text() == "\n".join(text) + "\n"
+
+
 def test_methods_of_an_earlier_version_are_named(tmp_path: Path) -> None:
     registry = Registry.discover("none")
     now = registry.get("attack", "cassock").blueprint.info["version"]
@@ -314,7 +363,7 @@ def test_methods_of_an_earlier_version_are_named(tmp_path: Path) -> None:
 
 
 def test_attacks_keep_success_apart_by_images_triggers_covers_and_classes() -> None:
-    attacks = script("attacks")
+    attacks = script("attack_pages")
 
     def of(attack: str, metric: str, value: float, qualifier: str = "", seed: int = 0) -> dict[str, Any]:
         return row(metric, value, qualifier, attack=attack, defense="none", seed=seed)
@@ -349,13 +398,13 @@ def test_attacks_keep_success_apart_by_images_triggers_covers_and_classes() -> N
 
 
 def test_a_section_without_rows_is_left_out() -> None:
-    section = script("attacks").section
+    section = script("attack_pages").section
     assert section("Covers", "What they are.", []) == section("Covers", "", [""]) == []
     assert section("Covers", "What they are.", ["| a |"]) == ["", "## Covers", "", "What they are.", "", "| a |"]
 
 
 def test_verdicts_on_separability_follow_the_figures() -> None:
-    attacks = script("attacks")
+    attacks = script("attack_pages")
 
     def text(values: dict[str, float]) -> str:
         rows = [row("silhouette", v, attack=a, defense="none") for a, v in values.items()]
@@ -444,6 +493,6 @@ def test_a_runs_time_counts_each_task_once(tmp_path: Path) -> None:
     assert script("record").spent(tmp_path) == {}
 
 
-@pytest.mark.parametrize("name", ["attacks", "zoo", "measure", "record"])
+@pytest.mark.parametrize("name", ["attack_pages", "zoo", "measure", "record"])
 def test_every_script_says_what_it_does(name: str) -> None:
     assert "`" in (script(name).__doc__ or "")

@@ -1,11 +1,12 @@
-"""Writes docs/NAME.md and its JSON from a run of suite `attacks`: `python docs/attacks.py RUN NAME "COMMAND"`.
+"""Writes docs/NAME.md and its JSON from runs of undefended attacks: `python docs/attack_pages.py NAME RUN "COMMAND"`.
 
-What each attack declares, what its paper printed, and what this run measured, side by side; then the bookkeeping of
-success: on the images that count, on those that the attack spares, under covers, by trigger and by class. Pairs of
-`RUN "COMMAND"` behind these add runs of other settings, such as all-to-all, whose rows go into the same JSON.
+What each attack declares, what its paper printed, and what was measured, side by side; then the bookkeeping of success:
+on the images that count, on those that the attack spares, under covers, by trigger and by class. Further pairs of
+`RUN "COMMAND"` add runs of other attacks or settings on the same data, such as all-to-all; of a cell that several runs
+have, the first one's figures stand. `--keep` behind them keeps what the JSON has of other cells, with what made it.
 
-Each attack's page then shows its lines of all such files under one heading; `python docs/attacks.py` alone renews the
-pages.
+Each attack's page then shows its lines of all such files under one heading. `python docs/attack_pages.py` alone renews
+all pages from the JSONs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from record import aged, machine, methods, older, provenance
+from record import aged, machine, older, provenance
 
 from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.rows import read_table
@@ -34,12 +35,20 @@ SHOWN = {
     "silhouette": ("silhouette", 1.0, 2),
 }
 FIELDS = ("cell", "attack", "seed", "metric", "qualifier", "value", "count", "total", "status", "reason", "flag")
+CELL = ("cell", "attack", "rate", "flag", "status", "reason", "attack_params")
 HEAD = "## Declared, published, measured"
 """On the page of an attack, in front of what `make measure` writes there."""
 _SMALL = 0.1
 """Share of false positives up to which HCB's patch counts as bound to its feature."""
+_ALIVE = 0.9
+"""ASR from which a trigger among several is not spoken of by itself."""
 Figures = Mapping[str, Mapping[tuple[str, str], Mapping[int, float]]]
 """Attack -> (metric, qualifier) -> seed -> value."""
+
+
+def plain(attack: str) -> str:
+    """The id in an attack's label, which may have a digest of its parameters and a rate behind it."""
+    return attack.partition(" at ")[0].partition("~")[0]
 
 
 def figures(rows: Sequence[Mapping[str, Any]]) -> Figures:
@@ -93,15 +102,18 @@ def lines(rows: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]],
         if c["status"] != "ok":
             flags[c["attack"]].add(f"{c['status']}: {c['reason']}")
     settings = {c["attack"]: c["attack_params"] for c in cells}
+    other = differing(cells)
     body = []
     for attack in sorted(flags):
-        plain = attack.partition("~")[0]
-        infos = [p.blueprint.info for p in registry.chain("attack", plain)]
+        name = plain(attack)
+        infos = [p.blueprint.info for p in registry.chain("attack", name)]
         measured = [span(found[attack].get((m, ""), {}), s, d) for m, (_, s, d) in SHOWN.items()]
         bar = "" if attack == "none" else declared(infos)
-        said = published(infos, plain.partition(":")[2], settings[attack])
+        said = published(infos, name.partition(":")[2], settings[attack])
         rate = [", ".join(sorted(rates[attack]))] if several else []
-        body.append([attack, *rate, bar, said, *measured, "; ".join(sorted(flags[attack]))])
+        body.append(
+            [", ".join([name, *other.get(attack, [])]), *rate, bar, said, *measured, "; ".join(sorted(flags[attack]))]
+        )
     head = ["attack", *(["rate, %"] if several else []), "declared", "published"]
     return table([*head, *(name for name, _, _ in SHOWN.values()), "flags"], body)
 
@@ -109,8 +121,9 @@ def lines(rows: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]],
 def differing(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Attacks of a sweep -> their parameters that differ from the plain one's, as `key=value`."""
     settings = {c["attack"]: json.loads(c["attack_params"]) for c in cells}
+    bare = {plain(a): p for a, p in settings.items() if "~" not in a}
     return {
-        a: [f"{k}={v}" for k, v in p.items() if v != settings[a.partition("~")[0]].get(k)]
+        a: [f"{k}={v}" for k, v in p.items() if v != bare.get(plain(a), {}).get(k)]
         for a, p in settings.items()
         if "~" in a
     }
@@ -118,8 +131,13 @@ def differing(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 def weak(cells: Sequence[Mapping[str, Any]]) -> str:
     """The attacks that did not implant, and how many did."""
-    flags = {c["attack"]: "weak" in c["flag"].split(";") for c in cells if c["rate"]}
-    names = ", ".join(sorted(a for a, is_weak in flags.items() if is_weak))
+    other = differing(cells)
+    flags = {
+        ", ".join([c["attack"].partition("~")[0], *other.get(c["attack"], [])]): "weak" in c["flag"].split(";")
+        for c in cells
+        if c["rate"]
+    }
+    names = "; ".join(sorted(a for a, is_weak in flags.items() if is_weak))
     return f"{names or 'none'} ({sum(flags.values())} of {len(flags)})"
 
 
@@ -198,7 +216,7 @@ def classes(found: Figures) -> list[str]:
                 for k, v in sorted(each.items(), key=lambda x: int(x[0]))
             )
             figures_ = [span(v, 100, 1) for v in (of["c_acc", ""], of["asr", ""], smallest(each))]
-            body.append([attack.partition("~")[0], *figures_, inside])
+            body.append([plain(attack), *figures_, inside])
     return (
         table(["attack", "C-Acc", "ASR", "ASR, worst class", "ASR by true class, mean of the seeds"], body)
         if body
@@ -260,7 +278,7 @@ def separability(found: Figures, cells: Sequence[Mapping[str, Any]]) -> list[str
 
 
 def prose(found: Figures, members: Mapping[str, Sequence[str]]) -> list[str]:
-    """What stands out in the tables of HCB and of the hybrid attack."""
+    """What stands out in the tables of HCB and of attacks with several triggers."""
     text = []
     hcb = found.get("hcb", {})
     if hcb:
@@ -275,45 +293,94 @@ def prose(found: Figures, members: Mapping[str, Sequence[str]]) -> list[str]:
                 else "Both are few."
             )
         )
-    hybrid = found.get("hybrid", {})
-    each = qualified(hybrid, "asr", "trigger")
-    if each:
-        worst = {s: min(each, key=lambda i: each[i].get(s, 2.0)) for s in hybrid["asr", ""]}
+    for attack, of in sorted(found.items()):
+        each = qualified(of, "asr", "trigger")
+        lowest = smallest(each)
+        if not each or min(lowest.values()) >= _ALIVE:
+            continue
+        worst_of = {s: min(each, key=lambda i: each[i].get(s, 2.0)) for s in lowest}
         names = ", ".join(
-            f"{members['hybrid'][int(i)] if 'hybrid' in members else i} at {100 * each[i][s]:.1f} %"
-            for s, i in sorted(worst.items())
+            f"{members[attack][int(i)] if attack in members else f'trigger {i}'} at {100 * each[i][s]:.1f} %"
+            for s, i in sorted(worst_of.items())
         )
-        text.append(f"The mean of hybrid, {span(hybrid['asr', ''], 100, 1)} %, hides its worst trigger: {names}.")
+        text.append(f"The mean of {attack}, {span(of['asr', ''], 100, 1)} %, hides its worst trigger: {names}.")
     return text
+
+
+# ---- The JSON: parts, each what one command made ---------------------------------------------------------------------
+def part(run: Path, command: str) -> dict[str, Any]:
+    """What a run measured of undefended models, with its provenance."""
+    rows = read_table(run / "measurements.parquet")
+    cells = [c for c in read_table(run / "cells.parquet") if c["defense"] == "none"]
+    params = {c["attack"]: json.loads(c["attack_params"]) for c in cells}
+    return {
+        "command": command,
+        **provenance(run, rows),
+        "cells": [{k: c[k] for k in CELL} for c in cells],
+        "members": {a: p["members"] for a, p in params.items() if "members" in p},
+        "rows": [{k: r[k] for k in FIELDS} for r in rows if r["defense"] == "none"],
+    }
+
+
+def together(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The parts without the cells that an earlier one has; those that have nothing left are dropped."""
+    known: set[str] = set()
+    left = []
+    for one in parts:
+        rows = [r for r in one["rows"] if r["cell"] not in known]
+        mine = {r["cell"] for r in rows}
+        known |= mine
+        if mine:
+            left.append(one | {"rows": rows, "cells": [c for c in one["cells"] if c["cell"] in mine]})
+    return left
+
+
+def by_rate(
+    rows: list[dict[str, Any]], cells: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and cells whose attacks carry their rate in the label where there are several."""
+    rates: dict[str, set[float]] = defaultdict(set)
+    for c in cells:
+        rates[c["attack"]].add(c["rate"])
+    rate = {c["cell"]: c["rate"] for c in cells}
+
+    def named(x: dict[str, Any]) -> dict[str, Any]:
+        many = len(rates[x["attack"]]) > 1
+        return x | {"attack": f"{x['attack']} at {100 * rate[x['cell']]:g} %"} if many else x
+
+    return [named(r) for r in rows], [named(c) for c in cells]
 
 
 def kept(registry: Registry) -> dict[str, list[list[str]]]:
     """Per attack its lines of every docs/measured/attacks-*.json, for its page; a wrapper's with what it wraps."""
     found: dict[str, list[list[str]]] = defaultdict(list)
     for file in sorted((DOCS / "measured").glob("attacks-*.json")):
-        whole = json.loads(file.read_text())
-        cells: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
-        for r in whole["rows"]:
-            data, _, at, *_ = r["cell"].split("/")
-            cells[r["attack"], data, at.partition("@")[2]].append(r | {"defense": "none"})
+        parts = json.loads(file.read_text())["parts"]
+        whole = differing([c for one in parts for c in one["cells"]])
+        of_cell = {c["cell"]: (c, one) for one in parts for c in one["cells"]}
+        cells: dict[tuple[str, str, float], list[dict[str, Any]]] = defaultdict(list)
+        for r in (r for one in parts for r in one["rows"]):
+            cells[r["attack"], r["cell"].partition("/")[0], of_cell[r["cell"]][0]["rate"]].append(
+                r | {"defense": "none"}
+            )
         for (attack, data, rate), rows in sorted(cells.items()):
-            plain = attack.partition("~")[0]
-            infos = [p.blueprint.info for p in registry.chain("attack", plain)]
+            name = plain(attack)
+            infos = [p.blueprint.info for p in registry.chain("attack", name)]
             of = figures(rows)[attack]
             # Of a wrapper "attack/OUTER:INNER" has the outer one's version; the inner one's is that of its own line.
-            parts = {f"attack/{plain}", f"attack/{plain.partition(':')[2]}"}
-            versions = {m: v for m, v in whole.get("methods", {}).items() if m in parts}
+            methods = {f"attack/{name}", f"attack/{name.partition(':')[2]}"}
+            sources = [of_cell[r["cell"]][1].get("methods", {}) for r in rows]
+            old = any(older({m: v for m, v in source.items() if m in methods}, registry) for source in sources)
             flags = sorted({f for r in rows for f in r["flag"].split(";") if f})
-            flags += ["of an earlier version"] if older(versions, registry) else []
-            name = ", ".join([plain, *whole.get("settings", {}).get(attack, [])])
-            said = published(infos, plain.partition(":")[2], name)
+            flags += ["of an earlier version"] if old else []
+            label = ", ".join([name, *whole.get(attack, [])])
+            said = published(infos, name.partition(":")[2], label)
             shown = [span(of.get((m, ""), {}), scale, n) for m, (_, scale, n) in SHOWN.items()]
-            share = float(rate or 0)
-            setting = f"{data} {100 * share:g} %" if share else data
-            bar = declared(infos) if share else ""
-            line = [name, setting, bar, said, *shown, "; ".join(flags)]
-            if line not in found[plain.partition(":")[0]]:  # a clean model that two runs trained alike
-                found[plain.partition(":")[0]].append(line)
+            setting = f"{data} {100 * rate:g} %" if rate else data
+            bar = declared(infos) if rate else ""
+            line = [label, setting, bar, said, *shown, "; ".join(flags)]
+            if line not in found[name.partition(":")[0]]:  # a clean model that two runs trained alike
+                found[name.partition(":")[0]].append(line)
     return found
 
 
@@ -338,33 +405,27 @@ def section(title: str, says: str, body: Sequence[str]) -> list[str]:
     return ["", f"## {title}", "", *([says, ""] if says else []), *body] if any(body) else []
 
 
-def main() -> int:
-    """Write both files."""
-    run, name, command = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-    rows, cells = read_table(run / "measurements.parquet"), read_table(run / "cells.parquet")
-    about = provenance(run, rows)
-    stored = [{k: r[k] for k in FIELDS} for r in rows if r["defense"] == "none"]
-    more = [(Path(a), b) for a, b in zip(sys.argv[4::2], sys.argv[5::2], strict=True)]
-    added = [r for path, _ in more for r in read_table(path / "measurements.parquet") if r["defense"] == "none"]
-    commands = {"command": command} | ({"more_commands": [b for _, b in more]} if more else {})
-    known = {(r["cell"], r["metric"], r["qualifier"]) for r in stored}
-    stored += [{k: r[k] for k in FIELDS} for r in added if (r["cell"], r["metric"], r["qualifier"]) not in known]
-    others = {} if not more else {"settings": differing([c for p, _ in more for c in read_table(p / "cells.parquet")])}
-    (DOCS / "measured" / f"{name}.json").write_text(json.dumps(commands | about | others | {"rows": stored}) + "\n")
-    registry = Registry.discover("none")
+def page(name: str, parts: Sequence[Mapping[str, Any]], registry: Registry) -> list[str]:
+    """docs/NAME.md from what the JSON holds."""
+    rows = [r | {"defense": "none"} for one in parts for r in one["rows"]]
+    rows, cells = by_rate(rows, [c for one in parts for c in one["cells"]])
     found = figures(rows)
-    settings = {c["attack"]: json.loads(c["attack_params"]) for c in cells}
-    members = {a: p["members"] for a, p in settings.items() if "members" in p}
-    old = aged({m: v for m, v in methods(run).items() if m.startswith("attack/")}, registry)
-    sets = ", ".join(sorted({c["dataset"] for c in cells}))
-    rates = ", ".join(sorted({f"{100 * c['rate']:g} %" for c in cells if c["rate"]}))
-    all_to_all = classes(figures([r for r in [*rows, *added] if r["attack"] != "none"]))
-    text = [
-        *("# Attacks: declared, published, measured", "", "Written by `docs/attacks.py` from the tables of:", ""),
-        *(part for c in (command, *(b for _, b in more)) for part in (f"`{c}`", "")),
-        f"{sets}, {', '.join(sorted({c['arch'] for c in cells}))}, rate {rates}, {about['recipe']['epochs']} epochs, "
-        f"{machine(about)}. One figure per seed; shares in %.",
-        "",
+    members = {a: m for one in parts for a, m in one["members"].items()}
+    sets = ", ".join(sorted({c["cell"].split("/")[0] for c in cells}))
+    archs = ", ".join(sorted({c["cell"].split("/")[1] for c in cells}))
+    rates = ", ".join(f"{100 * r:g} %" for r in sorted({c["rate"] for c in cells if c["rate"]}, reverse=True))
+    epochs = ", ".join(sorted({str(one["recipe"]["epochs"]) for one in parts}))
+    made = []
+    for one in parts:
+        own = {m: v for m, v in one.get("methods", {}).items() if m.startswith("attack/")}
+        used = {f"attack/{plain(c['attack'])}" for c in one["cells"]}
+        old = aged({m: v for m, v in own.items() if m in used}, registry)
+        made.append(" ".join([f"- `{one['command']}`", f"({machine(one)})", *old]))
+    bare = {a: of for a, of in found.items() if "~" not in a}
+    return [
+        *("# Attacks: declared, published, measured", "", "Written by `docs/attack_pages.py` from the tables of:", ""),
+        *made,
+        *("", f"{sets}, {archs}, rate {rates}, {epochs} epochs. One figure per seed; shares in %.", ""),
         "*Declared* is the ASR at which the attack counts as implanted, of a wrapper and what it wraps the lower; "
         "below it, below the suite's bar and, all to all, below 0.95 of clean C-Acc, a row is `weak` and no defense "
         "gets credit. *Published* figures are of other data, networks and lengths of training: they say what the "
@@ -372,7 +433,6 @@ def main() -> int:
         "near 1 where triggered images lie apart from the target class's own in the last layer's features, near 0 "
         "where they overlap.",
         *("", f"Below their bar, and so `weak`: {weak(cells)}."),
-        *(x for sentence in old for x in ("", sentence)),
         *("", *lines(rows, cells, registry)),
         *section(
             "Where an attack should work, and where not",
@@ -383,7 +443,7 @@ def main() -> int:
         ),
         *section(
             "Several triggers",
-            "The headline ASR is the mean over triggers; a dead one hides in it.",
+            "The headline ASR, which the bar is held against, is the mean over triggers; a dead one hides in it.",
             triggers(found, members),
         ),
         *(x for p in prose(found, members) for x in ("", p)),
@@ -393,20 +453,44 @@ def main() -> int:
             "fewer do than C-Acc, and more get the target, the trigger works beyond its exact form.",
             covers(found),
         ),
-        *section("All-to-all", "", all_to_all),
-        *section("Do poisoned samples stand apart?", "", separability(found, cells)),
+        *section("All-to-all", "", classes(found)),
+        *section("Do poisoned samples stand apart?", "", separability(bare, cells)),
         *("", f"All rows: [{name}.json](measured/{name}.json)."),
     ]
-    (DOCS / f"{name}.md").write_text("\n".join(text) + "\n")
-    print(f"wrote docs/{name}.md and docs/measured/{name}.json: {len(cells)} cells")
-    pages(registry)
+
+
+def written(name: str, runs: Sequence[tuple[Path, str]], *, keep: bool) -> None:
+    """Write the JSON from pairs of run and command, and all pages; `keep` what the JSON has of other cells."""
+    parts = [part(run, command) for run, command in runs]
+    target = DOCS / "measured" / f"{name}.json"
+    if keep and target.exists():
+        parts += json.loads(target.read_text())["parts"]
+    target.write_text(json.dumps({"parts": together(parts)}) + "\n")
+    shown()
+
+
+def shown() -> None:
+    """Write all pages from the JSONs."""
+    registry = Registry.discover("none")
+    for file in sorted((DOCS / "measured").glob("attacks-*.json")):
+        text = page(file.stem, json.loads(file.read_text())["parts"], registry)
+        (DOCS / f"{file.stem}.md").write_text("\n".join(text) + "\n")
+        print(f"wrote docs/{file.stem}.md")
+    print(f"wrote the pages of {', '.join(pages(registry))}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Take the arguments."""
+    words = [a for a in argv if a != "--keep"]
+    if not words:
+        shown()
+    elif len(words) < 3 or len(words) % 2 == 0:
+        sys.exit(__doc__)
+    else:
+        runs = [(Path(run), command) for run, command in zip(words[1::2], words[2::2], strict=True)]
+        written(words[0], runs, keep="--keep" in argv)
     return 0
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        print(f"wrote the pages of {', '.join(pages(Registry.discover('none')))}")
-        sys.exit(0)
-    if len(sys.argv) < 4 or len(sys.argv) % 2:
-        sys.exit(__doc__)
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
