@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Any
 
 from sleeperbench import PROTOCOL
-from sleeperbench.contracts.access import Access, Needs
-from sleeperbench.engine.blueprint import SNAPSHOTS
 from sleeperbench.engine.graph import Cell, Dataset, Evaluation, Plan, Zoo
+from sleeperbench.engine.known import Known, once
 from sleeperbench.engine.registry import Kind, Registry
 from sleeperbench.engine.suite import Suite, Variant
 from sleeperbench.engine.task import Task, attack_seed, canonical, digest, target_class
 from sleeperbench.errors import BadInput, nearest
-from sleeperbench.schema import JUDGES
 
 __all__ = ["Cell", "Dataset", "Evaluation", "Plan", "Planner", "restrict"]
 
@@ -28,29 +25,11 @@ START_REPLICA = 300
 """The clean model that a suite with [train] inject = "finetune" tunes backdoors into."""
 
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def once(method: Callable[Concatenate[Planner, P], R]) -> Callable[Concatenate[Planner, P], R]:
-    """Answer a second call with equal arguments from memory; most of a graph is shared."""
-
-    @functools.wraps(method)
-    def remembered(self: Planner, *args: P.args, **kwargs: P.kwargs) -> R:
-        call = (method.__name__, args, *kwargs.items())
-        if call not in self.memory:
-            self.memory[call] = method(self, *args, **kwargs)
-        answer: R = self.memory[call]
-        return answer
-
-    return cast("Callable[Concatenate[Planner, P], R]", remembered)
-
-
 class Planner:
     """Builds a plan; one method per kind of task."""
 
     def __init__(self, suite: Suite, registry: Registry, datasets: dict[str, Dataset]) -> None:
-        self.suite, self.registry = suite, registry
+        self.suite, self.registry, self.known = suite, registry, Known(registry)
         self.plan = Plan(suite=suite, datasets=datasets)
         self.memory: dict[Any, Any] = {}
 
@@ -63,17 +42,6 @@ class Planner:
             # Another attack needs it too, or none does: one closed gate must not take it from the others.
             self.plan.gates.pop(task.key, None)
         return task.key
-
-    @once
-    def info(self, kind: Kind, plugin: str) -> dict[str, Any]:
-        """INFO of a plugin; of the wrapped one for `version`s of both, see `version`."""
-        return dict(self.registry.get(kind, plugin).blueprint.info)
-
-    @once
-    def version(self, kind: Kind, plugin: str) -> int:
-        """A wrapper's result depends on its own version; the wrapped plugin's is in its own task."""
-        wrapper, inner = Registry.split_wrapper(plugin)
-        return int(self.info(kind, wrapper or inner)["version"])
 
     @once
     def data(self, ds: str, seed: int) -> dict[str, Any]:
@@ -133,8 +101,8 @@ class Planner:
             recipe = recipe | self.suite.injection
         if any(p.blueprint.info.get("covers") for p in chain):
             further["covers"] = True
-        if self.snapshot(v.id) != "exact":
-            further["snapshot"] = self.snapshot(v.id)
+        if self.known.snapshot(v.id) != "exact":
+            further["snapshot"] = self.known.snapshot(v.id)
         if self.suite.append and v.id != "none":
             further["append"] = True
         secret, classes = self.suite.secret, self.plan.datasets[ds].classes
@@ -142,7 +110,7 @@ class Planner:
             Task(
                 kind="attack",
                 name=v.id,
-                version=self.version("attack", v.id),
+                version=self.known.version("attack", v.id),
                 params={
                     "method": v.params,
                     "data": self.data(ds, seed),
@@ -162,11 +130,6 @@ class Planner:
         )
 
     @once
-    def snapshot(self, attack: str) -> str:
-        """What the attack's training set is; of a wrapper and what it wraps, the less exact."""
-        return max((p.blueprint.snapshot for p in self.registry.chain("attack", attack)), key=SNAPSHOTS.index)
-
-    @once
     def clean(self, ds: str, arch: str, seed: int, replica: int) -> str:
         """Task that trains an independent clean model: replica 0 is attack `none` itself."""
         return self.attack(ds, arch, self.default("attack", "none"), 0.0, seed, replica)
@@ -175,33 +138,6 @@ class Planner:
     def default(self, kind: Kind, plugin: str) -> Variant:
         """The suite's variant of a plugin that need not be in the matrix."""
         return self.suite.default(kind, plugin, self.registry)
-
-    @once
-    def inner(self, v: Variant) -> Variant:
-        """What a wrapper wraps."""
-        name = Registry.split_wrapper(v.id)[1]
-        return Variant(id=name, label=name, params=v.params["inner"])
-
-    @once
-    def access(self, plugin: str) -> Access:
-        """What a defense declares; a wrapper adds its own to the wrapped one's, which runs in a task of its own."""
-        wrapper, inner = Registry.split_wrapper(plugin)
-        access = self.registry.get("defense", wrapper or inner).blueprint.access
-        assert isinstance(access, Access)
-        return access
-
-    @once
-    def track(self, plugin: str) -> str:
-        """Access class shown on the board: of a wrapper, the wider of its own and the wrapped one's."""
-        wrapper, inner = Registry.split_wrapper(plugin)
-        if plugin == "none":
-            return "none"
-        tracks = [self.access(plugin).track()] + ([self.track(inner)] if wrapper else [])
-        if "T4" in tracks:
-            return "T4"
-        plain = {t.removesuffix("R") for t in tracks}
-        widest = "T3" if {"T1", "T2"} <= plain else max(plain)
-        return widest + "R" * any(t.endswith("R") for t in tracks)
 
     @once
     def defense(
@@ -219,7 +155,7 @@ class Planner:
 
         Replica 1 is the same defense run again: nothing changes but its seed and, of a wrapper, the run that it wraps.
         """
-        access = self.access(v.id)
+        access = self.known.access(v.id)
         inputs = {"attack": attack}
         if access.oracle:
             inputs["oracle"] = oracle or attack
@@ -227,11 +163,11 @@ class Planner:
         for i in range(access.references):
             inputs[f"reference{i}"] = self.clean(ds, arch, seed, first + i)
         if Registry.split_wrapper(v.id)[0]:
-            inputs["inner"] = self.defense(ds, arch, self.inner(v), seed, attack, group, oracle, replica)
+            inputs["inner"] = self.defense(ds, arch, self.known.inner(v), seed, attack, group, oracle, replica)
         task = Task(
             kind="defense",
             name=v.id,
-            version=self.version("defense", v.id),
+            version=self.known.version("defense", v.id),
             params=self.defense_params(ds, arch, v, seed),
             seed=self.seed("defense", v.id, ds, seed),
             numerics=self.numerics(),
@@ -239,7 +175,7 @@ class Planner:
             role="view",
             timeout=self.suite.budget["task_seconds"],
         )
-        if self.info("defense", Registry.split_wrapper(v.id)[0] or v.id).get("prepares"):
+        if self.known.info("defense", Registry.split_wrapper(v.id)[0] or v.id).get("prepares"):
             prepared = self.add(task.preparation(), group)
             task = replace(task, inputs={**inputs, "prepared": prepared})
         if replica:
@@ -257,7 +193,7 @@ class Planner:
         """What determines a defense's result beside its inputs: equal for all attacks."""
         return {
             "method": {k: value for k, value in v.params.items() if k != "inner" or ":" not in v.id},
-            "access": asdict(self.access(v.id)),
+            "access": asdict(self.known.access(v.id)),
             "data": self.data(ds, seed),
             "spec": self.arch(ds, arch),
             "recipe": self.recipe(ds),
@@ -266,7 +202,7 @@ class Planner:
     @once
     def evaluate_params(self, ds: str, v: Variant, seed: int) -> dict[str, Any]:
         """What determines an evaluation beside its inputs."""
-        needs = asdict(self.needs(v))
+        needs = asdict(self.known.needs(v))
         del needs["draws_of"]  # the task's seed says it
         for late in ("again", "anew"):  # who doesn't ask for one keeps the key of the time before it could be asked for
             if not needs[late]:
@@ -281,7 +217,7 @@ class Planner:
     @once
     def evaluate(self, ds: str, arch: str, v: Variant, seed: int, at: _At) -> str:
         """Task that measures one evaluator on one cell, with everything it needs before it."""
-        needs = self.needs(v)
+        needs = self.known.needs(v)
         inputs = {"attack": at.attack, "defense": at.defense}
         for i in range(needs.clean_models):
             inputs[f"clean{i}"] = self.clean(ds, arch, seed, i)
@@ -290,10 +226,10 @@ class Planner:
             inputs["defended_clean"] = self.defense(ds, arch, at.variant, seed, none, at.group, oracle=at.attack)
         if needs.again and at.group and at.variant.id != "none":
             inputs["again"] = self.defense(ds, arch, at.variant, seed, at.attack, at.group, replica=1)
-        if needs.anew and self.unlearns(at.variant.id):
+        if needs.anew and self.known.unlearns(at.variant.id):
             # To the inverter the repaired model is a model like any other.
-            inputs["anew"] = self.defense(ds, arch, self.inner(at.variant), seed, at.defense, at.group)
-        further: dict[str, Any] = {"descends": self.descends(at.variant.id)} if needs.lineage else {}
+            inputs["anew"] = self.defense(ds, arch, self.known.inner(at.variant), seed, at.defense, at.group)
+        further: dict[str, Any] = {"descends": self.known.descends(at.variant.id)} if needs.lineage else {}
         if needs.evaluators:
             further["settings"] = {other: self.default("evaluator", other).params for other in needs.evaluators}
         if needs.twin and at.group and at.variant.id == "none":
@@ -305,9 +241,9 @@ class Planner:
                 )
         for other in needs.evaluators:
             inputs[f"evaluator.{other}"] = self.support(ds, arch, other, seed, at)
-        if "scores" in needs.outcome and at.group and self.second_phase(at.variant.id, "scores"):
+        if "scores" in needs.outcome and at.group and self.known.second_phase(at.variant.id, "scores"):
             inputs["answer"] = self.answer(ds, arch, seed, at)
-        if "inverted" in needs.outcome and self.second_phase(at.variant.id, "stamps"):
+        if "inverted" in needs.outcome and self.known.second_phase(at.variant.id, "stamps"):
             inputs["stamps"] = self.answer(ds, arch, seed, at, phase="stamp")
         if "inverted" in needs.outcome:
             inputs |= {r: k for r, k in self.parts(at.defense).items() if r == "wrapped"}
@@ -325,7 +261,7 @@ class Planner:
             Task(
                 kind="evaluate",
                 name=v.id,
-                version=self.version("evaluator", v.id),
+                version=self.known.version("evaluator", v.id),
                 params=self.evaluate_params(ds, v, seed) | {"defended": at.variant.id != "none"} | further,
                 seed=self.seed("evaluate", needs.draws_of or v.id, ds, seed),
                 numerics=self.numerics(),
@@ -357,40 +293,11 @@ class Planner:
         attack = self.attack(ds, arch, at.attack_variant, at.rate, seed)
         if not defense:
             return attack
-        if self.access(defense).train and self.snapshot(at.attack_variant.id) == "none":
+        if self.known.access(defense).train and self.known.snapshot(at.attack_variant.id) == "none":
             raise BadInput(
                 f"surrogate `{name}`: attack `{at.attack_variant.id}` has no training set to give it; drop one of them"
             )
         return self.defense(ds, arch, self.default("defense", defense), seed, attack, at.group)
-
-    @once
-    def descends(self, defense: str) -> bool:
-        """Whether a defense's model is made from the attacked one's weights: it sees them and starts nothing anew."""
-        if defense == "none":
-            return True
-        wrapper, inner = Registry.split_wrapper(defense)
-        info = self.info("defense", wrapper or inner)
-        access = self.access(defense)
-        return access.model == "weights" and not access.control and bool(info.get("descends", True))
-
-    @once
-    def unlearns(self, defense: str) -> bool:
-        """Whether a defense is a wrapper that repairs with the triggers which the wrapped one has recovered."""
-        wrapper, _ = Registry.split_wrapper(defense)
-        if not wrapper or self.info("defense", wrapper)["kind"] != "repair":
-            return False
-        return self.access(defense).inner == "inverted"
-
-    @once
-    def keeps_model(self, defense: str) -> bool:
-        """Whether a defense only judges: what wakes a backdoor would find the undefended model again."""
-        wrapper, inner = Registry.split_wrapper(defense)
-        return self.info("defense", wrapper or inner)["kind"] in JUDGES
-
-    @once
-    def second_phase(self, plugin: str, what: str) -> bool:
-        """Whether a defense has a second phase: its INFO says `"scores": True`, or `"stamps": True`."""
-        return bool(self.info("defense", plugin).get(what)) if ":" not in plugin else False
 
     @once
     def answer(self, ds: str, arch: str, seed: int, at: _At, phase: str = "score") -> str:
@@ -412,17 +319,10 @@ class Planner:
         )
 
     @once
-    def needs(self, v: Variant) -> Needs:
-        """What an evaluator declares."""
-        needs = self.registry.get("evaluator", v.id).blueprint.needs
-        assert isinstance(needs, Needs)
-        return needs
-
-    @once
     def support(self, ds: str, arch: str, evaluator: str, seed: int, at: _At) -> str:
         """Task of another evaluator that an evaluator reads; calibrated ones run on the suite's first seed."""
         v = self.default("evaluator", evaluator)
-        needs = self.needs(v)
+        needs = self.known.needs(v)
         if needs.calibration:
             seed = self.suite.calibration_seed
         if needs.scope == "attack":
@@ -453,7 +353,7 @@ class Planner:
         """Evaluators of scope `zoo`, over every cell of a defense on a data set and an architecture."""
         seed = self.suite.seeds[0]
         for e in self.suite.evaluators:
-            needs = self.needs(e)
+            needs = self.known.needs(e)
             if needs.scope != "zoo":
                 continue
             by_defense: dict[str, list[Cell]] = {}
@@ -467,7 +367,7 @@ class Planner:
                 shell = Task(
                     kind="evaluate",
                     name=e.id,
-                    version=self.version("evaluator", e.id),
+                    version=self.known.version("evaluator", e.id),
                     params=self.evaluate_params(ds, e, seed),
                     seed=self.seed("evaluate", e.id, ds, seed),
                     numerics=self.numerics(),
@@ -505,7 +405,7 @@ class Planner:
         if not any(d.id == "none" for d in defenses):
             defenses.insert(0, self.default("defense", "none"))
         for d in defenses:
-            access = self.access(d.id)
+            access = self.known.access(d.id)
             identity = {
                 "suite": s.name,
                 "protocol": str(PROTOCOL),
@@ -519,7 +419,7 @@ class Planner:
                 "defense": d.label,
                 "defense_params": self.shown(d),
                 "clean_source": s.access["clean_source"],
-                "access": self.track(d.id),
+                "access": self.known.track(d.id),
                 "seed": seed,
                 "cell": f"{head}/{v.label}@{rate:g}/{d.label}/s{seed}",
             }
@@ -533,24 +433,24 @@ class Planner:
             )
             self.plan.cells.append(cell)
             own_group = "" if d.id == "none" else group
-            if access.train and self.snapshot(v.id) == "none":
+            if access.train and self.known.snapshot(v.id) == "none":
                 cell.blocked = "not_applicable attack_controls_training"
             else:
                 cell.defense_key = self.defense(ds, arch, d, seed, attack, own_group)
             at = _At(attack=attack, attack_variant=v, rate=rate, defense=cell.defense_key, variant=d, group=group)
             for e in s.evaluators:
-                needs = self.needs(e)
+                needs = self.known.needs(e)
                 if needs.scope == "zoo" or (needs.scope == "attack" and d.id != "none"):
                     continue
                 if needs.calibration and seed != s.calibration_seed:
                     continue
                 evaluation = Evaluation(evaluator=e.id, needs=needs)
                 cell.evaluations.append(evaluation)
-                if needs.outcome == ("scores",) and not self.second_phase(d.id, "scores"):
+                if needs.outcome == ("scores",) and not self.known.second_phase(d.id, "scores"):
                     evaluation.reason = "no_scores: the defense has no second phase"
                 elif needs.outcome == ("scores",) and not group:
                     evaluation.reason = "no_trigger"
-                elif self.info("evaluator", e.id)["kind"] == "reactivation" and self.keeps_model(d.id):
+                elif self.known.info("evaluator", e.id)["kind"] == "reactivation" and self.known.keeps_model(d.id):
                     evaluation.reason = "model_unchanged: the defense repairs nothing"
                 elif not cell.blocked:
                     evaluation.key = self.evaluate(ds, arch, e, seed, at)

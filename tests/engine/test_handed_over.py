@@ -13,8 +13,8 @@ import torch
 from sleeperbench.contracts import NotApplicable, Outcome
 from sleeperbench.contracts.access import Access
 from sleeperbench.engine import artifacts
+from sleeperbench.engine.known import Known
 from sleeperbench.engine.outcomes import Failed, checked
-from sleeperbench.engine.plan import Planner
 from sleeperbench.engine.run import Options, Run
 from sleeperbench.engine.task import Task
 from sleeperbench.engine.work import Work
@@ -67,8 +67,8 @@ def test_a_second_run_of_a_defense_has_another_seed_and_the_same_inputs(make_pla
 
 
 def test_all_that_ask_for_a_second_run_share_it(make_plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    needs = Planner.needs
-    monkeypatch.setattr(Planner, "needs", lambda self, v: replace(needs(self, v), again=v.id in ("accident", "bec")))
+    needs = Known.needs
+    monkeypatch.setattr(Known, "needs", lambda self, v: replace(needs(self, v), again=v.id in ("accident", "bec")))
     plan = make_plan(evaluators=["accident", "bec"], defenses=["ft"])
     (cell,) = [c for c in plan.cells if c.attack_group and not c.is_control]
     first, second = (plan.tasks[e.key].inputs["again"] for e in cell.evaluations)
