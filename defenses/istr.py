@@ -12,6 +12,7 @@ from sleeperbench import Access, Defense, Outcome
 from sleeperbench.contracts import Case, Model
 from sleeperbench.kit.classifier import Classifier, build, load, pack
 from sleeperbench.kit.isolation import outcome
+from sleeperbench.kit.row_slices import isolate_rows
 from sleeperbench.kit.slices import Settings, isolate
 from sleeperbench.kit.train import fit
 
@@ -47,6 +48,8 @@ class IsTr(Defense):
         dms: Steps and slices; False for Steps alone.
         slices: `topdown`; `adaptive`, the middle slice of eq. 7; or `fixed`, that of the paper's (0.01, 0.05).
         delta: What a window changes: the row's own `steps`, or `invert` its pixels.
+        maps: One map and slice per `label`, the mean over 40 rows; or per `row`, as eq. 6 and 7 are written. Closest
+            to the paper's text is `row` with `adaptive` or `fixed`, and `invert`.
         labels: Labels that are sliced, those that most rows turn into.
         reference_steps: Updates that train f_s, in batches of 128: 30 epochs of 2,000 rows.
         natural: Also hand over triggers of natural backdoors: success of at least 0.7 on at most 40 % of the pixels.
@@ -62,7 +65,7 @@ class IsTr(Defense):
         "Jianjin and Li, Qi and Zhu, Hongliang and Shen, Zongliang and Fu, Anmin}, "
         "journal={arXiv preprint arXiv:2508.04094}, year={2025}}",
         "kind": "inversion",
-        "version": 3,
+        "version": 4,
         "api": 1,
         "micro": {"steps": 2, "step": 0.1, "labels": 1, "reference_steps": 2},
         "effort": ["steps", "labels", "reference_steps"],
@@ -78,6 +81,7 @@ class IsTr(Defense):
     dms: bool = True
     slices: Literal["topdown", "adaptive", "fixed"] = "topdown"
     delta: Literal["steps", "invert"] = "steps"
+    maps: Literal["label", "row"] = "label"
     labels: int = 10
     reference_steps: int = 470
     natural: bool = False
@@ -92,7 +96,11 @@ class IsTr(Defense):
 
     def run(self, case: Case) -> Outcome:
         """Verdict with a score per label, pairs, and the triggers of claimed labels; `chosen` shows how it came."""
-        found = isolate(case, benign(case) if self.dms else None, Settings.of(self))
+        settings = Settings.of(self)
+        if not self.dms:
+            found = isolate(case, None, settings)
+        else:
+            found = (isolate_rows if self.maps == "row" else isolate)(case, benign(case), settings)
         return outcome(found, natural=self.natural)
 
 

@@ -9,6 +9,7 @@ from sleeperbench import Access, Defense, Outcome
 from sleeperbench.contracts import Case
 from sleeperbench.kit.classifier import load
 from sleeperbench.kit.isolation import outcome
+from sleeperbench.kit.row_slices import isolate_rows
 from sleeperbench.kit.slices import Settings, isolate
 
 
@@ -28,6 +29,8 @@ class IsTrReference(Defense):
         targeted: Descend to every label in turn instead; claims then go by areas alone.
         slices: `topdown`; `adaptive`, the middle slice of eq. 7; or `fixed`, that of the paper's (0.01, 0.05).
         delta: What a window changes: the row's own `steps`, or `invert` its pixels.
+        maps: One map and slice per `label`, the mean over 40 rows; or per `row`, as eq. 6 and 7 are written. Closest
+            to the paper's text is `row` with `adaptive` or `fixed`, and `invert`.
         labels: Labels that are sliced, those that most rows turn into.
         natural: Also hand over triggers of natural backdoors: success of at least 0.7 on at most 40 % of the pixels.
     """
@@ -40,7 +43,7 @@ class IsTrReference(Defense):
         "Jianjin and Li, Qi and Zhu, Hongliang and Shen, Zongliang and Fu, Anmin}, "
         "journal={arXiv preprint arXiv:2508.04094}, year={2025}}",
         "kind": "inversion",
-        "version": 2,
+        "version": 3,
         "api": 1,
         "micro": {"steps": 6, "step": 0.1, "labels": 1},
         "effort": ["steps", "labels"],
@@ -54,6 +57,7 @@ class IsTrReference(Defense):
     targeted: bool = False
     slices: Literal["topdown", "adaptive", "fixed"] = "topdown"
     delta: Literal["steps", "invert"] = "steps"
+    maps: Literal["label", "row"] = "label"
     labels: int = 10
     natural: bool = False
 
@@ -63,4 +67,5 @@ class IsTrReference(Defense):
     def run(self, case: Case) -> Outcome:
         """As `istr`, against the supplied model."""
         reference = load(case.references[0], case.ctx.device)
-        return outcome(isolate(case, reference, Settings.of(self)), natural=self.natural)
+        look = isolate_rows if self.maps == "row" else isolate
+        return outcome(look(case, reference, Settings.of(self)), natural=self.natural)

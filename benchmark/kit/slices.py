@@ -45,14 +45,14 @@ NATURAL = (0.7, 0.4)
 SOURCE = 0.9
 """A claimed label with one single pair at such a rate is source-specific."""
 
-_MUTATED, _FITTED, _MAPPED, _JUDGED = 10, 60, 40, 150
+MUTATED, FITTED, _MAPPED, _JUDGED = 10, 60, 40, 150
 """Rows: at least so many must turn into a label, then at most so many for a trigger, a map, and its success."""
 _INNER_STEPS, _INNER_STEP = 10, 0.1
 """Steps inside a slice."""
-_QUANTILES, _LEAST, _TRIES = 12, 4, 8
+QUANTILES, LEAST, TRIES = 12, 4, 8
 """Eq. 7: candidates for t1 and t2, smallest set in pixels, and how many pairs are tried, the best first."""
 _BATCH = 256
-_ROUNDING = 1e-9
+ROUNDING = 1e-9
 """What the bounds of the rules themselves fall short of by rounding alone: thresholds lie so much below them."""
 
 
@@ -362,21 +362,21 @@ def thresholds(gaps: Tensor, benign: Tensor) -> list[tuple[float, float]]:
         benign: E_s, (H, W).
     """
     positive = gaps[gaps > 0]
-    if len(positive) < 3 * _LEAST:
+    if len(positive) < 3 * LEAST:
         return []
-    at = torch.linspace(0.2, 0.98, _QUANTILES, device=gaps.device)
+    at = torch.linspace(0.2, 0.98, QUANTILES, device=gaps.device)
     cuts = torch.quantile(positive, at).unique().tolist()
     found: list[tuple[float, float, float]] = []
     for low, high in itertools.combinations(cuts, 2):
         upper, between, theirs = gaps >= high, middle(gaps, low, high), benign >= high
-        if int(theirs.sum()) < _LEAST:
+        if int(theirs.sum()) < LEAST:
             theirs = top(benign, 0.05)
-        if min(int(part.sum()) for part in (upper, between, theirs)) >= _LEAST:
+        if min(int(part.sum()) for part in (upper, between, theirs)) >= LEAST:
             found.append((separation(upper, between, theirs), low, high))
     return [(low, high) for _, low, high in sorted(found)]
 
 
-class _Look:
+class Look:
     """The rows and networks of one look: `tune` rows for triggers and maps, `val` rows for their success."""
 
     def __init__(self, case: Case, settings: Settings) -> None:
@@ -389,6 +389,7 @@ class _Look:
         self.y = torch.cat([case.tune.labels, case.val.labels]).to(device)
 
     def answers(self, net: nn.Module, x: Tensor) -> Tensor:
+        """Labels that a net gives images (N, C, H, W) in 0..1."""
         self.ctx.cost.forwards += len(x)
         with torch.no_grad():
             return torch.cat([net(part).argmax(1) for part in x.split(self.at_once)]) if len(x) else self.y[:0]
@@ -459,7 +460,7 @@ class _Look:
     def slice(self, reference: nn.Module, hits: Tensor, label: int) -> Slice:
         """Slices of the label's map until its trigger works."""
         mine = hits[: self.fitted, label].nonzero().flatten()
-        mine = mine[spread(len(mine), _FITTED).to(mine.device)]
+        mine = mine[spread(len(mine), FITTED).to(mine.device)]
         mapped = mine[spread(len(mine), _MAPPED).to(mine.device)]
         x = self.x[mapped]
         delta = self.climb(self.net, mapped, label) if self.settings.delta == "steps" else 1 - 2 * x
@@ -477,7 +478,7 @@ class _Look:
         if self.settings.slices == "topdown":
             yield from ((top(gaps, share), share, None) for share in AREAS)
             return
-        pairs = [FIXED] if self.settings.slices == "fixed" else thresholds(gaps, benign)[:_TRIES]
+        pairs = [FIXED] if self.settings.slices == "fixed" else thresholds(gaps, benign)[:TRIES]
         for pair in pairs:
             where = middle(gaps, *pair)
             yield where, float(where.double().mean()), pair
@@ -488,7 +489,7 @@ class _Look:
         """The trigger without a slice, of Steps alone."""
         everywhere = torch.ones(self.x.shape[2:], dtype=torch.bool, device=self.x.device)
         rows = hits[: self.fitted, label].nonzero().flatten()
-        rows = rows[spread(len(rows), _FITTED).to(rows.device)]
+        rows = rows[spread(len(rows), FITTED).to(rows.device)]
         trial = self.trial(rows, label, everywhere, 1.0, self.climb(self.net, rows, label))
         return Slice(label=label, gaps=torch.zeros(self.x.shape[2:]), trials=(trial,), goal=SUCCESS)
 
@@ -506,7 +507,7 @@ def isolate(case: Case, reference: nn.Module | None, settings: Settings) -> Isol
     """
     if settings.dms == (reference is None):
         raise ValueError("slices need a benign reference, and Steps alone takes none")
-    look = _Look(case, settings)
+    look = Look(case, settings)
     with evaluating(look.net):
         hits, kept = look.screen(look.net)
         rates = mutation(hits, look.y, kept)
@@ -517,7 +518,7 @@ def isolate(case: Case, reference: nn.Module | None, settings: Settings) -> Isol
             theirs = mutation(benign, look.y, right)
             counts = hits[: look.fitted].sum(0)
             order = counts.argsort(descending=True, stable=True)[: settings.labels].tolist()
-            chosen = [n for n in order if int(counts[n]) >= _MUTATED]
+            chosen = [n for n in order if int(counts[n]) >= MUTATED]
             slices = []
             for i, n in enumerate(chosen):
                 slices.append(look.slice(reference, hits, n))
@@ -528,7 +529,7 @@ def isolate(case: Case, reference: nn.Module | None, settings: Settings) -> Isol
             moved = look.within(rows, s.label, s.kept.mask)
             inside[rows, s.label] = look.answers(look.net, look.x[rows] + moved) == s.label
     scores = label_scores(rates, theirs, slices, targeted=settings.targeted)
-    return _judged(scores, 1 - _ROUNDING, rates, theirs, mutation(inside, look.y, kept), tuple(slices))
+    return judged(scores, 1 - ROUNDING, rates, theirs, mutation(inside, look.y, kept), tuple(slices))
 
 
 def label_scores(rates: Tensor, reference: Tensor, slices: list[Slice], *, targeted: bool) -> Tensor:
@@ -550,15 +551,15 @@ def label_scores(rates: Tensor, reference: Tensor, slices: list[Slice], *, targe
     return scores
 
 
-def _steps_alone(look: _Look, hits: Tensor, rates: Tensor) -> Isolation:
+def _steps_alone(look: Look, hits: Tensor, rates: Tensor) -> Isolation:
     """Steps without slices: a label is claimed by the classes that turn into it."""
     votes = suspected(rates).sum(0).double() / max(1, look.classes - 1)
-    threshold = VOTES - _ROUNDING
+    threshold = VOTES - ROUNDING
     slices = tuple(look.whole(hits, int(n)) for n in (votes > threshold).nonzero().flatten())
-    return _judged(votes, threshold, rates, None, rates, slices)
+    return judged(votes, threshold, rates, None, rates, slices)
 
 
-def _judged(
+def judged(
     scores: Tensor, threshold: float, rates: Tensor, reference: Tensor | None, last: Tensor, slices: tuple[Slice, ...]
 ) -> Isolation:
     """Pairs are those of the `last` label mutation whose target is claimed."""

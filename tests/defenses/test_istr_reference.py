@@ -14,6 +14,7 @@ from sleeperbench.defenses.istr import IsTr
 from sleeperbench.defenses.istr_reference import IsTrReference
 from sleeperbench.kit import slices
 from sleeperbench.kit.classifier import pack
+from sleeperbench.kit.row_slices import isolate_rows
 
 
 def case() -> Any:
@@ -41,6 +42,19 @@ def test_it_claims_the_target_against_the_clean_model(monkeypatch: pytest.Monkey
     ours = slices.leaning(torch.tensor(found.chosen["rates"]).double())
     assert float(ours[0] - theirs[0]) > 0.4
     assert float(found.verdict.label_scores[0]) >= float(ours[0] - theirs[0]) / 0.2 - 0.01
+
+
+def test_rows_are_sliced_against_the_clean_model() -> None:
+    settings: dict[str, Any] = {"slices": "adaptive", "delta": "invert", "labels": 1}
+    c = case()
+    c.tune, c.val = c.tune.rows(torch.arange(40)), c.val.rows(torch.arange(20))
+    found = IsTrReference(maps="row", **settings).run(c)
+    assert found.chosen["claimed"] == [0]
+    wanted = isolate_rows(c, samples.clean_net(), slices.Settings(**settings)).slices[0]
+    assert wanted.benign is not None
+    assert torch.equal(found.state[0]["slices"][0], wanted.kept.mask)
+    assert torch.allclose(found.inverted[0].delta, wanted.kept.delta, atol=1e-6)
+    assert torch.allclose(found.state[0]["benign"][0], wanted.benign, atol=1e-5)
 
 
 def test_access_and_settings_are_those_of_istr_but_for_the_reference() -> None:

@@ -79,7 +79,7 @@ def test_the_readings_of_istr_stand_in_suites(registry: Any) -> None:
     both = variants("paper-istr-readings", "istr", "dms", "targeted")
     assert sorted(both) == [(False, False), (False, True), (True, False), (True, True)]
     for suite in ("paper-istr", "paper-istr-gtsrb", "paper-istr-readings"):
-        assert ("adaptive", "invert") in variants(suite, "istr_reference", "slices", "delta")
+        assert ("adaptive", "invert", "row") in variants(suite, "istr_reference", "slices", "delta", "maps")
 
 
 @pytest.fixture(scope="module")

@@ -242,26 +242,26 @@ def test_bounds_of_the_rules_claim_too() -> None:
     for small, typical in ((0.02, 0.1), (0.08, 0.4), (0.2, 1.0), (0.05, 0.25)):
         found = [piece(0, trial(small, 0.95)), piece(1, trial(typical, 0.95)), piece(2, trial(typical, 0.95))]
         scores = label_scores(none, none, found, targeted=True)
-        judged = slices._judged(scores, 1 - slices._ROUNDING, none, None, none, tuple(found))
+        judged = slices.judged(scores, 1 - slices.ROUNDING, none, None, none, tuple(found))
         assert judged.claimed == [0]
         more = [piece(0, trial(small + 0.001, 0.95)), *found[1:]]
         scores = label_scores(none, none, more, targeted=True)
-        assert slices._judged(scores, 1 - slices._ROUNDING, none, None, none, tuple(more)).claimed == []
+        assert slices.judged(scores, 1 - slices.ROUNDING, none, None, none, tuple(more)).claimed == []
     rates, theirs = torch.zeros(4, 4).double(), torch.zeros(4, 4).double()
     rates[:, 1], theirs[:, 1] = 0.9, 0.7
     assert float(label_scores(rates, theirs, [], targeted=False)[1]) == pytest.approx(1)
     scores = label_scores(rates, theirs, [], targeted=False)
-    assert slices._judged(scores, 1 - slices._ROUNDING, rates, theirs, rates, ()).claimed == [1]
+    assert slices.judged(scores, 1 - slices.ROUNDING, rates, theirs, rates, ()).claimed == [1]
 
 
 def test_areas_of_slices_from_the_top_are_those_asked_for() -> None:
     look = SimpleNamespace(settings=Settings())
-    tried = list(slices._Look.candidates(look, rand(16, 16), rand(16, 16)))  # type: ignore[arg-type]
+    tried = list(slices.Look.candidates(look, rand(16, 16), rand(16, 16)))  # type: ignore[arg-type]
     assert [area for _, area, _ in tried] == [0.02, 0.04, 0.08, 0.15, 0.25, 0.40, 0.60, 1.00]
     # 40 % of 256 pixels are 102.4, which 103 cover; as 0.4023 they would be too many for a natural backdoor.
     assert [int(where.sum()) for where, _, _ in tried] == [6, 11, 21, 39, 64, 103, 154, 256]
     look = SimpleNamespace(settings=Settings(slices="fixed"))
-    ((where, area, pair),) = slices._Look.candidates(look, rand(16, 16) / 10, rand(16, 16))  # type: ignore[arg-type]
+    ((where, area, pair),) = slices.Look.candidates(look, rand(16, 16) / 10, rand(16, 16))  # type: ignore[arg-type]
     assert pair == (0.01, 0.05) and area == pytest.approx(int(where.sum()) / 256)
 
 
@@ -296,12 +296,12 @@ def test_a_single_pair_names_its_source() -> None:
     last = torch.zeros(4, 4).double()
     last[2, 0], last[0, 3], last[1, 3] = 0.95, 0.95, 0.95
     scores = torch.tensor([2.0, 0.0, 0.0, 2.0]).double()
-    found = slices._judged(scores, 1.0, last, None, last, ())
+    found = slices.judged(scores, 1.0, last, None, last, ())
     assert found.sources == {0: 2}
     assert found.pairs.tolist() == [[0, 3], [1, 3], [2, 0]]
     last[2, 0] = 0.89
-    assert slices._judged(scores, 1.0, last, None, last, ()).sources == {}
-    assert slices._judged(scores * 0, 1.0, last, None, last, ()).pairs.shape == (0, 2)
+    assert slices.judged(scores, 1.0, last, None, last, ()).sources == {}
+    assert slices.judged(scores * 0, 1.0, last, None, last, ()).pairs.shape == (0, 2)
 
 
 def test_settings_and_reference_are_checked() -> None:
