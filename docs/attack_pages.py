@@ -427,8 +427,8 @@ def page(name: str, parts: Sequence[Mapping[str, Any]], registry: Registry) -> l
         *made,
         *("", f"{sets}, {archs}, rate {rates}, {epochs} epochs. One figure per seed; shares in %.", ""),
         "*Declared* is the ASR at which the attack counts as implanted, of a wrapper and what it wraps the lower; "
-        "below it, below the suite's bar and, all to all, below 0.95 of clean C-Acc, a row is `weak` and no defense "
-        "gets credit. *Published* figures are of other data, networks and lengths of training: they say what the "
+        "below it, below the suite's bar and, all to all, below 0.95 of clean C-Acc, or where C-Acc lies more than 2 "
+        "points below a clean model's, a row is `weak` and no defense gets credit. *Published* figures are of other data, networks and lengths of training: they say what the "
         "attack is known for, not what this run should reach; a wrapper has those of its own paper. *Silhouette* is "
         "near 1 where triggered images lie apart from the target class's own in the last layer's features, near 0 "
         "where they overlap.",
