@@ -14,8 +14,9 @@ from sleeperbench.kit.predict import spread
 
 _ROWS = 500
 _GALLERY = 8
-_APART = 1.0
-"""Decibels from which on the form of training is another one than that of the test."""
+_APART = {"psnr": 1.0, "ssim": 0.01}
+"""Difference, in dB and of 1, from which on training rows have a picture beside that of test images. PSNR alone would
+miss a faint change of the whole image under a bright patch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +26,11 @@ class Stealth(Evaluator):
     Each figure is a mean over up to 500 rows spread evenly over the triggered test images. Rows that the trigger
     leaves unchanged have no finite PSNR and are left out of its mean.
 
-    Some attacks poison with another form than they attack with: weaker, in parts, smaller. `form=training` are the same
-    figures of probe rows as they would be poisoned, and where their PSNR is another one, by 1 dB or more, they have a
-    picture of their own. What an attack changes in single training images beside its trigger is on no other image.
+    Some attacks poison with another form than they attack with: weaker, in parts, smaller, or with changes that belong
+    to a single image. `form=training` are the same figures of up to 500 poisoned training rows against their originals,
+    and where PSNR or SSIM are others than on test images, by 1 dB or 0.01, eight of these rows have a picture of their
+    own. Where no training row is marked as poisoned, since training itself poisons, probe rows in the form of training
+    stand for them.
     """
 
     INFO = {
@@ -37,7 +40,7 @@ class Stealth(Evaluator):
         "Similarity}, author={Wang, Zhou and Bovik, Alan C. and Sheikh, Hamid R. and Simoncelli, Eero P.}, "
         "journal={IEEE Transactions on Image Processing}, volume={13}, number={4}, pages={600--612}, year={2004}}",
         "kind": "stealth",
-        "version": 3,
+        "version": 4,
         "api": 1,
         "micro": {},
     }
@@ -76,11 +79,11 @@ class Stealth(Evaluator):
                 rows=tuple(Measurement(metric=m.name, value=None, reason="no_trigger") for m in self.METRICS)
             )
         rows, sheets = figures(case.bd_test, ""), {"gallery": sheet(case.bd_test)}
-        if case.bd_probe is not None and len(case.bd_probe):
-            trained = figures(case.bd_probe, "form=training")
-            test, training = rows[0].value, trained[0].value
-            if test is None or training is None or abs(test - training) >= _APART:
-                sheets["gallery_training"] = sheet(case.bd_probe)
+        training = case.bd_probe if case.bd_train is None else case.bd_train
+        if training is not None:
+            trained = figures(training, "form=training")
+            if apart(rows, trained):
+                sheets["gallery_training"] = sheet(training)
             rows += trained
         return Findings(
             rows=tuple(rows),
@@ -104,6 +107,15 @@ def figures(bd: Rendered, qualifier: str) -> list[Measurement]:
         Measurement(metric=m, value=v, qualifier=qualifier, reason="unchanged" if v is None else "")
         for m, v in values.items()
     ]
+
+
+def apart(test: list[Measurement], training: list[Measurement]) -> bool:
+    """Whether training rows look unlike test images by the figures of both, in the order of `figures`."""
+    return any(
+        a.value is None or b.value is None or abs(a.value - b.value) >= _APART[a.metric]
+        for a, b in zip(test, training, strict=True)
+        if a.metric in _APART
+    )
 
 
 def sheet(bd: Rendered) -> tuple[Tensor, int]:

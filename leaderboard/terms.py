@@ -265,8 +265,9 @@ PICTURES = {
     ),
     "gallery_training": (
         "Trigger gallery, as poisoned in training",
-        "One row per probe image, which no model was trained on: clean, with the trigger in the form that the attack "
-        "poisons with, and the difference, enlarged around mid-grey.",
+        "One row per training image that the attack poisoned: clean, as poisoned, and the difference, enlarged around "
+        "mid-grey. Where training itself poisons it may be a row that stands for these, or a probe image, which no "
+        "model was trained on; before version 4 of stealth it is a probe image for every attack.",
     ),
     "recovered": (
         "True and recovered triggers",

@@ -77,7 +77,8 @@ class Rendered:
     """Triggered images, rendered once to 8 bit by the attack task.
 
     Args:
-        data: Triggered images with their true labels and source ids; only rows that count.
+        data: Triggered images with their true labels and source ids; only rows that count, but for `bd_train`, which
+            has all that were poisoned.
         clean: The same rows without trigger, in the same order.
         targets: int64 (N,), the label the attacker wants.
         trigger_id: int64 (N,).
@@ -109,8 +110,10 @@ class EvalCase(Protocol):
     undefended cells), and `descends` says whether `net` was made from the weights of `attacked`. `anew` is what the
     inverter answers that a repair wraps when it is run on `net` (None where the defense is no such repair).
     `test` and `probe` are clean rows that no defense has seen. `bd_test` and `bd_probe` are the same rows triggered,
-    None for attack `none`; `decoy_test` and `decoy_probe` carry the placebo trigger, None when no placebo stays below
-    10 % ASR on the attacked model.
+    None for attack `none`. `bd_train` are the training rows that the attack poisoned, covers aside, as its `poison`
+    gave them: what was trained on, or where SNAPSHOT is `declared` what stands for it; None where no row is marked.
+    `decoy_test` and `decoy_probe` carry the placebo trigger, None when no placebo stays below 10 % ASR on the attacked
+    model.
     `leak_test` are triggered rows of classes that a source-specific backdoor spares, `cover_test` rows as the attack
     covers them, which both should keep their label; None where an attack has none. `oracle` is the live backdoor.
     `controls` are this evaluator's own findings on the control cells it names. `evaluators` are those of the others
@@ -137,6 +140,7 @@ class EvalCase(Protocol):
     probe: ImageSet
     bd_test: Rendered | None
     bd_probe: Rendered | None
+    bd_train: Rendered | None
     decoy_test: Rendered | None
     decoy_probe: Rendered | None
     leak_test: Rendered | None

@@ -75,13 +75,34 @@ def write_set(folder: Path, p: PoisonedSet) -> None:
 def read_set(folder: Path, train: ImageSet) -> PoisonedSet:
     """The training set of `write_set`; `train` is the source split that it was made from."""
     t = read_tensors(folder / "set.safetensors")
-    where = torch.full((int(train.ids.max()) + 1,), -1)
-    where[train.ids] = torch.arange(len(train))
-    images = train.images[where[t["ids"]]].clone()
+    images = train.images[_places(train, t["ids"])]
     images[t["mark"] != Mark.CLEAN] = t["images"]
     data = replace(train, images=images, labels=t["labels"], ids=t["ids"])
     marks = {k: t[k] for k in ("mark", "trigger_id", "true_labels", "appended")}
     return PoisonedSet(data=data, **marks)
+
+
+def read_poisoned(folder: Path, train: ImageSet) -> Rendered | None:
+    """The rows of `write_set` that carry a trigger meant to work, in the set's order; covers are not among them.
+
+    Returns:
+        None where no row is marked, as where training itself poisons, or where the artifact has no set.
+    """
+    path = folder / "set.safetensors"
+    if not path.exists():
+        return None
+    t = read_tensors(path)
+    marked = t["mark"][t["mark"] != Mark.CLEAN]
+    dirty = t["mark"] == Mark.DIRTY
+    if not bool(dirty.any()):
+        return None
+    clean = train.rows(_places(train, t["ids"][dirty]))
+    return Rendered(
+        data=replace(clean, images=t["images"][marked == Mark.DIRTY]),
+        clean=clean,
+        targets=t["labels"][dirty],
+        trigger_id=t["trigger_id"][dirty],
+    )
 
 
 def write_backdoor(folder: Path, b: Backdoor, attack: str) -> None:
@@ -109,12 +130,17 @@ def read_rendered(path: Path, source: ImageSet) -> Rendered | None:
     if not path.exists():
         return None
     t = read_tensors(path)
-    where = torch.full((int(source.ids.max()) + 1,), -1)
-    where[source.ids] = torch.arange(len(source))
-    clean = source.rows(where[t["ids"]])
+    clean = source.rows(_places(source, t["ids"]))
     return Rendered(
         data=replace(clean, images=t["images"]), clean=clean, targets=t["targets"], trigger_id=t["trigger_id"]
     )
+
+
+def _places(source: ImageSet, ids: Tensor) -> Tensor:
+    """Where the rows with these ids stand in `source`."""
+    where = torch.full((int(source.ids.max()) + 1,), -1)
+    where[source.ids] = torch.arange(len(source))
+    return where[ids]
 
 
 def write_outcome(folder: Path, o: Outcome) -> None:

@@ -62,6 +62,7 @@ EVAL_PARTS = (
     "probe",
     "bd_test",
     "bd_probe",
+    "bd_train",
     "decoy_test",
     "decoy_probe",
     "leak_test",

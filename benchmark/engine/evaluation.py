@@ -112,6 +112,7 @@ def opened(work: Work, task: Task, values: Mapping[str, str], scratch: Path, cos
             parts[name] = functools.partial(artifacts.read_rendered, attack / f"{name}.safetensors", data)
             decoy = name.replace("bd", "decoy")
             parts[decoy] = functools.partial(artifacts.read_rendered, attack / f"{decoy}.safetensors", data)
+        parts["bd_train"] = lambda: artifacts.read_poisoned(attack, rows.train)
         for name in ("leak_test", "cover_test"):
             parts[name] = functools.partial(artifacts.read_rendered, attack / f"{name}.safetensors", rows.test)
     if needs["trigger"] == "live":

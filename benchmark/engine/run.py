@@ -32,6 +32,9 @@ from sleeperbench.errors import BadInput, nearest
 ATTEMPTS = 3
 """Times a task is tried whose worker was lost."""
 BAD = ("failed", "timeout", "out_of_memory")
+GATED = "attack_did_not_implant"
+_OWN = ("attack", "prepared", "defense", "inner", "oracle", "answer")
+"""Inputs without which a task has nothing to work on, so that their reason is its own."""
 _ORDER = {"attack": 0, "prepare": 1, "defense": 1, "answer": 2, "evaluate": 3}
 
 
@@ -360,7 +363,8 @@ class Run:
             if user not in self.queue.pending:
                 continue
             own = [r for r, k in self.plan.tasks[user].inputs.items() if k == key]
-            if any(r in ("attack", "prepared", "defense", "inner", "oracle", "answer") for r in own):
+            # What a closed gate stops is stopped by the gate, through however many controls.
+            if reason.startswith(GATED) or any(r in _OWN for r in own):
                 self.fail(user, status, reason)
             else:
                 what = f"{self.plan.tasks[key].kind} {self.names[key]}: {reason}"
@@ -375,7 +379,7 @@ class Run:
             waiting = self.queue.behind(group)
             for key in waiting:
                 if key in self.queue.pending:
-                    self.fail(key, "not_run", f"attack_did_not_implant: {self.gate.why(group)}")
+                    self.fail(key, "not_run", f"{GATED}: {self.gate.why(group)}")
             if progress and waiting:
                 progress.say(f"{group} did not implant ({self.gate.why(group)}): its defenses are not run")
 

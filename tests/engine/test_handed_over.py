@@ -89,6 +89,20 @@ def test_a_second_run_that_failed_gives_the_rows_its_reason(make_plan: Any, regi
     assert said[0] == "not_run" and said[1].startswith("input_failed: defense ") and said[1].endswith("after 600 s")
 
 
+def test_what_a_closed_gate_stops_says_so_through_its_controls(make_plan: Any, registry: Any, tmp_path: Path) -> None:
+    plan = make_plan(evaluators=["accuracy", "ra"], defenses=["none", "clean_model", "ft"])
+    options = Options(out=tmp_path, store=str(tmp_path / "store"), devices=["cpu"], quiet=True)
+    (tmp_path / "rows").mkdir()
+    run = Run(plan=plan, registry=registry, options=options, text="")
+    run.resume()
+    cells = {c.identity["defense"]: c for c in plan.cells if c.attack_group}
+    why = "attack_did_not_implant: mean ASR 0.438 is below 0.9"
+    run.fail(cells["clean_model"].defense_key, "not_run", why)
+    for defense in ("none", "clean_model", "ft"):
+        (ra,) = (e.key for e in cells[defense].evaluations if e.evaluator == "ra")
+        assert {(r["status"], r["reason"]) for r in run.ledger.rows[ra]} == {("not_run", why)}
+
+
 def test_the_planner_names_every_task_that_a_defense_consists_of(make_plan: Any) -> None:
     plan = make_plan(evaluators=["cost"], defenses=["none", "strip", "unlearn:neural_cleanse"])
     seen = {}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from sleeperbench import Role
 from sleeperbench.attacks.badnets import BadNets
 from sleeperbench.attacks.blended import Blended
+from sleeperbench.contracts import Rendered
 from sleeperbench.evaluators.accuracy import headline
 from sleeperbench.evaluators.stealth import Stealth, gallery, psnr, ssim
 from sleeperbench.kit.poison import render
@@ -60,7 +62,7 @@ def test_psnr_of_constant_change() -> None:
 def measured(attack: BadNets | Blended) -> tuple[dict[str, float | None], object]:
     data = samples.random_images(40, (3, 32, 32))
     bd_test = render(data, attack.prepare(data, samples.ctx()), Role.TEST, samples.ctx())
-    findings = Stealth().measure(SimpleNamespace(bd_test=bd_test, bd_probe=None))
+    findings = Stealth().measure(SimpleNamespace(bd_test=bd_test, bd_probe=None, bd_train=None))
     return headline(findings), findings
 
 
@@ -68,7 +70,7 @@ def test_figures_of_a_patch() -> None:
     data = samples.random_images(40, (3, 32, 32))
     bd_test = render(data, BadNets(pattern="white").prepare(data, samples.ctx()), Role.TEST, samples.ctx())
     assert bd_test is not None
-    found = headline(Stealth().measure(SimpleNamespace(bd_test=bd_test, bd_probe=None)))
+    found = headline(Stealth().measure(SimpleNamespace(bd_test=bd_test, bd_probe=None, bd_train=None)))
     gap = 255 - bd_test.clean.images[:, :, 29:, 29:].double()
     assert found["linf"] == pytest.approx(float(gap.amax((1, 2, 3)).mean()) / 255)
     mse = gap.square().sum((1, 2, 3)) / (3 * 32 * 32)
@@ -79,10 +81,10 @@ def test_figures_of_a_patch() -> None:
 
 def test_unchanged_rows_have_no_psnr() -> None:
     r = samples.rendered([5, 0], [1, 2], [0, 0])
-    found = headline(Stealth().measure(SimpleNamespace(bd_test=r, bd_probe=None)))
+    found = headline(Stealth().measure(SimpleNamespace(bd_test=r, bd_probe=None, bd_train=None)))
     assert found["psnr"] == pytest.approx(10 * math.log10(255**2 * 256 / 25))
     same = samples.rendered([0, 0], [1, 2], [0, 0])
-    findings = Stealth().measure(SimpleNamespace(bd_test=same, bd_probe=None))
+    findings = Stealth().measure(SimpleNamespace(bd_test=same, bd_probe=None, bd_train=None))
     assert {m.metric: m.reason for m in findings.rows}["psnr"] == "unchanged"
     assert headline(findings)["ssim"] == pytest.approx(1)
 
@@ -116,12 +118,50 @@ def test_the_form_of_training_stands_beside_that_of_the_test_where_it_is_another
     data = samples.random_images(40, (3, 32, 32))
     backdoor = Blended(alpha_train=alpha).prepare(data, samples.ctx())
     test, probe = (render(data, backdoor, role, samples.ctx()) for role in (Role.TEST, Role.TRAIN))
-    found = Stealth().measure(SimpleNamespace(bd_test=test, bd_probe=probe))
+    found = Stealth().measure(SimpleNamespace(bd_test=test, bd_probe=probe, bd_train=None))
     values = {(m.metric, m.qualifier): m.value for m in found.rows}
     assert values["psnr", "form=training"] == pytest.approx(float(psnr(probe.clean.images, probe.data.images).mean()))
     # Half of the change are 6 dB.
     assert values["psnr", "form=training"] - values["psnr", ""] == pytest.approx(20 * math.log10(0.2 / alpha), abs=0.1)
     assert set(found.pictures) == set(found.curves) == {"gallery", *(["gallery_training"] if apart else [])}
+
+
+def changed(n: int, change: Tensor) -> Rendered:
+    """n images of one colour each with `change` (n, C, H, W) added, which stays within 0..255."""
+    grey = torch.arange(100, 100 + n, dtype=torch.uint8).view(-1, 1, 1, 1).expand(n, *change.shape[1:]).contiguous()
+    clean = samples.images(grey, [0] * n)
+    data = replace(clean, images=(grey.int() + change).to(torch.uint8))
+    return Rendered(data=data, clean=clean, targets=torch.ones(n).long(), trigger_id=torch.zeros(n).long())
+
+
+def test_rows_that_were_trained_on_come_before_probe_rows() -> None:
+    patch = torch.zeros(20, 1, 16, 16, dtype=torch.int)
+    patch[:, :, 12:, 12:] = 100
+    test = changed(20, patch)
+    probe = changed(12, patch[:12] // 2)
+    trained = changed(16, patch[:16] // 4)
+    found = Stealth().measure(SimpleNamespace(bd_test=test, bd_probe=probe, bd_train=trained))
+    values = {(m.metric, m.qualifier): m.value for m in found.rows}
+    assert values["linf", ""] == pytest.approx(100 / 255)
+    assert values["linf", "form=training"] == pytest.approx(25 / 255)
+    assert values["psnr", "form=training"] - values["psnr", ""] == pytest.approx(20 * math.log10(4))
+    eight = torch.tensor([0, 2, 4, 6, 9, 11, 13, 15])
+    shown, factor = gallery(trained.clean.images[eight], trained.data.images[eight])
+    assert torch.equal(found.pictures["gallery_training"], shown)
+    assert found.curves["gallery_training"] == {"residual_factor": factor} == {"residual_factor": 5}
+
+
+@pytest.mark.parametrize(("level", "shown"), [(0, False), (8, True)])
+def test_a_faint_change_of_single_images_under_a_bright_patch_is_shown(level: int, shown: bool) -> None:
+    patch = torch.zeros(20, 3, 16, 16, dtype=torch.int)
+    patch[:, :, 12:, 12:] = 150
+    signs = 2 * torch.randint(2, patch.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int) - 1
+    test, trained = changed(20, patch), changed(20, torch.where(patch > 0, patch, level * signs))
+    found = Stealth().measure(SimpleNamespace(bd_test=test, bd_probe=test, bd_train=trained))
+    values = {(m.metric, m.qualifier): m.value for m in found.rows}
+    # The patch is 1/16 of the image: its mean square is 23 times that of the signs, so PSNR alone would not tell.
+    assert 0 <= values["psnr", ""] - values["psnr", "form=training"] < 0.5
+    assert ("gallery_training" in found.pictures) is shown
 
 
 def test_ssim_hardly_sees_a_patch_in_the_corner() -> None:
