@@ -49,7 +49,7 @@ lint: $(VENV)/.dev ## ruff and mypy
 versions: $(VENV)/.installed ## fail when a method's code changed and its version did not; ARGS=--write enters new ones
 	@$(BIN)/python tests/versions.py $(ARGS)
 
-measure: $(VENV)/.installed ## a method's figures on CIFAR-10, beside the published ones: METHOD=defense/ft (needs SLEEPERBENCH_DATA)
+measure: $(VENV)/.installed ## a method's figures on real data, beside the published ones: METHOD=defense/ft (needs SLEEPERBENCH_DATA)
 	@test -n "$(METHOD)" || { echo "name a method: make measure METHOD=defense/ft" >&2; exit 2; }
 	@$(BIN)/python docs/measure.py $(METHOD) $(ARGS)
 
@@ -57,7 +57,7 @@ docs: $(VENV)/.installed ## renew the generated parts of README.md and docs/; wi
 	@$(BIN)/python docs/generate.py $(ARGS)
 
 speed: $(VENV)/.installed ## measure the ratios that the documentation quotes
-	@for s in speed/*.py; do echo "== $$s"; $(BIN)/python $$s || exit 1; done
+	@for s in $(filter-out speed/single_images.py,$(wildcard speed/*.py)); do echo "== $$s"; $(BIN)/python $$s || exit 1; done
 
 clean: ## remove what make built, not runs and stores
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -29,7 +29,8 @@ _WAIT = 0.1
 class Twice(TrainHooks):
     """Appends to every batch triggered copies of its rows, with the wanted label; the rows themselves stay clean.
 
-    Rows that may not be poisoned get no copy.
+    Rows that may not be poisoned get no copy. `copies` says how many of the batch's last rows are some: their number is
+    known here, and counting marks would wait for the device in every step.
 
     Args:
         trigger: Puts itself on the copies.
@@ -43,12 +44,14 @@ class Twice(TrainHooks):
         self.trigger = trigger
         free = torch.zeros(int(train.ids.max()) + 1, dtype=torch.bool)
         free[train.ids.cpu()] = eligible.cpu()
-        self.free = free.to(device)
+        self.free, self.every = free.to(device), bool(eligible.all())
+        self.copies = 0
         self.gen = torch.Generator(device=device)
 
     def batch(self, x: Tensor, y: Tensor, ids: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """The batch and its copies."""
-        rows = self.free[ids]
+        rows = self.chosen(ids)
+        self.copies = len(rows)
         with torch.no_grad():
             copies = self.trigger.apply(x[rows], y[rows], ids[rows], Role.TRAIN, self.gen)
         shown = torch.cat([x, copies.clamp(0, 1).mul(255).round() / 255])
@@ -57,10 +60,14 @@ class Twice(TrainHooks):
         mark[: len(x)] = Mark.CLEAN
         return shown.contiguous(memory_format=torch.channels_last), labels, mark
 
+    def chosen(self, ids: Tensor) -> Tensor:
+        """Places of the rows that get a copy; only where some may get none does finding them wait for the device."""
+        return torch.arange(len(ids), device=ids.device) if self.every else self.free[ids].nonzero().flatten()
 
-def apart(logits: Tensor, y: Tensor, mark: Tensor) -> list[Tensor]:
-    """Cross-entropy of the clean rows and of their copies, where there are any, all of one pass."""
-    n = len(y) - int((mark == Mark.DIRTY).sum())
+
+def apart(logits: Tensor, y: Tensor, copies: int) -> list[Tensor]:
+    """Cross-entropy of the rows before the last `copies` and of these, where there are any, all of one pass."""
+    n = len(y) - copies
     parts = [p for p in (slice(0, n), slice(n, None)) if len(y[p])]
     return [nn.functional.cross_entropy(logits[p], y[p]) for p in parts]
 
@@ -81,11 +88,12 @@ class BlindHooks(Twice):
 
     def batch(self, x: Tensor, y: Tensor, ids: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Copies where the backdoor task is open."""
+        self.copies = 0
         return super().batch(x, y, ids, step) if self.open() else (x, y, torch.zeros_like(y))
 
     def loss(self, net: nn.Module, x: Tensor, y: Tensor, mark: Tensor) -> Tensor:
         """That of the main task; `parts` keeps it and, where there are copies, that of the backdoor task."""
-        self.parts = apart(net(x), y, mark)
+        self.parts = apart(net(x), y, self.copies)
         return self.parts[0]
 
     def step(self, net: nn.Module, opt: torch.optim.Optimizer, x: Tensor, y: Tensor, mark: Tensor) -> Tensor:
@@ -101,6 +109,7 @@ class BlindHooks(Twice):
         for p, *found in zip(weights, *grads, strict=True):
             p.grad = torch.stack([s * g for s, g in zip(scales, found, strict=True)]).sum(0)
         opt.step()
+        # This waits for the device in every step: whether the next batch has copies depends on this loss.
         self.past.append(float(self.parts[0].detach()))
         return losses[0]
 
@@ -190,6 +199,7 @@ class Blind(Attack):
         """Refuse images without room for the pattern and targets that the classes do not allow."""
         if min(shape[1:]) < 12:
             raise ValueError(f"images of {shape[1]}x{shape[2]} are too small for the pattern; at least 12x12 fits")
+        _laid(shape, torch.tensor(_SHAPE, dtype=torch.float32), mirrored=False)
         target_map(self.targets, 0, classes)
 
     def prepare(self, train: ImageSet, ctx: Ctx) -> Backdoor:
@@ -219,14 +229,19 @@ class Blind(Attack):
         return Backdoor(triggers=(patch,), tensors=tensors, info=info)
 
     def _backdoor(self, train: ImageSet, target: int, square: Tensor, mirrored: bool) -> Backdoor:
-        """The pattern from row 3 and column 23 of 32, or the point opposite."""
-        channels, height, width = train.shape
-        grown = max(1, round(height / 32))
-        square = square.repeat_interleave(grown, 0).repeat_interleave(grown, 1)
-        top, left = scaled(3, height), scaled(23, width)
-        if mirrored:
-            top, left = height - top - square.shape[0], width - left - square.shape[1]
-        mask, pattern = lay(train.shape, top, left, square.clamp(min=0).expand(channels, -1, -1))
-        mask[:, top : top + square.shape[0], left : left + square.shape[1]] = (square >= 0).float()
+        mask, pattern = _laid(train.shape, square, mirrored)
         info = {"targets": self.targets, "target": target, "classes": len(train.classes)}
         return self.restore({"mask": mask, "pattern": pattern}, info)
+
+
+def _laid(shape: tuple[int, int, int], square: Tensor, mirrored: bool) -> tuple[Tensor, Tensor]:
+    """Mask (1, H, W) and pattern (C, H, W): from row 3 and column 23 of 32, or at the point opposite."""
+    channels, height, width = shape
+    grown = max(1, round(height / 32))
+    square = square.repeat_interleave(grown, 0).repeat_interleave(grown, 1)
+    top, left = scaled(3, height), scaled(23, width)
+    if mirrored:
+        top, left = height - top - square.shape[0], width - left - square.shape[1]
+    mask, pattern = lay(shape, top, left, square.clamp(min=0).expand(channels, -1, -1))
+    mask[:, top : top + square.shape[0], left : left + square.shape[1]] = (square >= 0).float()
+    return mask, pattern

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from sleeperbench import Attack, Backdoor, ImageSet, Mark, PoisonedSet, Role, TargetMap, TrainHooks
 from sleeperbench.contracts import Ctx
+from sleeperbench.kit.augment import crop_flip
 from sleeperbench.kit.covers import cover
 from sleeperbench.kit.mixed_batches import MixedBatches
 from sleeperbench.kit.pixels import to_float, to_uint8
@@ -56,6 +57,28 @@ class Quantise:
         return None
 
 
+class DrawnOnce(TrainHooks):
+    """Puts the rows of a poisoned set, cropped and mirrored, in place of the clean ones and changes nothing else.
+
+    Args:
+        p: Poisoned in place: row i comes from row i of the rows that are given to the trainer.
+        ctx: Recipe of the views, which come from `ctx.generator("views", step)`.
+    """
+
+    def __init__(self, p: PoisonedSet, ctx: Ctx) -> None:
+        super().__init__()
+        self.augments, self.ctx = True, ctx
+        self.images, self.labels = p.data.images.to(ctx.device), p.data.labels.to(ctx.device)
+        self.mark = p.mark.to(ctx.device)
+
+    def batch(self, x: Tensor, y: Tensor, ids: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The set's own rows at the places of the batch."""
+        rows, recipe = self.places, self.ctx.recipe
+        assert rows is not None, "the trainer says which rows of the set a batch has"
+        seen = crop_flip(self.images[rows], recipe.pad, recipe.flip, self.ctx.generator("views", step))
+        return to_float(seen.contiguous(memory_format=torch.channels_last)), self.labels[rows], self.mark[rows]
+
+
 @dataclass(frozen=True, kw_only=True)
 class BppAttack(Attack):
     """Quantised colours, with contrasting negatives mixed into every batch (Wang, Zhai, Ma, CVPR 2022).
@@ -69,6 +92,8 @@ class BppAttack(Attack):
 
     It controls training. `poison` gives the static version (`rate` of the rows dirty, `negative_ratio` times as many
     others cover, with the noise of one of 256 stored training images each), which stands in for what was trained on.
+    With `control=False` it poisons data alone: the static version is the training set, drawn once before training, and
+    steps 2 and 3 do not happen; with `negative_ratio=0` as well it is quantisation and nothing else.
 
     Differs: step 4 is the recipe's crop and flip, drawn per image; the authors draw once per batch: crop with padding 5
     at probability 0.8, rotation by up to 10 degrees at 0.5, flip at 0.5. Images are rounded to 8 bit before it. The
@@ -80,6 +105,7 @@ class BppAttack(Attack):
         levels: Levels per channel, S.
         dithering: Spread the error over neighbours; sequential along the image, so slower.
         negative_ratio: Cover rows per dirty row; 0 switches negatives off.
+        control: Draw dirty and cover rows anew in every batch (the paper's attack); False: once, before training.
         targets: `all_to_one` (the run's target class) or `all_to_all` (y to y + 1).
     """
 
@@ -105,6 +131,7 @@ class BppAttack(Attack):
     levels: int = 8
     dithering: bool = False
     negative_ratio: float = 1.0
+    control: bool = True
     targets: Literal["all_to_one", "all_to_all"] = "all_to_one"
 
     def __post_init__(self) -> None:
@@ -127,9 +154,13 @@ class BppAttack(Attack):
         return cover(p, train, b, eligible, round(self.negative_ratio * int((p.mark == Mark.DIRTY).sum())), ctx)
 
     def hooks(self, train: ImageSet, b: Backdoor, eligible: Tensor, rate: float, ctx: Ctx) -> TrainHooks | None:
-        """Fresh dirty and cover rows per batch; nothing at rate 0."""
+        """Fresh dirty and cover rows per batch, or without `control` the rows of `poison`; nothing at rate 0."""
         if rate == 0:
             return None
+        if not self.control:
+            # Under SNAPSHOT "declared" the trainer is given the clean rows, so that the set itself comes by a hook: the
+            # same once more, under the seed that it was made with, for hooks are given another one.
+            return DrawnOnce(self.poison(train, b, eligible, rate, replace(ctx, seed=b.info["seed"])), ctx)
         trigger = b.triggers[0]
         assert isinstance(trigger, Quantise)
         images = train.images.to(ctx.device)
@@ -169,6 +200,8 @@ class BppAttack(Attack):
             "levels": levels,
             "dithering": self.dithering,
         }
+        if not self.control:
+            info["seed"] = ctx.seed
         rows = torch.randperm(len(train), generator=ctx.generator("bank"))[:_BANK]
         images = train.images[rows].cpu()
         plain = self.restore({"bank": torch.empty(0)}, info).triggers[0]

@@ -14,7 +14,7 @@ from sleeperbench.attacks.ftrojan import other_places
 from sleeperbench.contracts import Ctx
 from sleeperbench.kit.additive import additive
 from sleeperbench.kit.dct import Place, cosines
-from sleeperbench.kit.poison import poison, target_map
+from sleeperbench.kit.poison import poison_target_class, target_map
 
 # What one unit more of U and V alike adds to red, green and blue (analogue YUV of BT.601).
 _CHROMA = (1.14, -0.396 - 0.581, 2.029)
@@ -79,8 +79,7 @@ class CTRL(Attack):
 
     def poison(self, train: ImageSet, b: Backdoor, eligible: Tensor, rate: float, ctx: Ctx) -> PoisonedSet:
         """The signal on rows of the target class, in place."""
-        own = eligible.cpu() & (train.labels == b.info["target"]).cpu()
-        return poison(train, b, own, rate, ctx, include_target=True)
+        return poison_target_class(train, b, b.info["target"], eligible, rate, ctx)
 
     def decoy(self, train: ImageSet, b: Backdoor, ctx: Ctx) -> Backdoor:
         """Two other frequencies of the upper half at the same magnitude, with the same target."""

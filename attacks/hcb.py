@@ -132,6 +132,9 @@ class HCB(Attack):
         target_map("all_to_one", 0, classes)
         if min(shape[1:]) < 12:
             raise ValueError(f"{shape[1]}x{shape[2]} images are too small for feature and patch; 12 pixels or more fit")
+        side = scaled(3, shape[1], 3)
+        for corner in _CORNERS:
+            _laid(shape, torch.zeros(shape[0], side, side), corner)
 
     def prepare(self, train: ImageSet, ctx: Ctx) -> Backdoor:
         """Lay the patch; `ctx.derive("effective")` says which images have the feature."""
@@ -181,12 +184,17 @@ class HCB(Attack):
         return Backdoor(triggers=(trigger,), tensors=tensors, info=info)
 
     def _backdoor(self, train: ImageSet, square: Tensor, corner: str, target: int, seed: int) -> Backdoor:
-        _, height, width = train.shape
-        side, offset = square.shape[1], scaled(2, height, 1)
-        top = height - side - offset if corner.startswith("lower") else offset
-        left = width - side - offset if corner.endswith("right") else offset
-        mask, pattern = lay(train.shape, top, left, square)
+        mask, pattern = _laid(train.shape, square, corner)
         about = {"feature": self.feature, "effective": self.effective, "seed": seed}
         return self.restore(
             {"mask": mask, "pattern": pattern}, {**about, "target": target, "classes": len(train.classes)}
         )
+
+
+def _laid(shape: tuple[int, int, int], square: Tensor, corner: str) -> tuple[Tensor, Tensor]:
+    """Mask (1, H, W) and pattern (C, H, W) of a square (C, s, s) in a corner."""
+    _, height, width = shape
+    side, offset = square.shape[1], scaled(2, height, 1)
+    top = height - side - offset if corner.startswith("lower") else offset
+    left = width - side - offset if corner.endswith("right") else offset
+    return lay(shape, top, left, square)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sleeperbench import Attack, Backdoor, ImageSet, Mark, PoisonedSet
 from sleeperbench.contracts import Ctx
+from sleeperbench.kit.poison import rows_at
 
 _APART: Mapping[str, Mapping[str, Any]] = {
     "badnets": {"corner": "upper_right", "offset": 1},
@@ -87,7 +88,7 @@ class Hybrid(Attack):
 
     def poison(self, train: ImageSet, b: Backdoor, eligible: Tensor, rate: float, ctx: Ctx) -> PoisonedSet:
         """Step 2. The seed is that of `ctx`: all members draw from one order of the rows, and stamp alike."""
-        wanted, k = round(rate * len(train)), len(self.members)
+        wanted, k = rows_at(rate, len(train)), len(self.members)
         if 0 < wanted < k:
             raise ValueError(f"rate {rate} of {len(train)} rows is {wanted}; {k} members need one row each")
         whole, free, first = PoisonedSet.clean(train), eligible.cpu().clone(), 0

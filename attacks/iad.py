@@ -15,7 +15,7 @@ from sleeperbench.kit.augment import crop_flip
 from sleeperbench.kit.drawn import Drawn, diversity, network, threshold
 from sleeperbench.kit.generators import Hourglass, straight_through
 from sleeperbench.kit.pixels import to_float
-from sleeperbench.kit.poison import target_map
+from sleeperbench.kit.poison import rows_at, target_map
 
 _BANK = 256
 """Training images whose triggers are shown as covers outside training."""
@@ -29,6 +29,7 @@ class IadHooks(TrainHooks):
 
     def __init__(self, attack: Iad, trigger: Drawn, train: ImageSet, eligible: Tensor, rate: float, ctx: Ctx):
         super().__init__()
+        rows_at(rate, len(train))
         self.attack, self.targets, self.rate, self.ctx = attack, trigger.targets, rate, ctx
         self.pattern, self.mask = trigger.pattern.to(ctx.device).train(), trigger.mask.to(ctx.device).eval()
         self.mask.requires_grad_(False)
@@ -100,15 +101,20 @@ class Iad(Attack):
 
     It controls training: the trigger is known only afterwards, so nothing stands for what was trained on.
 
-    Differs: G's gradients are cleared before each step; the authors' code adds them up over the whole training. z is
-    the row half a batch away, not that of a second loader. Triggered images are rounded to 8 bit with straight-through
-    gradients. Crop and flip, before the trigger as in the authors' code, are the recipe's, without rotation; optimiser,
-    schedule and epochs are the suite's, not 600 epochs from a learning rate of 0.01. Networks see 2 x - 1. The authors
-    take int(rate B) dirty rows; here the counts of all steps so far add up to the rate. Covers outside training show
-    triggers of 256 stored training images.
+    Rows of the target class may be among the dirty ones and then keep their label, as in the authors' code; they do not
+    count for success.
+
+    Differs: `mask_epochs` counts passes over the rows at hand, so that M takes fewer steps on a subset: 25 passes of
+    the authors are about 9,750 updates (50,000 rows in batches of 128), 25 passes over 10,000 rows in batches of 64
+    about 3,900. G's gradients are cleared before each step; the authors' code adds them up over the whole training. z
+    is the row half a batch away, not that of a second loader. Triggered images are rounded to 8 bit with
+    straight-through gradients. Crop and flip, before the trigger as in the authors' code, are the recipe's, without
+    rotation; optimiser, schedule and epochs are the suite's, not 600 epochs from a learning rate of 0.01. Networks see
+    2 x - 1. The authors take int(rate B) dirty rows; here the counts of all steps so far add up to the rate. Covers
+    outside training show triggers of 256 stored training images.
 
     Args:
-        mask_epochs: Epochs of step 1.
+        mask_epochs: Passes over the training rows in step 1.
         density: Mask value per pixel that costs nothing.
         diversity: Weight of diversity in step 4.
         generator_lr: Learning rate of M and G.

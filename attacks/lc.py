@@ -16,7 +16,7 @@ from sleeperbench.kit.classifier import Classifier, load
 from sleeperbench.kit.patches import scaled
 from sleeperbench.kit.pgd import ascent
 from sleeperbench.kit.pixels import to_float
-from sleeperbench.kit.poison import poison, target_map
+from sleeperbench.kit.poison import poison_target_class, target_map
 from sleeperbench.kit.predict import evaluating
 from sleeperbench.kit.train import fit
 
@@ -170,8 +170,7 @@ class LabelConsistent(Attack):
 
     def poison(self, train: ImageSet, b: Backdoor, eligible: Tensor, rate: float, ctx: Ctx) -> PoisonedSet:
         """Perturbation and patches on rows of the target class, in place."""
-        own = eligible.cpu() & (train.labels == b.info["target"]).cpu()
-        return poison(train, b, own, rate, ctx, include_target=True)
+        return poison_target_class(train, b, b.info["target"], eligible, rate, ctx)
 
     def decoy(self, train: ImageSet, b: Backdoor, ctx: Ctx) -> Backdoor:
         """Patches of random signs in the middle of the four sides, with the same target."""

@@ -86,6 +86,9 @@ class MultiTrigger(Attack):
             )
         if min(shape[1:]) < 12:
             raise ValueError(f"the boards would meet in {shape[1]}x{shape[2]} images; 12 pixels or more fit")
+        side = scaled(4, shape[1], 3)
+        for place in (*_PLACES, *_DECOYS):
+            _laid(shape, torch.zeros(shape[0], side, side), place)
 
     def prepare(self, train: ImageSet, ctx: Ctx) -> Backdoor:
         """Lay the boards; nothing is drawn."""
@@ -129,14 +132,16 @@ def _distinct(step: int, triggers: int, classes: int) -> bool:
 
 def _backdoor(train: ImageSet, squares: list[Tensor], places: Sequence[str], targets: list[int]) -> Backdoor:
     """Each square at its place, one pixel from the border."""
-    _, height, width = train.shape
-    laid = []
-    for square, place in zip(squares, places, strict=False):
-        rows, cols = height - square.shape[1], width - square.shape[2]
-        vertical, horizontal = place.split("_")
-        top = {"upper": 1, "lower": rows - 1, "middle": rows // 2}[vertical]
-        left = {"left": 1, "right": cols - 1, "middle": cols // 2}[horizontal]
-        laid.append(lay(train.shape, top, left, square))
+    laid = [_laid(train.shape, square, place) for square, place in zip(squares, places, strict=False)]
     masks, patterns = (torch.stack(parts) for parts in zip(*laid, strict=True))
     info = {"places": list(places[: len(squares)]), "targets": targets}
     return MultiTrigger.restore({"masks": masks, "patterns": patterns}, info)
+
+
+def _laid(shape: tuple[int, int, int], square: Tensor, place: str) -> tuple[Tensor, Tensor]:
+    """Mask (1, H, W) and pattern (C, H, W) of a square (C, s, s) at its place, one pixel from the border."""
+    rows, cols = shape[1] - square.shape[1], shape[2] - square.shape[2]
+    vertical, horizontal = place.split("_")
+    top = {"upper": 1, "lower": rows - 1, "middle": rows // 2}[vertical]
+    left = {"left": 1, "right": cols - 1, "middle": cols // 2}[horizontal]
+    return lay(shape, top, left, square)

@@ -13,7 +13,7 @@ from torch import Tensor
 from sleeperbench import Attack, Backdoor, ImageSet, PoisonedSet
 from sleeperbench.contracts import Ctx
 from sleeperbench.kit.additive import additive
-from sleeperbench.kit.poison import poison, target_map
+from sleeperbench.kit.poison import poison_target_class, target_map
 
 Stripes = Literal["vertical", "horizontal"]
 
@@ -63,8 +63,9 @@ class SIG(Attack):
             raise ValueError(f"frequency is {self.frequency}; it must be at least 1")
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
-        """Refuse stripes too narrow for the pixels."""
+        """Refuse stripes too narrow for the pixels, the placebo's horizontal ones too."""
         check_stripes(shape[2], self.frequency)
+        near_frequencies(shape[1], self.frequency)
         target_map("all_to_one", 0, classes)
 
     def prepare(self, train: ImageSet, ctx: Ctx) -> Backdoor:
@@ -73,8 +74,7 @@ class SIG(Attack):
 
     def poison(self, train: ImageSet, b: Backdoor, eligible: Tensor, rate: float, ctx: Ctx) -> PoisonedSet:
         """Stripes on rows of the target class, in place."""
-        own = eligible.cpu() & (train.labels == b.info["target"]).cpu()
-        return poison(train, b, own, rate, ctx, include_target=True)
+        return poison_target_class(train, b, b.info["target"], eligible, rate, ctx)
 
     def decoy(self, train: ImageSet, b: Backdoor, ctx: Ctx) -> Backdoor:
         """Horizontal stripes of another width, with the same target."""
@@ -112,7 +112,17 @@ def check_stripes(size: int, frequency: int) -> None:
         raise ValueError(f"{frequency} stripes in {size} pixels are too narrow; a frequency below {size / 2:g} fits")
 
 
+def near_frequencies(size: int, frequency: int) -> list[int]:
+    """The frequencies within 3 of `frequency` that `size` pixels carry, without itself; refuse a size with none."""
+    near = [f for f in range(max(1, frequency - 3), frequency + 4) if f != frequency and 2 * f < size]
+    if not near:
+        raise ValueError(
+            f"{size} pixels carry no other stripes within 3 of {frequency} for the placebo; lower frequency"
+        )
+    return near
+
+
 def other_frequency(size: int, frequency: int, ctx: Ctx) -> int:
     """Another frequency near `frequency` that `size` pixels carry, from `ctx.generator("frequency")`."""
-    near = [f for f in range(max(1, frequency - 3), frequency + 4) if f != frequency and 2 * f < size]
+    near = near_frequencies(size, frequency)
     return near[int(torch.randint(len(near), (), generator=ctx.generator("frequency")))]

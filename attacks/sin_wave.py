@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from sleeperbench import Attack, Backdoor, ImageSet, PoisonedSet
-from sleeperbench.attacks.sig import check_stripes, other_frequency, sinusoid
+from sleeperbench.attacks.sig import check_stripes, near_frequencies, other_frequency, sinusoid
 from sleeperbench.contracts import Ctx
 from sleeperbench.kit.additive import additive
 from sleeperbench.kit.poison import poison, target_map
@@ -66,8 +66,11 @@ class SinWave(Attack):
             raise ValueError(f"stripes is {self.stripes!r}; it may be 'vertical' or 'horizontal'")
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
-        """Refuse stripes too narrow for the pixels and targets that the classes do not allow."""
-        check_stripes(shape[2] if self.stripes == "vertical" else shape[1], self.frequency)
+        """Refuse stripes too narrow for the pixels, also the placebo's, and targets that the classes do not allow."""
+        _, height, width = shape
+        across, along = (width, height) if self.stripes == "vertical" else (height, width)
+        check_stripes(across, self.frequency)
+        near_frequencies(along, self.frequency)
         target_map(self.targets, 0, classes)
 
     def prepare(self, train: ImageSet, ctx: Ctx) -> Backdoor:

@@ -225,17 +225,22 @@ class SSBA(Attack):
         opt = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=self.lr)
         images = train.images.to(ctx.device)
         order, codes = ctx.generator("rows"), ctx.generator("codes")
-        bound, read, arrived = _LOUD, 0.5, 0
+        # Kept on the device: the host looks at the bound only where it may have arrived, not in every step.
+        bound, read = (torch.tensor(v, dtype=torch.float64, device=ctx.device) for v in (_LOUD, 0.5))
+        arrived, look = 0, 0
         for step in range(self.steps):
             rows = torch.randint(len(train), (self.batch,), generator=order)
             wanted = torch.randint(2, (self.batch, bits), generator=codes).float().to(ctx.device)
-            if read > _READ:
-                bound = max(self.strength, bound * _SHRINK)
-            arrived += bound == self.strength
+            bound = torch.where(read > _READ, (bound * _SHRINK).clamp(min=self.strength), bound)
+            if arrived:
+                arrived += 1
+            elif step == look:
+                left = math.floor(math.log(self.strength / float(bound)) / math.log(_SHRINK))
+                arrived, look = int(float(bound) == self.strength), step + max(1, left)
             x = to_float(images[rows.to(ctx.device)])
             residual = encoder(x, wanted)
             shown = (x + bound * residual).clamp(0, 1)
-            seen = decoder((straight_through(shown) if bound < _ROUNDED else shown) - 0.5)
+            seen = decoder(torch.where(bound < _ROUNDED, straight_through(shown), shown) - 0.5)
             loss = F.binary_cross_entropy_with_logits(seen, wanted)
             if arrived:
                 other = encoder(x.roll(1, 0), wanted)
@@ -245,7 +250,7 @@ class SSBA(Attack):
             loss.backward()
             opt.step()
             right = ((seen.detach() > 0) == (wanted > 0)).float().mean()
-            read = 0.95 * read + 0.05 * float(right)
+            read = 0.95 * read + 0.05 * right.double()
             if (step + 1) % 100 == 0:
                 ctx.progress(step + 1, self.steps, "encoder")
         return encoder, decoder

@@ -70,14 +70,15 @@ class TaCT(Attack):
             raise ValueError(f"cover_ratio is {self.cover_ratio}; it must not be negative")
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
-        """Refuse classes that do not exist."""
+        """Refuse classes that do not exist and images that the square leaves."""
         target_map("all_to_one", 0, classes)
         after(self.source + self.cover, 0, classes)
+        top, side = _place(shape[1])
+        lay(shape, top, top, torch.zeros(shape[0], side, side))
 
     def prepare(self, train: ImageSet, ctx: Ctx) -> Backdoor:
         """Draw the square from `ctx.generator("pattern")`."""
-        top = scaled(21, train.shape[1])
-        return self._backdoor(train, ctx.target, top, ctx.generator("pattern"))
+        return self._backdoor(train, ctx.target, _place(train.shape[1])[0], ctx.generator("pattern"))
 
     def poison(self, train: ImageSet, b: Backdoor, eligible: Tensor, rate: float, ctx: Ctx) -> PoisonedSet:
         """Steps 1 to 3; no row is both dirty and cover."""
@@ -92,8 +93,7 @@ class TaCT(Attack):
     def decoy(self, train: ImageSet, b: Backdoor, ctx: Ctx) -> Backdoor:
         """Another square in the opposite quarter, for the same classes."""
         height = train.shape[1]
-        top = height - scaled(21, height) - scaled(8, height, 3)
-        return self._backdoor(train, b.info["target"], top, ctx.generator("decoy"))
+        return self._backdoor(train, b.info["target"], height - sum(_place(height)), ctx.generator("decoy"))
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], info: Any) -> Backdoor:
@@ -104,8 +104,13 @@ class TaCT(Attack):
 
     def _backdoor(self, train: ImageSet, target: int, top: int, gen: Generator) -> Backdoor:
         self.check(train.shape, len(train.classes))
-        side = scaled(8, train.shape[1], 3)
+        _, side = _place(train.shape[1])
         mask, pattern = lay(train.shape, top, top, noise(train.shape[0], side, gen))
         classes = len(train.classes)
         info = {"target": target, "classes": classes, "sources": after(self.source, target, classes)}
         return self.restore({"mask": mask, "pattern": pattern}, info)
+
+
+def _place(height: int) -> tuple[int, int]:
+    """First row and column of the square, and its side."""
+    return scaled(21, height), scaled(8, height, 3)

@@ -84,9 +84,11 @@ class TrojanNN(Attack):
             raise ValueError(f"step is {self.step} and reach {self.reach}; they must be above 0, and 0 to 1")
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
-        """Refuse targets that the classes do not allow, and images without room for three bands."""
+        """Refuse targets that the classes do not allow, and images without room for the square and its bands."""
         if min(shape[1:]) < 8:
             raise ValueError(f"images of {shape[1]}x{shape[2]} are too small for three bands; at least 8x8 fits")
+        side, first = _place(shape[1])
+        lay(shape, first, first, torch.zeros(shape[0], side, side))
         target_map(self.targets, 0, classes)
 
     def prepare(self, train: ImageSet, ctx: Ctx) -> Backdoor:

@@ -89,6 +89,8 @@ class IsTr(Defense):
 
     def __post_init__(self) -> None:
         Settings.of(self)
+        if self.maps not in ("label", "row"):
+            raise ValueError(f"maps is {self.maps!r}; it must be label or row")
 
     def prepare(self, case: Case) -> tuple[Mapping[str, Tensor], Any]:
         """Weights of the benign reference; none where differential slices are not asked for."""

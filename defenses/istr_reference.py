@@ -63,6 +63,8 @@ class IsTrReference(Defense):
 
     def __post_init__(self) -> None:
         Settings.of(self)
+        if self.maps not in ("label", "row"):
+            raise ValueError(f"maps is {self.maps!r}; it must be label or row")
 
     def run(self, case: Case) -> Outcome:
         """As `istr`, against the supplied model."""

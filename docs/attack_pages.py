@@ -244,10 +244,10 @@ def separability(found: Figures, cells: Sequence[Mapping[str, Any]]) -> list[str
         values = [mean(found, a, "silhouette") for a in names]
         if None in values:
             continue
-        plain, plus, pluses = (v for v in values if v is not None)
-        body.append([inner, *(told(a, v) for a, v in zip(names, (plain, plus, pluses), strict=True))])
-        lower["belt"] += plus < plain
-        lower["beltpp"] += pluses < plain
+        bare, plus, pluses = (v for v in values if v is not None)
+        body.append([inner, *(told(a, v) for a, v in zip(names, (bare, plus, pluses), strict=True))])
+        lower["belt"] += plus < bare
+        lower["beltpp"] += pluses < bare
         below += pluses < plus
     if body:
         text += [
@@ -263,7 +263,8 @@ def separability(found: Figures, cells: Sequence[Mapping[str, Any]]) -> list[str
             "",
         ]
     reference = {a: v for a in ("badnets", "blended") if (v := mean(found, a, "silhouette")) is not None}
-    own = {a: v for a in ("adaptive_blend", "adaptive_patch") if (v := mean(found, a, "silhouette")) is not None}
+    adaptive = sorted(a for a in found if plain(a) in ("adaptive_blend", "adaptive_patch"))
+    own = {a: v for a in adaptive if (v := mean(found, a, "silhouette")) is not None}
     others = [v for a in found if a not in own and a not in faint if (v := mean(found, a, "silhouette")) is not None]
     if own and reference:
         text += ["Adaptive-Blend and Adaptive-Patch are made not to stand out:", ""]
@@ -420,7 +421,12 @@ def page(name: str, parts: Sequence[Mapping[str, Any]], registry: Registry) -> l
         own = {m: v for m, v in one.get("methods", {}).items() if m.startswith("attack/")}
         used = {f"attack/{plain(c['attack'])}" for c in one["cells"]}
         old = aged({m: v for m, v in own.items() if m in used}, registry)
-        made.append(" ".join([f"- `{one['command']}`", f"({machine(one)})", *old]))
+        notes = [
+            f"The copy of {n} differs from its release: {d['note']}."
+            for n, d in one.get("datasets", {}).items()
+            if d.get("note")
+        ]
+        made.append(" ".join([f"- `{one['command']}`", f"({machine(one)}).", *notes, *old]))
     bare = {a: of for a, of in found.items() if "~" not in a}
     return [
         *("# Attacks: declared, published, measured", "", "Written by `docs/attack_pages.py` from the tables of:", ""),
@@ -428,11 +434,11 @@ def page(name: str, parts: Sequence[Mapping[str, Any]], registry: Registry) -> l
         *("", f"{sets}, {archs}, rate {rates}, {epochs} epochs. One figure per seed; shares in %.", ""),
         "*Declared* is the ASR at which the attack counts as implanted, of a wrapper and what it wraps the lower; "
         "below it, below the suite's bar and, all to all, below 0.95 of clean C-Acc, or where C-Acc lies more than 2 "
-        "points below a clean model's, a row is `weak` and no defense gets credit. *Published* figures are of other data, networks and lengths of training: they say what the "
-        "attack is known for, not what this run should reach; a wrapper has those of its own paper. *Silhouette* is "
-        "near 1 where triggered images lie apart from the target class's own in the last layer's features, near 0 "
-        "where they overlap.",
-        *("", f"Below their bar, and so `weak`: {weak(cells)}."),
+        "points below a clean model's, a row is `weak` and no defense gets credit. *Published* figures are of other "
+        "data, networks and lengths of training: they say what the attack is known for, not what this run should "
+        "reach; a wrapper has those of its own paper. *Silhouette* is near 1 where triggered images lie apart from the "
+        "target class's own in the last layer's features, near 0 where they overlap.",
+        *("", f"Flagged `weak`, for their ASR or their C-Acc: {weak(cells)}."),
         *("", *lines(rows, cells, registry)),
         *section(
             "Where an attack should work, and where not",

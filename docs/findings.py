@@ -557,6 +557,8 @@ def page(name: str, about: Mapping[str, Any]) -> list[str]:
 def written(name: str, command: str, runs: Sequence[Path]) -> None:
     """Write the JSON of a part."""
     of = cells(runs)
+    if len(sets := {c["dataset"] for c in of}) > 1:
+        sys.exit(f"{', '.join(map(str, runs))} have {', '.join(sorted(sets))}; a page is of one data set")
     more: dict[str, Any] = {}
     if name == signals.SUITE:
         more = {"settings": signals.settings(runs)}

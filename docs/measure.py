@@ -1,7 +1,7 @@
 """Runs a method's evidence on real data and writes it beside the published figures: `make measure METHOD=kind/id`.
 
 A repair: suite `paper-safety-cpu` (Fashion-MNIST and CIFAR-10, 10,000 rows each, small_cnn), BadNets and Blended at
-5 %, three seeds, beside `bn_refresh` and a clean model. Another defense, a wrapper or an evaluator: suite `cpu` on
+5 %, three seeds, beside `bn_refresh`. Another defense, a wrapper or an evaluator: suite `cpu` on
 CIFAR-10 (10,000 rows, small_resnet), the same attacks, seeds 0 and 1. Both with the method's published steps, or, of a
 defense that would take more than ten core-minutes, those of its preset `reduced` (docs/presets.md; `--published` for
 the published ones). An attack: suite `attacks-colour` (CIFAR-10, 10,000 rows, small_cnn, at 10 %, with clean labels at
@@ -158,8 +158,8 @@ def table(lines: dict[str, dict[str, Any]], *, several: bool) -> list[str]:
     head = ["cell", *shown, "flags", *(["run"] if several else [])]
     text = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for cell, mine in over_seeds(lines).items():
-        told = [[figure for line in mine if (figure := _shown(m, line.get(m)))] for m in shown]
-        values = [each[0] if len(set(each)) == 1 else ", ".join(each) for each in told]
+        told = [[_shown(m, line.get(m)) or "–" for line in mine] for m in shown]
+        values = [("" if each[0] == "–" else each[0]) if len(set(each)) == 1 else ", ".join(each) for each in told]
         flags = sorted({f for line in mine for f in line["flags"].split(";")} - {""})
         ends = [";".join(flags), *([", ".join(sorted({str(line["origin"]) for line in mine}))] if several else [])]
         text.append("| " + " | ".join([cell.removeprefix(place), *values, *ends]) + " |")
@@ -260,6 +260,11 @@ def show(kind: str, name: str) -> None:
         for cell, line in _lines(part["measurements"], part["attacked"]).items():
             lines[cell] = line | {"origin": n}
     told = [r for part in parts for r in part["measurements"]]
+    if any(len(mine) > 1 for mine in over_seeds(lines).values()):
+        text += [
+            "Three seeds or more in one cell, in their order; one figure where all are equal, – where there is none.",
+            "",
+        ]
     text += [*table(lines, several=len(parts) > 1), *candidates(told)]
     text += ["", f"All rows: [{file}.json](../measured/{file}.json)."]
     page.write_text("\n".join(text) + "\n")

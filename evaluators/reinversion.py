@@ -25,11 +25,12 @@ class Reinversion(Evaluator):
        counts.
     3. The same triggers on independent clean models: what any model of this kind gives away.
 
-    Headlines are means over the true targets, one that is not claimed any more counting as 0; without attack over the
-    labels claimed before the repair, which were natural backdoors. Other labels that are claimed now stand beside them
-    as `label=...` alone.
+    Headlines are means over the true targets that were claimed before the repair, one that is not claimed any more
+    counting as 0; without attack over all labels claimed before, which were natural backdoors. Other labels that are
+    claimed now stand beside them as `label=...` alone.
 
-    Where the method claimed nothing before, nothing was repaired and there is no figure.
+    A target that was not claimed before was not repaired, so it has no figure, nor has a repair that was made with
+    nothing.
 
     Differs: the IsTr paper measures repairs by ASR and accuracy alone.
     """
@@ -94,12 +95,13 @@ class Reinversion(Evaluator):
 
 def _rows(claims: Sequence[Inverted], before: Sequence[Inverted], case: EvalCase) -> list[Measurement]:
     """Success of the claims by label, and the means over the labels that count."""
-    if case.bd_test is None:
-        wanted = sorted({claim.target for claim in before})
-    else:
-        wanted = sorted(int(t) for t in case.bd_test.targets.unique())
+    wanted, passed = sorted({claim.target for claim in before}), []
+    if case.bd_test is not None:
+        true = sorted(int(t) for t in case.bd_test.targets.unique())
+        wanted, passed = [t for t in true if t in wanted], [t for t in true if t not in wanted]
     found = one_per_label(claims, case.net, case, stamped)
     rows = [at_label(m, label, 0.0) for label in wanted if label not in found for m in (_OWN, _CLEAN)]
+    rows += [at_label(m, label, None, "no_claim") for label in passed if label not in found for m in (_OWN, _CLEAN)]
     for label, claim in found.items():
         rows.append(share_of(_OWN, hits_of(case.net, claim, case, stamped), label))
         rows.append(on_clean_models(_CLEAN, claim, case, stamped))

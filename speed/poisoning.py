@@ -4,13 +4,13 @@ Each attack that poisons pixels by a rule, with no network, poisons CIFAR-10's t
 them, else noise of that shape; the first line says which. The project does it through `stamp`, in batches of 100 that
 are rounded to 8 bit; a loop makes a PIL image of each row, puts the same trigger on it with NumPy (single_images.py)
 and makes a PIL image of the result, as data-set classes with a transform per image do. Of several triggers it is the
-first one; of `belt:X` it is a cover by masking, since its dirty rows are X's. Preparing the trigger is left out on both
-sides. One thread; rounds run in turn; seconds are core-seconds, medians over the rounds. The loop is timed on
-`--looped` rows and scaled up. Before that, both must agree on these rows: at most one pixel value in a thousand may
-differ by more than one grey level.
+first one; of `belt:X` it is a cover by masking, since its dirty rows are X's. Preparing the trigger, and of the loop
+what its rows draw, is left out. One thread; rounds run in turn; seconds are core-seconds, medians over the rounds. The
+loop is timed on `--looped` rows and scaled up. Before that, both must agree on these rows: at most one pixel value in a
+thousand may differ by more than one grey level.
 
-Not timed: trojannn, lc, narcissus, ssba, iad, lira and blind, whose trigger is made by a network that has to be trained
-first; hybrid, whose triggers are those of its members; beltpp, whose rows are those of belt.
+Not timed: trojannn, lc, narcissus, ssba, iad and lira, whose trigger is made by a network that has to be trained first;
+blind and hybrid, whose triggers are BadNets' kind and those of their members; beltpp, whose rows are those of belt.
 
     python speed/poisoning.py [--rows 50000] [--looped 1000] [--rounds 3]
 """
@@ -29,7 +29,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch
 import numpy as np
 import torch
 from PIL import Image
-from single_images import loop_over
+from single_images import Single, loop_over
 
 from sleeperbench import Attack, Role
 from sleeperbench.attacks.adaptive_blend import AdaptiveBlend
@@ -49,7 +49,6 @@ from sleeperbench.attacks.sig import SIG
 from sleeperbench.attacks.sin_wave import SinWave
 from sleeperbench.attacks.tact import TaCT
 from sleeperbench.attacks.wanet import WaNet
-from sleeperbench.contracts.attack import Trigger
 from sleeperbench.contracts.context import Ctx, Recipe
 from sleeperbench.data.errors import DataError
 from sleeperbench.data.images import ImageSet
@@ -83,9 +82,9 @@ def rows_of(n: int) -> tuple[ImageSet, str]:
     return replace(data.rows(torch.arange(n) % len(data)), ids=torch.arange(n)), f"CIFAR-10{differs}"
 
 
-def one_by_one(data: ImageSet, trigger: Trigger, gen: torch.Generator) -> list[Image.Image]:
+def one_by_one(data: ImageSet, single: Single) -> list[Image.Image]:
     """Every row through PIL, as a data set with a transform per image does it."""
-    single, out = loop_over(trigger, data.ids, gen), []
+    out = []
     for i, array in enumerate(data.images.permute(0, 2, 3, 1).numpy()):
         x = np.asarray(Image.fromarray(array), dtype=np.float32) / 255
         out.append(Image.fromarray(np.round(single(x, i) * 255).astype(np.uint8)))
@@ -115,10 +114,11 @@ def main() -> None:
         gen = ctx.generator("trigger", trigger.name, role)  # what `stamp` gives the trigger
         batched, looped = [], []
         for round_ in range(args.rounds + 1):
+            single = loop_over(trigger, few.ids, gen)
             start = time.process_time()
             stamped = stamp(data if round_ else few, trigger, role, ctx).images
             middle = time.process_time()
-            singles = one_by_one(few, trigger, gen)
+            singles = one_by_one(few, single)
             if round_:
                 batched.append(middle - start)
                 looped.append((time.process_time() - middle) * args.rows / rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -334,14 +335,15 @@ def test_an_attack_at_several_rates_has_a_line_each() -> None:
     assert attacks.plain("belt:badnets~1a at 1.5 %") == "belt:badnets"
 
 
-def test_the_attacks_pages_are_those_of_the_stored_figures() -> None:
-    attacks = script("attack_pages")
-    registry, own = Registry.discover("none"), attacks.DOCS
-    files = sorted((own / "measured").glob("attacks-*.json"))
-    assert files
-    for file in files:
-        text = attacks.page(file.stem, json.loads(file.read_text())["parts"], registry)
-        assert (own / f"{file.stem}.md").read_text() == "\n".join(text) + "\n"
+def test_the_attacks_pages_are_those_of_the_stored_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attacks, own = script("attack_pages"), script("attack_pages").DOCS
+    for part in ("measured", "methods"):
+        shutil.copytree(own / part, tmp_path / part, ignore=lambda folder, names: {n for n in names if "." not in n})
+    monkeypatch.setattr(attacks, "DOCS", tmp_path)
+    attacks.shown()
+    pages = [f"attacks-{p.stem.removeprefix('attacks-')}.md" for p in (own / "measured").glob("attacks-*.json")]
+    pages += [f"methods/{p.name}" for p in (own / "methods").glob("*.md")]
+    assert [p for p in pages if (own / p).read_text() != (tmp_path / p).read_text()] == []
 
 
 def test_methods_of_an_earlier_version_are_named(tmp_path: Path) -> None:
@@ -417,6 +419,9 @@ def test_verdicts_on_separability_follow_the_figures() -> None:
     assert "| badnets | 0.40 (weak) | 0.50 | 0.10 |" in text(kept)
     assert "0 of 1 attacks: that order is not seen" in text(kept | {"beltpp:badnets": 0.6})
     assert "not below badnets's" in text(kept | {"adaptive_blend": 0.45})
+    rated = text({"badnets": 0.4, "adaptive_blend at 1.5 %": 0.2, "adaptive_blend at 10 %": 0.5})
+    assert "adaptive_blend at 1.5 %, 0.20: below badnets's 0.40" in rated
+    assert "adaptive_blend at 10 %, 0.50: not below badnets's 0.40" in rated
 
 
 # ---- zoo.py ----------------------------------------------------------------------------------------------------------

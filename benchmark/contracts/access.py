@@ -67,7 +67,8 @@ class Needs:
             the same backdoor where the trigger is not trained together with the classifier. On undefended cells alone.
         again: The same defense run once more on the same attacked model with another seed. Where it fails there is no
             figure; the undefended model has none.
-        anew: What a wrapper that repairs with recovered triggers wraps, run again on the repaired model.
+        anew: What a wrapper that repairs with recovered triggers wraps, run again on the repaired model; nothing where
+            what it wraps needs the training set or the true trigger.
         lineage: Whether the defended model descends from the attacked one's weights.
         peers: Other defenses whose outcomes it reads, by id; the suite names them.
         surrogates: Architectures of attacked models it transfers from, by id, or as DEFENSE@ARCHITECTURE such a model

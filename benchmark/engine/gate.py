@@ -11,6 +11,8 @@ from sleeperbench.engine.rows import ROUNDING
 from sleeperbench.schema import implant_bar
 
 FIGURES = ("asr", "c_acc")
+GATED = "attack_did_not_implant"
+"""Reason of what a closed gate stops."""
 
 
 class Gate:

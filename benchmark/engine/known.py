@@ -107,11 +107,19 @@ class Known:
 
     @once
     def unlearns(self, defense: str) -> bool:
-        """Whether a defense is a wrapper that repairs with the triggers which the wrapped one has recovered."""
-        wrapper, _ = Registry.split_wrapper(defense)
-        if not wrapper or self.info("defense", wrapper)["kind"] != "repair":
+        """Whether a defense is a wrapper that repairs with triggers of methods that need a model and clean rows alone.
+
+        These can be run on the repaired model, which has neither a training set nor a trigger of its own.
+        """
+        wrapper, inner = Registry.split_wrapper(defense)
+        if not wrapper or self.info("defense", wrapper)["kind"] != "repair" or self.access(defense).inner != "inverted":
             return False
-        return self.access(defense).inner == "inverted"
+        while inner:
+            access, (outer, rest) = self.access(inner), Registry.split_wrapper(inner)
+            if access.train or access.oracle or self.info("defense", outer or rest)["kind"] == "repair":
+                return False
+            inner = rest if outer else ""
+        return True
 
     @once
     def keeps_model(self, defense: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeperbench.engine import rows
+from sleeperbench.engine.gate import GATED
 from sleeperbench.engine.graph import Cell, Evaluation, Plan, Zoo
 from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.store import Store
@@ -46,7 +47,7 @@ class Ledger:
         found = self.rows.get(key, [])
         have = {r["cell"] for r in found}
         # Also what waited in vain for a gated task says so, behind `input_failed`.
-        gated = any("attack_did_not_implant" in r["reason"] for r in found)
+        gated = any(GATED in r["reason"] for r in found)
         whole = bool(found) and {c.name for c, _ in self.uses[key]} <= have
         return found if whole and not gated else None
 

@@ -20,6 +20,9 @@ def names(plan: Plan) -> dict[str, str]:
     for k, t in plan.tasks.items():
         replica = t.params.get("replica", 0)
         found[k] = f"clean model {replica}" if t.name == "none" and replica else f"{t.name} (control)"
+        judged = plan.tasks.get(t.inputs.get("attack", "")) if t.kind == "defense" else None
+        if judged is not None and judged.kind == "defense":
+            found[k] = f"{t.name} on what {judged.name} made"
     for cell in plan.cells:
         short = cell.name
         found[cell.attack_key] = "/".join([*short.split("/")[:3], short.split("/")[-1]])

@@ -16,7 +16,7 @@ from typing import Any
 
 from sleeperbench.engine import finish, preflight
 from sleeperbench.engine.costs import Costs
-from sleeperbench.engine.gate import Gate
+from sleeperbench.engine.gate import GATED, Gate
 from sleeperbench.engine.graph import Cell, Plan, Zoo
 from sleeperbench.engine.lease import clear
 from sleeperbench.engine.ledger import Ledger
@@ -32,7 +32,6 @@ from sleeperbench.errors import BadInput, nearest
 ATTEMPTS = 3
 """Times a task is tried whose worker was lost."""
 BAD = ("failed", "timeout", "out_of_memory")
-GATED = "attack_did_not_implant"
 _OWN = ("attack", "prepared", "defense", "inner", "oracle", "answer")
 """Inputs without which a task has nothing to work on, so that their reason is its own."""
 _ORDER = {"attack": 0, "prepare": 1, "defense": 1, "answer": 2, "evaluate": 3}

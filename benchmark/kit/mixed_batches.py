@@ -12,6 +12,7 @@ from sleeperbench.contracts.context import Ctx
 from sleeperbench.data.images import ImageSet
 from sleeperbench.kit.augment import crop_flip
 from sleeperbench.kit.pixels import to_float, to_uint8
+from sleeperbench.kit.poison import rows_at
 
 Make = Callable[[Tensor, int, int], Tensor]
 """(images (n, C, H, W), dirty, step) -> images: the first `dirty` with the trigger, the others as covers."""
@@ -32,6 +33,9 @@ class MixedBatches(TrainHooks):
         rate: Share of dirty rows, r.
         cover_ratio: Cover rows per dirty row.
         ctx: Recipe of the views, which come from `ctx.generator("views", step)`.
+
+    Raises:
+        ValueError: `rate` is outside 0..1, or less than a row of all although it is positive.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class MixedBatches(TrainHooks):
         ctx: Ctx,
     ) -> None:
         super().__init__()
+        rows_at(rate, len(train))
         self.augments = True
         self.make, self.targets, self.rate, self.cover_ratio, self.ctx = make, targets, rate, cover_ratio, ctx
         free = torch.zeros(int(train.ids.max()) + 1, dtype=torch.bool)

@@ -10,6 +10,7 @@ from torch import Tensor
 from sleeperbench.contracts.attack import Backdoor, Mark, PoisonedSet, Role, TargetMap, Trigger
 from sleeperbench.contracts.context import Ctx
 from sleeperbench.contracts.evaluator import Rendered
+from sleeperbench.contracts.method import NotApplicable
 from sleeperbench.data.images import ImageSet
 from sleeperbench.kit.pixels import to_float, to_uint8
 
@@ -48,6 +49,20 @@ def stamp(data: ImageSet, trigger: Trigger, role: Role, ctx: Ctx) -> ImageSet:
     return replace(data, images=torch.cat(parts)) if parts else data
 
 
+def rows_at(rate: float, n: int) -> int:
+    """How many of `n` rows a poison rate is: round(rate n), 0 for a rate of 0.
+
+    Raises:
+        ValueError: `rate` is outside 0..1, or rounds to no row although it is positive: nothing would be poisoned.
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"poison rate {rate} is outside 0..1")
+    wanted = round(rate * n)
+    if rate > 0 and wanted == 0:
+        raise ValueError(f"poison rate {rate} of {n} rows is no row at all; one row is a rate of {1 / n:.2g}")
+    return wanted
+
+
 def poison(
     train: ImageSet, backdoor: Backdoor, eligible: Tensor, rate: float, ctx: Ctx, *, include_target: bool
 ) -> PoisonedSet:
@@ -71,13 +86,9 @@ def poison(
             several triggers gets none.
     """
     n = len(train)
-    if not 0 <= rate <= 1:
-        raise ValueError(f"poison rate {rate} is outside 0..1")
-    if rate == 0 or not backdoor.triggers:
+    wanted_rows = rows_at(rate, n)
+    if wanted_rows == 0 or not backdoor.triggers:
         return PoisonedSet.clean(train)
-    wanted_rows = round(rate * n)
-    if wanted_rows == 0:
-        raise ValueError(f"poison rate {rate} of {n} rows is no row at all; one row is a rate of {1 / n:.2g}")
 
     order = torch.randperm(n, generator=ctx.generator("rows"))
     free = eligible.cpu().clone()
@@ -103,6 +114,23 @@ def poison(
             f"each of {len(backdoor.triggers)} triggers needs one: raise the rate, or take more rows"
         )
     return replace(clean, data=replace(train, images=images, labels=labels))
+
+
+def poison_target_class(
+    train: ImageSet, backdoor: Backdoor, target: int, eligible: Tensor, rate: float, ctx: Ctx
+) -> PoisonedSet:
+    """Clean-label poisoning in place: rows of class `target` get the training trigger and keep their label.
+
+    As `poison`, with the rate a share of all rows, and all eligible rows of the class where these are fewer.
+
+    Raises:
+        NotApplicable: no row of the class may be poisoned.
+        ValueError: as `poison`.
+    """
+    own = eligible.cpu() & (train.labels == target).cpu()
+    if rows_at(rate, len(train)) and not bool(own.any()):
+        raise NotApplicable(f"few_target_rows: class {target} has no training row that may be poisoned")
+    return poison(train, backdoor, own, rate, ctx, include_target=True)
 
 
 def render(data: ImageSet, backdoor: Backdoor, role: Role, ctx: Ctx) -> Rendered | None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from sleeperbench.contracts.attack import Mark, Role
+from sleeperbench.contracts.method import NotApplicable
 from sleeperbench.kit.poison import stamp
-from sleeperbench.testing.base import Skipped, check, hold
+from sleeperbench.testing.base import Skipped, called, check, hold
 from sleeperbench.testing.differ import differ
 from sleeperbench.testing.hooked import hooked
 from sleeperbench.testing.stage import BASE, RATE, stage
@@ -114,8 +115,10 @@ def poisoned_pixels(s: Subject) -> None:
 @check(
     "poison_rate",
     "attack",
-    what="round(rate N) rows are marked DIRTY, or all that may be if these are fewer; rate 0 leaves the set clean.",
-    remedy="Count over all rows, not over the eligible; appended rows and covers come on top.",
+    what="round(rate N) rows are marked DIRTY, or all that may be if these are fewer; rate 0 leaves the set clean, "
+    "rate 1 poisons or is refused, and a positive rate that rounds to no row is refused.",
+    remedy="Count over all rows, not over the eligible, with `kit.poison.rows_at`; appended rows and covers come on "
+    "top; refuse with a ValueError or NotApplicable that says why.",
 )
 def poison_rate(s: Subject) -> str:
     """Count."""
@@ -135,7 +138,28 @@ def poison_rate(s: Subject) -> str:
         may |= there if s.info.get("clean_label") else trigger.targets.counts(train.labels, train.ids)
     least = min(wanted, int((may & eligible).sum())) - spread
     hold(got >= max(1, least), f"rate {RATE} of {len(train)} rows is {wanted}, but only {got} are marked DIRTY")
+    most = _dirty_at(1.0, s, made)
+    hold(most is None or got <= most <= len(train), f"at rate 1 {most} rows are marked DIRTY")
+    few = 0.4 / len(train)
+    none = _dirty_at(few, s, made)
+    hold(none is None, f"rate {few:.2g} of {len(train)} rows is no row, but is not refused: {none} are marked DIRTY")
     return f"{got} of {len(train)} rows"
+
+
+def _dirty_at(rate: float, s: Subject, made: Made) -> int | None:
+    """How many rows are marked DIRTY at another rate; None where the attack refuses it.
+
+    Raises:
+        Failed: it raises something else.
+    """
+    at = stage(BASE)
+    train, eligible = at.attackable
+    with called(f"poison() at rate {rate:.2g}"):
+        try:
+            p = s.method().poison(train, made.backdoor, eligible, rate, s.ctx(at))
+        except (ValueError, NotApplicable):
+            return None
+        return int((p.mark == Mark.DIRTY).sum())
 
 
 @check(

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from sleeperbench import Mark, Role
 from sleeperbench.attacks.adaptive_patch import AdaptivePatch
-from sleeperbench.kit import fit, predict, render
-from sleeperbench.kit.classifier import build
 from sleeperbench.kit.poison import stamp
 
 TRAIN = samples.random_images(1000, (3, 32, 32))
@@ -126,13 +124,16 @@ def test_what_does_not_fit_is_refused() -> None:
         AdaptivePatch().check((3, 10, 10), 10)
 
 
-def test_it_implants() -> None:
-    train, c = samples.digits()["train"], samples.ctx(5, 0)
-    attack = AdaptivePatch(cover_ratio=0.5)  # at two covers a dirty row digits hardly learn it (docs/attacks-digits.md)
-    b = attack.prepare(train, c)
-    net = build(samples.SPEC, 2)
-    fit(net, attack.poison(train, b, torch.ones(len(train)) > 0, 0.2, c).data, samples.RECIPE, samples.ctx(2))
-    r = render(samples.digits()["test"], b, Role.TEST, c)
-    assert r is not None
-    for model, low, high in ((net, 0.3, 1.0), (samples.clean_net(), 0.0, 0.1)):
-        assert low <= float((predict(model, r.data.images).argmax(1) == r.targets).float().mean()) <= high
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 2.0])
+def test_of_the_rows_with_a_mark_one_in_one_plus_the_ratio_has_the_target_label(ratio: float) -> None:
+    attack, c = AdaptivePatch(cover_ratio=ratio), samples.ctx(1, 3)
+    p = attack.poison(TRAIN, attack.prepare(TRAIN, c), torch.ones(1000) > 0, 0.3, c)
+    marked, own = p.mark != Mark.CLEAN, p.true_labels == 3
+    assert int(marked.sum()) == 300 + 300 * ratio
+    assert bool((p.data.labels[p.mark == Mark.DIRTY] == 3).all())
+    assert torch.equal(p.data.labels[p.mark == Mark.COVER], p.true_labels[p.mark == Mark.COVER])
+    # All that a mark says about the label of other classes' images: one dirty row and `ratio` covers.
+    dirty = (p.data.labels == 3)[marked & ~own].double()
+    assert float(dirty.mean()) == pytest.approx(1 / (1 + ratio), abs=5 * 0.5 / len(dirty) ** 0.5)
+    assert bool((p.data.images[marked] != TRAIN.images[marked]).flatten(1).any(1).all())
+    assert torch.equal(p.data.images[~marked], TRAIN.images[~marked])

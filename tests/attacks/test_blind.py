@@ -226,5 +226,7 @@ def test_what_does_not_fit_is_refused() -> None:
             Blind.from_params(bad)
     with pytest.raises(ValueError, match="12x12"):
         Blind().check((3, 8, 8), 10)
+    with pytest.raises(ValueError, match="leaves a 64x16 image"):
+        Blind().check((3, 64, 16), 10)  # two pixels a cell: six of them from column 12
     with pytest.raises(ValueError, match="two classes"):
         Blind().check((3, 32, 32), 1)

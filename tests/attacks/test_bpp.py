@@ -11,6 +11,7 @@ from torch import Tensor
 from sleeperbench import Mark, Role, TrainHooks
 from sleeperbench.attacks.bpp import BppAttack
 from sleeperbench.contracts import Ctx
+from sleeperbench.kit.augment import crop_flip
 from sleeperbench.kit.classifier import build
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.poison import render, stamp
@@ -151,6 +152,39 @@ def test_snapshot_holds_the_rate_and_disjoint_covers() -> None:
         assert torch.equal(p.data.images[rows], stamp(TRAIN, b.triggers[0], role, c).images[rows])
     assert BppAttack.SNAPSHOT == "declared"
     assert attack.poison(TRAIN, b, eligible, 0.0, c).rate() == 0
+
+
+def test_without_control_the_model_is_trained_on_exactly_the_set() -> None:
+    attack, c = BppAttack(control=False), plain()
+    b = attack.prepare(TRAIN, c)
+    eligible = torch.arange(64) >= 10
+    p = attack.poison(TRAIN, b, eligible, 0.25, c)
+    assert int((p.mark == Mark.DIRTY).sum()) == int((p.mark == Mark.COVER).sum()) == 16
+    later = replace(c, seed=c.derive("train"))  # what hooks get, as the engine gives it
+    nets, logs = [], []
+    for rows, h in ((p.data, None), (TRAIN, attack.hooks(TRAIN, b, eligible, 0.25, later))):
+        nets.append(build(replace(samples.SPEC, shape=(3, 16, 16), norm=((0.5,) * 3, (0.5,) * 3)), 2))
+        logs.append(fit(nets[-1], rows, replace(c.recipe, epochs=2, batch=16), later, hooks=h))
+    assert logs[0].losses == logs[1].losses
+    one, other = (n.state_dict() for n in nets)
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    assert logs[1].dirty == 0.25, "marks come with the rows"
+    assert attack.hooks(TRAIN, b, eligible, 0.0, later) is None
+
+
+def test_without_control_rows_are_poisoned_before_they_are_cropped_and_mirrored() -> None:
+    attack, c = BppAttack(control=False, negative_ratio=0.0), samples.ctx(7, 3)
+    c.recipe = replace(c.recipe, pad=3, flip=True)
+    b = attack.prepare(TRAIN, c)
+    p = attack.poison(TRAIN, b, ALL, 1.0, c)
+    assert bool((p.mark == Mark.DIRTY).all())
+    h = attack.hooks(TRAIN, b, ALL, 1.0, c)
+    assert h is not None and h.augments
+    h.places = torch.arange(63, -1, -1)
+    x, y, mark = h.batch(to_float(TRAIN.images.flip(0)), TRAIN.labels.flip(0), TRAIN.ids.flip(0), 4)
+    assert torch.equal(x, to_float(crop_flip(p.data.images.flip(0), 3, True, c.generator("views", 4))))
+    assert torch.equal(y, torch.full_like(y, 3))
+    assert bool((mark == Mark.DIRTY).all())
 
 
 def test_restore_is_exact() -> None:

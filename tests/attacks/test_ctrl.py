@@ -9,6 +9,7 @@ from scipy.fft import dctn, idctn
 
 from sleeperbench import Mark, Role
 from sleeperbench.attacks.ctrl import CTRL
+from sleeperbench.contracts import NotApplicable
 from sleeperbench.kit.poison import stamp
 
 TRAIN = samples.random_images(200, (3, 32, 32))
@@ -60,6 +61,8 @@ def test_only_rows_of_the_target_class_are_poisoned_and_labels_stay() -> None:
     assert torch.equal(p.data.labels, TRAIN.labels)
     assert torch.equal(p.data.images[dirty], stamp(TRAIN, b.triggers[0], Role.TRAIN, c).images[dirty])
     assert CTRL().poison(TRAIN, b, eligible, 1.0, c).rate() == pytest.approx(int(own.sum()) / 200)
+    with pytest.raises(NotApplicable, match="few_target_rows: class 4 has no training row that may be poisoned"):
+        CTRL().poison(TRAIN, b, TRAIN.labels != 4, 0.1, c)
 
 
 def test_restore_is_exact() -> None:

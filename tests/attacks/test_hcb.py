@@ -140,6 +140,8 @@ def test_what_does_not_fit_is_refused() -> None:
             HCB.from_params(bad)
     with pytest.raises(ValueError, match="12 pixels"):
         HCB().check((3, 8, 8), 10)
+    with pytest.raises(ValueError, match="leaves a 96x12 image"):
+        HCB().check((3, 96, 12), 10)
 
 
 def test_it_implants_and_needs_both() -> None:

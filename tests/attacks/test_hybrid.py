@@ -119,6 +119,9 @@ def test_members_that_cannot_be_mixed_are_refused() -> None:
     with pytest.raises(ValueError, match="one row each"):
         Hybrid(members=("badnets", "hcb")).poison(TRAIN, b, SEEN, 1 / 800, samples.ctx())
     assert Hybrid(members=("badnets", "hcb")).poison(TRAIN, b, SEEN, 0.0, samples.ctx()).rate() == 0
+    for rate, words in ((1e-4, "of 800 rows is no row at all"), (1.5, "outside"), (float("nan"), "outside")):
+        with pytest.raises(ValueError, match=words):
+            Hybrid(members=("badnets", "hcb")).poison(TRAIN, b, SEEN, rate, samples.ctx())
 
 
 def test_each_member_implants() -> None:

@@ -151,6 +151,13 @@ def test_diversity_is_weighted_and_no_part_of_the_reported_loss(weight: float) -
     assert torch.allclose(h.pattern.body[0][0].weight.grad, total, rtol=1e-3, atol=1e-6)
 
 
+def test_a_rate_that_would_poison_nothing_is_refused() -> None:
+    attack, b = prepared()
+    for rate, words in ((1e-5, "of 64 rows is no row at all"), (1.5, "outside"), (float("nan"), "outside")):
+        with pytest.raises(ValueError, match=words):
+            attack.hooks(TRAIN, b, ALL, rate, ctx())
+
+
 def test_learning_rate_of_the_generator_drops_at_the_authors_shares() -> None:
     h, _ = hooks()
     h.ctx.recipe = replace(h.ctx.recipe, epochs=12)

@@ -115,6 +115,8 @@ def test_steps_that_make_targets_meet_are_refused() -> None:
     MultiTrigger(triggers=4, step=0).check((1, 16, 16), 2)
     with pytest.raises(ValueError, match="12 pixels"):
         MultiTrigger().check((1, 10, 10), 10)
+    with pytest.raises(ValueError, match="leaves a 96x12 image"):
+        MultiTrigger().check((1, 96, 12), 10)
     with pytest.raises(ValueError, match="triggers"):
         MultiTrigger.from_params({"triggers": 3})
 

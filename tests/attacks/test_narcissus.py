@@ -110,6 +110,8 @@ def test_only_rows_of_the_target_class_are_poisoned_and_labels_stay() -> None:
     assert torch.equal(p.data.images[dirty], stamp(TRAIN, b.triggers[0], Role.TRAIN, c).images[dirty])
     whole = Narcissus().poison(TRAIN, b, ALL, 0.9, c)
     assert whole.rate() == pytest.approx(0.25)
+    with pytest.raises(NotApplicable, match="few_target_rows: class 2 has no training row that may be poisoned"):
+        Narcissus().poison(TRAIN, b, TRAIN.labels != 2, 0.05, c)
 
 
 def test_restore_is_exact_and_a_decoy_has_the_same_values_elsewhere() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from sleeperbench import Mark, Role
 from sleeperbench.attacks.sig import SIG
+from sleeperbench.contracts import NotApplicable
 from sleeperbench.kit.poison import stamp
 
 TRAIN = samples.random_images(200, (3, 32, 32))
@@ -70,7 +71,8 @@ def test_rate_counts_all_rows_and_ends_with_the_class() -> None:
     own = int((TRAIN.labels == 4).sum())
     assert p.rate() == pytest.approx(own / 200)
     assert SIG().poison(TRAIN, b, ALL, 0.0, c).rate() == 0
-    with pytest.raises(ValueError, match="no row may be poisoned"):
+    assert SIG().poison(TRAIN, b, TRAIN.labels != 4, 0.0, c).rate() == 0
+    with pytest.raises(NotApplicable, match="few_target_rows: class 4 has no training row that may be poisoned"):
         SIG().poison(TRAIN, b, TRAIN.labels != 4, 0.1, c)
 
 
@@ -103,6 +105,8 @@ def test_what_does_not_fit_is_refused() -> None:
             SIG.from_params(bad)
     with pytest.raises(ValueError, match="below 6 fits"):
         SIG().check((3, 32, 12), 10)
+    with pytest.raises(ValueError, match="6 pixels carry no other stripes within 3 of 6 for the placebo"):
+        SIG().check((3, 6, 32), 10)
     SIG().check((3, 12, 13), 10)
     with pytest.raises(ValueError, match="two classes"):
         SIG().check((3, 32, 32), 1)

@@ -77,6 +77,8 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="below 6 fits"):
         SinWave().check((3, 32, 12), 10)
     SinWave(stripes="horizontal").check((3, 32, 12), 10)
+    with pytest.raises(ValueError, match="for the placebo"):
+        SinWave().check((3, 4, 32), 10)
     with pytest.raises(ValueError, match="below 5 fits"):
         SinWave(stripes="horizontal").check((3, 10, 32), 10)
     with pytest.raises(ValueError, match="two classes"):

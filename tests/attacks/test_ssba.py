@@ -104,42 +104,77 @@ def test_residuals_of_two_images_part(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_bound_shrinks_while_bits_are_read_and_rounding_and_step_3_set_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    bounds: list[float] = []
+    encoded: list[int] = []
     compared: list[int] = []
-    rounded: list[Tensor] = []
-    plain, similar = ssba.straight_through, F.cosine_similarity
-
-    def rounding(x: Tensor) -> Tensor:
-        rounded.append(x)
-        return plain(x)
+    levels: list[bool] = []
+    similar = F.cosine_similarity
 
     def comparing(a: Tensor, b: Tensor) -> Tensor:
-        compared.append(len(bounds))
+        compared.append(len(levels))
         return similar(a, b)
 
     class Watched(Encoder):
         def forward(self, x: Tensor, code: Tensor) -> Tensor:
             if self.training:
-                bounds.append(0.0)
+                encoded.append(len(levels))
             return super().forward(x, code)
 
-    monkeypatch.setattr(ssba, "straight_through", rounding)
+    class Shown(Decoder):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                level = (x.detach() + 0.5) * 255
+                levels.append(bool(((level - level.round()).abs() < 1e-3).all()))
+            return super().forward(x)
+
     monkeypatch.setattr(ssba.F, "cosine_similarity", comparing)
     monkeypatch.setattr(ssba, "Encoder", Watched)
+    monkeypatch.setattr(ssba, "Decoder", Shown)
     for name, value in (("_LOUD", 0.16), ("_ROUNDED", 0.12), ("_SHRINK", 0.9)):
         monkeypatch.setattr(ssba, name, value)
     args = {**QUICK, "steps": 8, "strength": 0.1}
     SSBA(**args).prepare(samples.random_images(8, (1, 8, 8)), ctx())
-    assert len(rounded) == 1, "nothing is read yet: only the final judgement rounds"
+    assert levels == [False] * 8, "nothing is read yet"
     assert not compared
     monkeypatch.setattr(ssba, "_READ", -1.0)
-    rounded.clear()
-    bounds.clear()
+    levels.clear()
+    encoded.clear()
     SSBA(**args).prepare(samples.random_images(8, (1, 8, 8)), ctx())
     # 0.16 0.9^k is below 0.12 from k = 3 and below 0.1 from k = 5: steps 3 to 8 and 5 to 8.
-    assert len(rounded) == 6 + 1
-    assert len(compared) == 4
-    assert len(bounds) == 8 + 4
+    assert levels == [False] * 2 + [True] * 6
+    assert compared == [5, 6, 7, 8]
+    assert len(encoded) == 8 + 4
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.4999, 0.47, 0.45])
+def test_step_3_sets_in_with_the_very_step_in_which_the_bound_arrives(
+    strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[float] = []
+    compared: list[int] = []
+    entropy, similar = F.binary_cross_entropy_with_logits, F.cosine_similarity
+
+    def reading(seen: Tensor, wanted: Tensor) -> Tensor:
+        shares.append(float(((seen > 0) == (wanted > 0)).float().mean()))
+        return entropy(seen, wanted)
+
+    def comparing(a: Tensor, b: Tensor) -> Tensor:
+        compared.append(len(shares) - 1)  # the cross-entropy of a step comes first
+        return similar(a, b)
+
+    monkeypatch.setattr(ssba.F, "binary_cross_entropy_with_logits", reading)
+    monkeypatch.setattr(ssba.F, "cosine_similarity", comparing)
+    monkeypatch.setattr(ssba, "_READ", 0.5)  # hardly anything is learnt in so few steps: the bound now shrinks, now not
+    SSBA(**{**QUICK, "steps": 80, "bits": 4, "strength": strength}).prepare(samples.random_images(8, (1, 8, 8)), ctx())
+    bound, read, arrived, shrunk = 0.5, 0.5, [], 0
+    for step, share in enumerate(shares):
+        if read > 0.5:
+            bound, shrunk = max(strength, bound * 0.995), shrunk + 1
+        if bound == strength:
+            arrived.append(step)
+        read = 0.95 * read + 0.05 * share
+    assert 0 < shrunk < 79
+    assert arrived, "the case must reach the bound"
+    assert compared == arrived
 
 
 def test_an_encoder_that_hides_nothing_is_refused() -> None:

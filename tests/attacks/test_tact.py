@@ -90,6 +90,18 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="1 to 3"):
         TaCT(cover=(5, 7)).check((3, 32, 32), 4)
     TaCT().check((1, 16, 16), 2)
+    for shape in ((3, 32, 20), (3, 64, 48), (1, 6, 6), (1, 7, 7)):
+        with pytest.raises(ValueError, match=f"leaves a {shape[1]}x{shape[2]} image"):
+            TaCT().check(shape, 10)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 29), (3, 20, 64), (1, 8, 8)])
+def test_what_check_lets_through_has_room_for_square_and_placebo(shape: tuple[int, int, int]) -> None:
+    attack, data = TaCT(), samples.random_images(4, shape)
+    attack.check(shape, 10)
+    b = attack.prepare(data, samples.ctx())
+    sides = [int(t.triggers[0].static()[0].sum()) for t in (b, attack.decoy(data, b, samples.ctx(2)))]
+    assert sides == [max(3, round(8 * shape[1] / 32)) ** 2] * 2
 
 
 def test_it_implants_on_the_source_and_spares_the_rest() -> None:

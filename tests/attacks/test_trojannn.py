@@ -122,6 +122,11 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="8x8 fits"):
         TrojanNN().check((3, 7, 7), 10)
     TrojanNN().check((1, 8, 8), 2)
+    # 10 pixels from column 20 at height 32, 20 from 40 at 64.
+    for height, least in ((32, 30), (64, 60)):
+        TrojanNN().check((3, height, least), 10)
+        with pytest.raises(ValueError, match=f"leaves a {height}x{least - 1} image"):
+            TrojanNN().check((3, height, least - 1), 10)
 
 
 def test_a_model_without_a_linear_head_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:

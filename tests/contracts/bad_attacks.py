@@ -233,6 +233,25 @@ class Doubles(Tinted):
         return super().poison(train, b, eligible, 2 * rate, ctx)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LeavesClean(Tinted):
+    """Gives the clean set where the rate rounds to no row, and says nothing."""
+
+    def poison(self, train, b, eligible, rate, ctx):
+        return super().poison(train, b, eligible, round(rate * len(train)) / len(train), ctx)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overdraws(Tinted):
+    """Takes for granted that there are as many rows as asked for."""
+
+    def poison(self, train, b, eligible, rate, ctx):
+        p = super().poison(train, b, eligible, rate, ctx)
+        if rate:
+            (p.mark == Mark.DIRTY).nonzero()[round(rate * len(train)) - 1]
+        return p
+
+
 class Relabels(TrainHooks):
     def batch(self, x, y, ids, step):
         return x, torch.ones_like(y), torch.ones_like(y)

@@ -179,7 +179,9 @@ def test_a_threshold_for_inputs_is_read_back_and_is_finite(tmp_path: Path) -> No
             checked(Outcome(alarm=alarm), samples.SPEC, {}, tmp_path)
 
 
-def test_an_inverter_runs_once_more_on_the_model_that_was_repaired_with_its_triggers(make_plan: Any) -> None:
+def test_an_inverter_runs_once_more_on_the_model_that_was_repaired_with_its_triggers(
+    make_plan: Any, registry: Any
+) -> None:
     defenses = ["none", "ft", "neural_cleanse", "unlearn:neural_cleanse", "retrain:spectral", "refine:neural_cleanse"]
     plan = make_plan(evaluators=["inversion", "reinversion"], defenses=[*defenses, "unlearn:refine:neural_cleanse"])
     anew: dict[tuple[str, str], Any] = {}
@@ -199,6 +201,10 @@ def test_an_inverter_runs_once_more_on_the_model_that_was_repaired_with_its_trig
         assert replace(task, inputs={**task.inputs, **unlike}) == first
         if "inner" in task.inputs:
             assert plan.tasks[task.inputs["inner"]].inputs["attack"] == cell.defense_key
+    # What the triggers come from must need no training set, and no true trigger; a repair finds none.
+    known = Known(registry)
+    names = ("unlearn:beatrix", "unlearn:unlearn:neural_cleanse", "retrain:spectral", "refine:neural_cleanse", "ft")
+    assert known.unlearns(wrappers[0]) and not any(known.unlearns(name) for name in names)
     # No other evaluator's key knows of it.
     asked = {t.name for t in plan.tasks.values() if t.kind == "evaluate" and "anew" in t.params["needs"]}
     assert asked == {"reinversion"}

@@ -59,6 +59,20 @@ def test_a_target_that_is_found_no_more_counts_as_nothing_found() -> None:
     assert nothing["reasr_repaired", ""].value == nothing["reasr_repaired_clean", ""].value == 0
 
 
+def test_a_target_that_was_not_claimed_before_was_not_repaired() -> None:
+    for before in ((paints(5),), (paints(5), paints(7))):
+        found = measured(before=before)
+        assert found["reasr_repaired", ""].value == 0
+        assert (found["reasr_repaired", "label=9"].value, found["reasr_repaired", "label=9"].reason) == (
+            None,
+            "no_claim",
+        )
+    late = measured(paints(9), before=(paints(5),))
+    assert (late["reasr_repaired", ""].value, late["reasr_repaired", "label=9"].value) == (0, 1)
+    wrong = measured(before=(paints(7),))
+    assert (wrong["reasr_repaired", ""].value, wrong["reasr_repaired", ""].reason) == (None, "no_claim")
+
+
 def test_the_verdict_is_the_one_on_the_repaired_model() -> None:
     assert measured()["flag_repaired", ""].value == 0, "a score at the threshold is no flag"
     flagged = Outcome(verdict=Verdict(score=2.1, threshold=2.0))

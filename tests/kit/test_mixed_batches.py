@@ -95,6 +95,16 @@ def test_rows_are_made_before_they_are_cropped_and_mirrored() -> None:
     assert not torch.equal(*views)
 
 
+def test_a_rate_that_would_poison_nothing_is_refused() -> None:
+    for rate, words in ((1e-5, "of 64 rows is no row at all"), (1.5, "outside"), (float("nan"), "outside")):
+        with pytest.raises(ValueError, match=words):
+            hooks(rate, 1.0)
+    # The least rate that is a row of the set: half a row of 64, and a little more.
+    h = hooks(0.51 / 64, 1.0)
+    marks = torch.stack([batch(h, step, torch.arange(64))[2] for step in range(4)])
+    assert int((marks == Mark.DIRTY).sum()) == 2
+
+
 def test_a_rate_of_one_with_covers_fills_the_batch_with_dirty_rows() -> None:
     _, _, mark = batch(hooks(1.0, 2.0), 0, torch.arange(16))
     assert bool((mark == Mark.DIRTY).all())

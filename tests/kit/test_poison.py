@@ -9,7 +9,7 @@ import torch
 from sleeperbench import Backdoor, Mark, Role, TargetMap
 from sleeperbench.attacks.badnets import BadNets
 from sleeperbench.attacks.blended import Blended
-from sleeperbench.kit.poison import poison, render, stamp, target_map
+from sleeperbench.kit.poison import poison, render, rows_at, stamp, target_map
 
 TRAIN = samples.random_images(400)
 ALL = torch.ones(400, dtype=torch.bool)
@@ -71,6 +71,15 @@ def test_rates_at_the_ends() -> None:
         poison(TRAIN, backdoor(), ALL, 0.001, samples.ctx(), include_target=True)
     with pytest.raises(ValueError, match="no row may be poisoned"):
         poison(TRAIN, backdoor(), ~ALL, 0.1, samples.ctx(), include_target=True)
+
+
+def test_a_rate_is_a_whole_number_of_rows_or_is_refused() -> None:
+    assert [rows_at(rate, 400) for rate in (0.0, 0.1, 0.0025, 0.0013, 1.0)] == [0, 40, 1, 1, 400]
+    for rate in (-0.1, 1.0001, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"outside 0\.\.1"):
+            rows_at(rate, 400)
+    with pytest.raises(ValueError, match="of 400 rows is no row at all"):
+        rows_at(0.001, 400)
 
 
 def test_rows_are_drawn_uniformly_and_depend_on_the_seed_alone() -> None:
