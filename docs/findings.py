@@ -179,10 +179,9 @@ def repaired(of: Iterable[Cell], *needed: Key) -> list[Cell]:
 
 
 def undefended(of: Iterable[Cell], key: Key) -> list[Cell]:
-    """The attacked models that have a figure, in order."""
-    return sorted(
-        (c for c in of if c["attack"] != "none" and c["defense"] == "none" and key in c["figures"]), key=attacked
-    )
+    """The attacked models that have a figure, in order; an attack that did not implant has made none."""
+    bare = (c for c in of if c["attack"] != "none" and c["defense"] == "none" and "weak" not in c["flags"])
+    return sorted((c for c in bare if key in c["figures"]), key=attacked)
 
 
 def changed(c: Cell) -> bool:

@@ -223,3 +223,9 @@ def test_what_is_said_of_the_shift(findings: Any) -> None:
     (said,) = findings.about_shift(of)
     assert "in 1 of 2 attacked models" in said
     assert "in 1 of 1 repaired models that still answer" in said and "in 0 of 1 purified models" in said
+
+
+def test_an_attack_that_did_not_implant_has_no_attacked_model(findings: Any) -> None:
+    strong, faint = (model(attack, "none", 0, bec=1.0) for attack in ("badnets", "blended"))
+    faint["flags"] = {"tuned", "weak"}
+    assert findings.undefended([strong, faint], findings.BEC) == [strong]
