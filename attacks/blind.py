@@ -14,7 +14,7 @@ from sleeperbench import Attack, Backdoor, ImageSet, Mark, PoisonedSet, Role, Tr
 from sleeperbench.attacks.badnets import Patch
 from sleeperbench.contracts import Ctx
 from sleeperbench.kit.patches import lay, scaled
-from sleeperbench.kit.poison import target_map
+from sleeperbench.kit.poison import rows_at, target_map
 
 _SHAPE = ((1, 0, 1), (-1, 1, -1), (-1, -1, 0), (-1, 1, -1), (1, 0, 1))
 """The authors' pattern: black, white, and pixels that it leaves as they are (-1)."""
@@ -213,7 +213,7 @@ class Blind(Attack):
 
     def hooks(self, train: ImageSet, b: Backdoor, eligible: Tensor, rate: float, ctx: Ctx) -> TrainHooks | None:
         """Steps 2 to 4; nothing at rate 0."""
-        return BlindHooks(self, b.triggers[0], train, eligible, ctx) if rate else None
+        return BlindHooks(self, b.triggers[0], train, eligible, ctx) if rows_at(rate, len(train)) else None
 
     def decoy(self, train: ImageSet, b: Backdoor, ctx: Ctx) -> Backdoor:
         """Other black and white pixels of the same number in the opposite corner, with the same target."""

@@ -16,7 +16,7 @@ from sleeperbench.attacks.blind import Twice, apart
 from sleeperbench.contracts import Ctx
 from sleeperbench.kit.generators import seeded, straight_through
 from sleeperbench.kit.pixels import to_float
-from sleeperbench.kit.poison import target_map
+from sleeperbench.kit.poison import rows_at, target_map
 from sleeperbench.kit.predict import evaluating
 from sleeperbench.kit.unet import UNet
 
@@ -231,7 +231,7 @@ class Lira(Attack):
         """Steps 2 to 4; nothing at rate 0."""
         trigger = b.triggers[0]
         assert isinstance(trigger, Noise)
-        return LiraHooks(self, trigger, train, eligible, ctx) if rate else None
+        return LiraHooks(self, trigger, train, eligible, ctx) if rows_at(rate, len(train)) else None
 
     def decoy(self, train: ImageSet, b: Backdoor, ctx: Ctx) -> Backdoor:
         """The negative of each image's noise, moved around, for the same target."""

@@ -195,10 +195,13 @@ def triggers(found: Figures, members: Mapping[str, Sequence[str]]) -> list[str]:
     return table(["attack", "trigger", "ASR", "leak"], body) if body else []
 
 
-def covers(found: Figures) -> list[str]:
-    """Attacks with covers: how many of these keep their label, beside C-Acc and ASR."""
+def covers(found: Figures, other: Mapping[str, Sequence[str]]) -> list[str]:
+    """How many covers keep their label, beside C-Acc and ASR; `other` as `differing` gives it."""
     body = [
-        [attack, *(span(of.get((m, ""), {}), 100, 1) for m in ("cover_acc", "cover_asr", "c_acc", "asr"))]
+        [
+            ", ".join([attack.partition("~")[0], *other.get(attack, [])]),
+            *(span(of.get((m, ""), {}), 100, 1) for m in ("cover_acc", "cover_asr", "c_acc", "asr")),
+        ]
         for attack, of in sorted(found.items())
         if ("cover_acc", "") in of
     ]
@@ -457,7 +460,7 @@ def page(name: str, parts: Sequence[Mapping[str, Any]], registry: Registry) -> l
             "Covers",
             "Images as the attack covers them: weaker, partial or jittered triggers, meant to keep their label. Where "
             "fewer do than C-Acc, and more get the target, the trigger works beyond its exact form.",
-            covers(found),
+            covers(found, differing(cells)),
         ),
         *section("All-to-all", "", classes(found)),
         *section("Do poisoned samples stand apart?", "", separability(bare, cells)),

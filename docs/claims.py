@@ -16,7 +16,7 @@ from typing import Any
 from record import aged, machine, provenance
 
 from sleeperbench.engine.registry import Registry
-from sleeperbench.engine.rows import flags_of, read_table
+from sleeperbench.engine.rows import read_table
 from sleeperbench.published.judge import FAILS, HOLDS, NOT_RUN, OUTSIDE, Judged, Line, judge
 from sleeperbench.published.paper import of_suite
 from sleeperbench.published.results import Results
@@ -33,7 +33,7 @@ def held(paper_name: str, runs: Sequence[Path]) -> dict[str, Any]:
     suite = abouts[0]["suite"] | {"seeds": sorted({s for a in abouts for s in a["suite"]["seeds"]})}
     paper = of_suite(paper_name)
     judged = judge(paper, Results(rows), abouts[0] | {"suite": suite})
-    flags = flagged(rows)
+    flags = flagged(c for run in runs for c in read_table(run / "cells.parquet"))
     trained = {d: n["train"] for d, n in suite.get("dataset_rows", {}).items() if "train" in n}
     return {
         "paper": {"id": paper.id, "title": paper.title, "source": paper.source},
@@ -85,14 +85,11 @@ def side(of: Mapping[str, Any] | None) -> dict[str, Any]:
     return {k: v for k, v in (of or {}).items() if k in SIDE and v is not None}
 
 
-def flagged(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Unit -> flags of its cells."""
-    cells: dict[str, list[Mapping[str, Any]]] = {}
-    for r in rows:
-        cells.setdefault(r["cell"], []).append(r)
+def flagged(cells: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Unit -> flags of its cells, those that a cell has beside its neighbours, such as `collapsed`, among them."""
     found: dict[str, set[str]] = {}
-    for cell, group in cells.items():
-        found.setdefault(cell.rpartition("/")[0], set()).update(flags_of(group))
+    for c in cells:
+        found.setdefault(c["cell"].rpartition("/")[0], set()).update(filter(None, c["flag"].split(";")))
     return {name: sorted(flags) for name, flags in found.items() if flags}
 
 
@@ -200,8 +197,9 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "[Papers](papers.md) has the rules. A claim holds where all its units do, or the share that it asks for; "
         "it does not where that cannot be reached any more; else it is not run. None of these runs has a paper's size: "
         "read a verdict with what differs, and with its flags (`weak`: the attack did not implant well; `tuned`: a "
-        "setting of it was found by trying). Figures are fractions but for metrics with a unit; in brackets Student's "
-        "95 % interval of three seeds or more, else the range.",
+        "setting of it was found by trying; `collapsed`: in some seed the repair lost more than 10 points of accuracy, "
+        "or half of robust accuracy). Figures are fractions but for metrics with a unit; in brackets Student's 95 % "
+        "interval of three seeds or more, else the range.",
         *table(
             ["run", "paper", "suite", "claims", "hold", "do not hold", "not run"],
             (

@@ -175,6 +175,7 @@ def superficial(all_cells: Sequence[Cell]) -> list[str]:
 def repaired(of: Iterable[Cell], *needed: Key) -> list[Cell]:
     """Cells of a defense on an attacked model that have these figures."""
     real = (c for c in of if c["attack"] != "none" and c["defense"] not in ("none", "clean_model"))
+    real = (c for c in real if "weak" not in c["flags"])
     return [c for c in real if all(k in c["figures"] for k in needed)]
 
 
@@ -376,8 +377,20 @@ def shifted(all_cells: Sequence[Cell]) -> list[str]:
 # ---- in words --------------------------------------------------------------------------------------------------------
 def conclusions(all_cells: Sequence[Cell]) -> list[str]:
     """What the figures bear out; each sentence by a rule on them."""
-    about = (about_placebos, about_twins, about_rank, about_sleepers, about_shift)
+    about = (about_attacks, about_placebos, about_twins, about_rank, about_sleepers, about_shift)
     return [f"- {sentence}" for f in about for sentence in f(all_cells)]
+
+
+def about_attacks(all_cells: Sequence[Cell]) -> list[str]:
+    """Attacks that did not implant, of which nothing is said here."""
+    faint: dict[str, list[float]] = defaultdict(list)
+    for c in all_cells:
+        if c["defense"] == "none" and "weak" in c["flags"] and O_ASR in c["figures"]:
+            faint[c["attack"]].append(c["figures"][O_ASR])
+    return [
+        f"{attack} did not implant (ASR {shown(values)} %): no sentence here is of it."
+        for attack, values in faint.items()
+    ]
 
 
 def about_placebos(all_cells: Sequence[Cell]) -> list[str]:

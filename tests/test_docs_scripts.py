@@ -394,7 +394,7 @@ def test_attacks_keep_success_apart_by_images_triggers_covers_and_classes() -> N
         "| hybrid | 0: cassock | 100.0 |  |",
         "| hybrid | 1: hcb | 50.0 | 20.0 |",
     ]
-    assert attacks.covers(found)[2:] == ["| belt:sig | 60.0 | 40.0 | 90.0 | 100.0 |"]
+    assert attacks.covers(found, {})[2:] == ["| belt:sig | 60.0 | 40.0 | 90.0 | 100.0 |"]
     assert attacks.classes(found)[2:] == ["| badnets | 90.0 | 80.0 | 70.0 | 2: 90.0, 10: 70.0 |"]
     assert any("hcb at 50.0 %" in p for p in attacks.prose(found, {"hybrid": ["cassock", "hcb"]}))
 

@@ -183,7 +183,7 @@ class Work:
     # ---- attack ----------------------------------------------------------------------------------------------------
     def _attack(self, task: Task, values: Mapping[str, str], out: Path, cost: Cost, log: Path) -> dict[str, Any]:
         from sleeperbench.kit.covers import append
-        from sleeperbench.kit.poison import render
+        from sleeperbench.kit.poison import render, rows_at
         from sleeperbench.kit.train import fit
 
         p = task.params
@@ -202,6 +202,7 @@ class Work:
             )
             method, ctx.inner = make_attack(values[task.name], p["method"])
             try:
+                rows_at(p["rate"], len(rows.train))
                 for part in (method, *([ctx.inner] if ctx.inner is not None else [])):
                     part.check(rows.train.shape, len(rows.train.classes))
             except ValueError as e:
