@@ -258,7 +258,7 @@ def test_a_patch_larger_than_the_image_is_refused_before_training(sleeper: Any, 
 
 
 def test_an_attack_that_fits_one_data_set_of_two_declines_on_the_other(sleeper: Any, tmp_path: Path) -> None:
-    """CTRL needs colour: digits are grey, so its cell there says so, and the suite runs on; a rate of no row likewise."""
+    """CTRL needs colour: its cell on grey digits says so, and the suite runs on. So does that of a rate of no row."""
     rng = np.random.default_rng(0)
     colour = tmp_path / "data" / "cifar10"
     colour.mkdir(parents=True)
@@ -268,7 +268,7 @@ def test_an_attack_that_fits_one_data_set_of_two_declines_on_the_other(sleeper: 
     file = tmp_path / "two.toml"
     file.write_text(
         'schema = 1\nname = "two"\n[matrix]\ndatasets = ["digits", "cifar10"]\narchs = ["small_cnn"]\n'
-        'attacks = ["none", "ctrl"]\nrates = [0.05, 0.001]\ndefenses = ["none"]\nevaluators = ["accuracy"]\nseeds = [0]\n'
+        'attacks = ["none", "ctrl"]\nrates = [0.05, 0.001]\ndefenses = ["none"]\nseeds = [0]\n'
         "[train]\nepochs = 1\n"
     )
     answer = sleeper(
