@@ -29,6 +29,8 @@ SHEET_ROOM = (330, 1200)
 """Width and height that a contact sheet is blown up to at most, by whole pixels: its columns' names need room."""
 GALLERIES = {"gallery": "", "gallery_training": " · as poisoned in training"}
 """Pictures of a contact sheet, and what their titles add."""
+TRAINED = "form=training"
+"""Qualifier of what is visible of the second one."""
 COLUMNS = ("clean", "poisoned")
 """Columns of a contact sheet, before the residual."""
 VISIBLE = ("psnr", "ssim", "linf")
@@ -117,6 +119,8 @@ def _apart(views: Views) -> Apart:
                 mine[key] = min(value, mine.get(key, value))
         elif not part:
             mine[metric] = value
+        elif part == TRAINED:
+            mine[f"{metric};{part}"] = value
     return found
 
 
@@ -232,7 +236,8 @@ def _sheet(
             if picture is None:
                 continue
             times = max(1, min(SHEET_ROOM[0] // picture.width, SHEET_ROOM[1] // picture.height))
-            figures = apart.get(r.cell["cell"], {}) if name == "gallery" else {}
+            form, measured = "" if name == "gallery" else f";{TRAINED}", apart.get(r.cell["cell"], {})
+            figures = {m: measured[m + form] for m in VISIBLE if m + form in measured}
             made = {
                 "picture": picture,
                 "width": picture.width * times,
@@ -244,8 +249,7 @@ def _sheet(
                         words.label(m),
                         f"{words.number(figures[m], False)}{' dB' * (m == 'psnr')}{_levels(m, figures[m])}",
                     )
-                    for m in VISIBLE
-                    if m in figures
+                    for m in figures
                 ],
                 "href": r.href,
                 "title": " · ".join((*key, f"seed {r.cell['seed']}")) + GALLERIES[name],

@@ -238,6 +238,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for x in cells:
         if x["defense"] == "none" and x["attack"] != "none":
             rows += [measurement(x, "psnr", value=30.0 + x["seed"], scope="attack"), measurement(x, "linf", value=0.5)]
+            rows.append(measurement(x, "psnr", qualifier="form=training", value=20.0 + x["seed"], scope="attack"))
     info = {"suite": {"name": "quick", "title": "T", "gate": {"implant_asr": 0.8, "implant_asr_low": 0.6}}}
     folder = write_run(tmp_path_factory.mktemp("runs") / "ranked", cells, rows, plugins(), info)
     for seed in (1, 2):
@@ -326,9 +327,9 @@ def test_an_attacks_page_has_bars_families_robust_accuracy_and_a_contact_sheet(
     assert (img.attrs["width"], img.attrs["height"]) == ("192", "192"), "12 times 16 pixels; twice that has no room"
     figure, other = page.root.all("figure")
     assert [t.text for t in figure.all("text")] == ["clean", "poisoned", "residual × 3"]
-    # As poisoned, where that is another form: without the figures, which are of the test.
+    # As poisoned, where that is another form, with figures of its own.
     assert trained.attrs["alt"].endswith("as poisoned in training; columns: clean, poisoned, residual × 7")
-    assert other.all("div") == []
+    assert [(d.all("dt")[0].text, d.all("dd")[0].text) for d in other.all("div")] == [("PSNR", "21 dB")]
     assert [(d.all("dt")[0].text, d.all("dd")[0].text) for d in figure.all("div")] == [
         ("PSNR", "31 dB"),
         ("Largest pixel change", "0.5 (128 of 255)"),
