@@ -130,9 +130,6 @@ def poison_rate(s: Subject) -> str:
     hold(not bool((zero.mark != Mark.CLEAN).any()), "rate 0 poisons rows")
     if not spread or s.snapshot == "none":
         hold(not got, f"{got} rows are marked DIRTY, though there is nothing to poison with")
-        few = 0.4 / len(train)
-        refused = not spread or _refuses(few, s, made)
-        hold(refused, f"rate {few:.2g} of {len(train)} rows is no row, but hooks() does not refuse it")
         return "nothing is poisoned"
     hold(got <= wanted + spread, f"rate {RATE} of {len(train)} rows is {wanted}, but {got} are marked DIRTY")
     may = torch.zeros_like(eligible)
@@ -163,22 +160,6 @@ def _dirty_at(rate: float, s: Subject, made: Made) -> int | None:
         except (ValueError, NotApplicable):
             return None
         return int((p.mark == Mark.DIRTY).sum())
-
-
-def _refuses(rate: float, s: Subject, made: Made) -> bool:
-    """Whether hooks of an attack that poisons while it trains refuse a rate.
-
-    Raises:
-        Failed: they raise something else.
-    """
-    at = stage(BASE)
-    train, eligible = at.attackable
-    with called(f"hooks() at rate {rate:.2g}"):
-        try:
-            s.method().hooks(train, made.backdoor, eligible, rate, s.ctx(at))
-        except (ValueError, NotApplicable):
-            return True
-        return False
 
 
 @check(

@@ -258,19 +258,6 @@ class Relabels(TrainHooks):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trickles(Tinted):
-    """Poisons while it trains, at whatever rate."""
-
-    SNAPSHOT = "none"
-
-    def poison(self, train, b, eligible, rate, ctx):
-        return PoisonedSet.clean(train)
-
-    def hooks(self, train, b, eligible, rate, ctx):
-        return Relabels() if rate else None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Undeclared(Tinted):
     """Poisons batches and calls its snapshot exact."""
 

@@ -106,7 +106,6 @@ BAD = [
     ("poisoned_pixels", bad_attacks.OtherPixels, "not its stamp"),
     ("poison_rate", bad_attacks.Doubles, "are marked DIRTY"),
     ("poison_rate", bad_attacks.LeavesClean, "is no row, but is not refused: 0 are marked DIRTY"),
-    ("poison_rate", bad_attacks.Trickles, "is no row, but hooks() does not refuse it"),
     ("poison_rate", bad_attacks.Overdraws, "poison() at rate 1 raises IndexError"),
     ("snapshot", bad_attacks.Undeclared, "the hooks poison batches"),
     ("snapshot", bad_attacks.BrightBatches, "batch returns images"),
