@@ -37,7 +37,7 @@ SHOWN = {
 FIELDS = ("cell", "attack", "seed", "metric", "qualifier", "value", "count", "total", "status", "reason", "flag")
 CELL = ("cell", "attack", "rate", "flag", "status", "reason", "attack_params")
 HEAD = "## Declared, published, measured"
-"""On the page of an attack, in front of what `make measure` writes there."""
+"""On the page of an attack, in front of a section `## Measured` where somebody wrote one."""
 _SMALL = 0.1
 """Share of false positives up to which HCB's patch counts as bound to its feature."""
 _ALIVE = 0.9
@@ -49,6 +49,11 @@ Figures = Mapping[str, Mapping[tuple[str, str], Mapping[int, float]]]
 def plain(attack: str) -> str:
     """The id in an attack's label, which may have a digest of its parameters and a rate behind it."""
     return attack.partition(" at ")[0].partition("~")[0]
+
+
+def told(attack: str, other: Mapping[str, Sequence[str]]) -> str:
+    """A label with its settings, as `differing` gives them, in place of their digest."""
+    return ", ".join([attack.partition("~")[0], *other.get(attack, [])])
 
 
 def figures(rows: Sequence[Mapping[str, Any]]) -> Figures:
@@ -132,11 +137,7 @@ def differing(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 def weak(cells: Sequence[Mapping[str, Any]]) -> str:
     """The attacks that did not implant, and how many did."""
     other = differing(cells)
-    flags = {
-        ", ".join([c["attack"].partition("~")[0], *other.get(c["attack"], [])]): "weak" in c["flag"].split(";")
-        for c in cells
-        if c["rate"]
-    }
+    flags = {told(c["attack"], other): "weak" in c["flag"].split(";") for c in cells if c["rate"]}
     names = "; ".join(sorted(a for a, is_weak in flags.items() if is_weak))
     return f"{names or 'none'} ({sum(flags.values())} of {len(flags)})"
 
@@ -199,7 +200,7 @@ def covers(found: Figures, other: Mapping[str, Sequence[str]]) -> list[str]:
     """How many covers keep their label, beside C-Acc and ASR; `other` as `differing` gives it."""
     body = [
         [
-            ", ".join([attack.partition("~")[0], *other.get(attack, [])]),
+            told(attack, other),
             *(span(of.get((m, ""), {}), 100, 1) for m in ("cover_acc", "cover_asr", "c_acc", "asr")),
         ]
         for attack, of in sorted(found.items())
@@ -238,7 +239,7 @@ def separability(found: Figures, cells: Sequence[Mapping[str, Any]]) -> list[str
     text, lower = [], {"belt": 0, "beltpp": 0}
     faint = {c["attack"] for c in cells if "weak" in c["flag"].split(";")}
 
-    def told(attack: str, value: float) -> str:
+    def marked(attack: str, value: float) -> str:
         return f"{value:.2f}{' (weak)' if attack in faint else ''}"
 
     body, below = [], 0
@@ -248,7 +249,7 @@ def separability(found: Figures, cells: Sequence[Mapping[str, Any]]) -> list[str
         if None in values:
             continue
         bare, plus, pluses = (v for v in values if v is not None)
-        body.append([inner, *(told(a, v) for a, v in zip(names, (bare, plus, pluses), strict=True))])
+        body.append([inner, *(marked(a, v) for a, v in zip(names, (bare, plus, pluses), strict=True))])
         lower["belt"] += plus < bare
         lower["beltpp"] += pluses < bare
         below += pluses < plus
@@ -275,7 +276,7 @@ def separability(found: Figures, cells: Sequence[Mapping[str, Any]]) -> list[str
         beside = "; ".join(f"{'below' if value < v else 'not below'} {a}'s {v:.2f}" for a, v in reference.items())
         under = sum(v < value for v in others)
         text.append(
-            f"- {attack}, {told(attack, value)}: {beside}; {under} of the {len(others)} other attacks that implanted "
+            f"- {attack}, {marked(attack, value)}: {beside}; {under} of the {len(others)} other attacks that implanted "
             "lie lower still."
         )
     return text
@@ -389,7 +390,7 @@ def kept(registry: Registry) -> dict[str, list[list[str]]]:
 
 
 def pages(registry: Registry) -> list[str]:
-    """Write the section of each attack's page, in front of what `make measure` wrote; returns the attacks."""
+    """Write the section of each attack's page, in front of `## Measured` where there is one; returns the attacks."""
     head = ["attack", "data, rate", "declared", "published", *(name for name, _, _ in SHOWN.values()), "flags"]
     files = sorted(f.stem for f in (DOCS / "measured").glob("attacks-*.json"))
     several = ", ".join(f"[{f.partition('-')[2].replace('-', ' ')}](../{f}.md)" for f in files)
