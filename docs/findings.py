@@ -1,10 +1,10 @@
 """Writes docs/findings*.md and a JSON of their figures: `python docs/findings.py NAME "COMMAND" RUN [RUN ...]`.
 
-Says which defenses come back under the retuning attack, what BEC says beside its controls, and how well each measure of
-what lies underneath ranks the models by how far they come back. The rules stand in the page; no figure is chosen by
-hand, and the words of its conclusions follow from the figures. NAME is one of `PAGES`, each a data set's run of suite
-paper-safety-cpu with a page of its own, or suite digits-signals, whose part ends the first page and is written by
-docs/signals.py. `python docs/findings.py --again` renders what has a JSON without the runs.
+Says which defenses come back under the retuning attack, what BEC says beside its controls, and how well each measure
+of what lies underneath ranks the models by how far they come back. The rules stand in the page; no figure is chosen
+by hand, and the words of its conclusions follow from the figures. NAME is one of `PAGES`, each a data set's run with
+a page of its own, or suite digits-signals, whose part ends the first page and is written by docs/signals.py. `python
+docs/findings.py --again` renders what has a JSON without the runs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ from sleeperbench.engine.rows import read_table
 DOCS = Path(__file__).resolve().parent
 Key = tuple[str, str]
 Cell = dict[str, Any]
-PAGES = {"paper-safety-cpu": "findings", "paper-safety-cpu-cifar10": "findings-cifar10"}
+PAGES = {
+    "paper-safety-cpu": "findings",
+    "paper-safety-cpu-cifar10": "findings-cifar10",
+    "digits-repairs": "findings-digits",
+}
 """Name of a JSON -> that of its page."""
 TWIN = ("bec", "control=twin")
 SHIFT, NET_SHIFT = ("shift_target", ""), ("shift_target_net", "")
@@ -64,7 +68,8 @@ def cells(runs: Sequence[Path]) -> list[Cell]:
                 continue
             own = {k: r[k] for k in ("cell", "dataset", "arch", "attack", "defense", "seed")}
             cell = found.setdefault(r["cell"], own | {"figures": {}, "flags": set(), "reasons": {}, "room": 0.0})
-            cell["flags"] |= set(filter(None, r["flag"].split(";")))
+            # A row may be `reduced` for its evaluator; a cell is so for its method.
+            cell["flags"] |= set(filter(None, r["flag"].split(";"))) - {"reduced"}
             if r["value"] is not None:
                 cell["figures"][r["metric"], r["qualifier"]] = r["value"]
                 if (r["metric"], r["qualifier"]) in (O_ASR, ("c_acc", "")) and r["lower"] is not None:
@@ -501,6 +506,7 @@ def page(name: str, about: Mapping[str, Any]) -> list[str]:
     """The page, from what the JSON holds."""
     all_cells = restored(about["cells"])
     tuned = sorted({c["attack"] for c in all_cells if "tuned" in c["flags"]})
+    reduced = sorted({c["defense"] for c in all_cells if "reduced" in c["flags"]})
     sets, archs = (", ".join(sorted({c[k] for c in all_cells})) for k in ("dataset", "arch"))
     seeds = len({c["seed"] for c in all_cells})
     models = len(grouped(ranking(all_cells)[1], attacked))
@@ -520,11 +526,12 @@ def page(name: str, about: Mapping[str, Any]) -> list[str]:
             f"`{about['command']}`",
             "",
         ),
-        f"{sets}, {archs}, {seeds} seeds, {about['recipe']['epochs']} epochs, {machine(about)}. "
-        "Shares in %; two figures are the two seeds'; ± is half of Student's 95 % interval over more. Of two "
-        f"seeds both stand, since Student's factor is 12.7 there. What the number of test images leaves open is at "
-        f"most ±{room:.1f} (Wilson, 95 %) for C-Acc and O-ASR.",
-        f"Attacks marked `tuned` by their suite: {', '.join(tuned) or 'none'}.",
+        f"{sets}, {archs}, {'one seed' if seeds == 1 else f'{seeds} seeds'}, {about['recipe']['epochs']} epochs, "
+        f"{machine(about)}. Shares in %; two figures are the two seeds'; ± is half of Student's 95 % interval over "
+        "more. Of two seeds both stand, since Student's factor is 12.7 there. What the number of test images leaves "
+        f"open is at most ±{room:.1f} (Wilson, 95 %) for C-Acc and O-ASR.",
+        f"Attacks marked `tuned` by their suite: {', '.join(tuned) or 'none'}. Defenses that ran with less than their "
+        f"published effort (`reduced`): {', '.join(reduced) or 'none'}.",
         *aged(about.get("methods", {}), Registry.discover("none")),
         *("", "## In words", ""),
         "Each sentence follows from the tables below by a fixed rule. They hold for these data, these attacks and this "

@@ -204,7 +204,7 @@ def test_the_page_has_a_part_for_it(
     signals: Any, drawn_figures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     findings = script("findings")
-    data_set, other = findings.PAGES
+    data_set, other, *_ = findings.PAGES
     first = json.loads((DOCS / "measured" / f"{data_set}.json").read_text())
     of = [
         c | {"dataset": "digits", "arch": "n", "reasons": {}, "room": 0.0, "cell": ""}
