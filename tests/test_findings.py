@@ -217,7 +217,10 @@ def test_a_collapse_stands_in_the_table_of_cells_alone(findings: Any, monkeypatc
 def test_a_reduced_evaluator_makes_no_reduced_defense(findings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     own = {"cell": "a", "dataset": "d", "arch": "n", "attack": "badnets", "defense": "fst", "seed": 0}
     row = own | {"scope": "cell", "qualifier": "", "reason": "", "lower": None, "upper": None, "flag": "reduced"}
-    files = {"measurements.parquet": [row | {"metric": "p_asr_ra", "value": 0.1}], "cells.parquet": [own | {"flag": ""}]}
+    files = {
+        "measurements.parquet": [row | {"metric": "p_asr_ra", "value": 0.1}],
+        "cells.parquet": [own | {"flag": ""}],
+    }
     monkeypatch.setattr(findings, "read_table", lambda path: files[path.name])
     assert findings.cells([Path("run")])[0]["flags"] == set()
     files["cells.parquet"] = [own | {"flag": "reduced"}]
