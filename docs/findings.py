@@ -86,11 +86,15 @@ def cells(runs: Sequence[Path]) -> list[Cell]:
 
 
 def stored(of: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Cells as JSON has them."""
+    """Cells as JSON has them, figures to nine digits."""
     return [
         {k: v for k, v in c.items() if k not in ("figures", "flags")}
         | {"flags": sorted(c["flags"])}
-        | {"figures": {f"{m}{'[' + q + ']' if q else ''}": v for (m, q), v in sorted(c["figures"].items())}}
+        | {
+            "figures": {
+                f"{m}{'[' + q + ']' if q else ''}": float(f"{v:.9g}") for (m, q), v in sorted(c["figures"].items())
+            }
+        }
         for c in of
     ]
 
