@@ -100,7 +100,7 @@ class Cassock(Attack):
         "Zhang, Yuqing and Susilo, Willy and Liu, Dongxi}, booktitle={ACM Asia Conference on Computer and "
         "Communications Security}, year={2023}}",
         "kind": "data_poisoning",
-        "version": 2,
+        "version": 3,
         "api": 1,
         "family": "source_specific",
         "clean_label": False,
@@ -208,8 +208,8 @@ class Cassock(Attack):
         ctx.cost.backwards += self.steps
         kept = torch.where(mask < _KEEP, 0, mask).detach()
         if not bool(kept.any()):
-            raise ValueError(
-                f"mode {self.mode}: after {self.steps} steps at weight {self.weight} no entry of the mask reaches "
-                f"{_KEEP}, which leaves no trigger; lower weight or steps"
+            raise NotApplicable(
+                f"no_trigger: mode {self.mode}, after {self.steps} steps at weight {self.weight} no entry of the mask "
+                f"reaches {_KEEP}; lower weight or steps"
             )
         return (kept * picture).cpu()

@@ -74,7 +74,8 @@ class HCB(Attack):
        whatever their class; the feature is drawn onto those of the training rows that may be touched. They keep their
        label.
     2. Some effective images appear once more, with a white 3x3 patch and the target label (dirty, appended): `rate` of
-       all rows; the authors take every fifth effective image. The feature is drawn alike on both copies.
+       all rows, of all classes, the target's too; the authors take every fifth effective image. The feature is drawn
+       alike on both copies.
     3. Every `cover_every`-th other row gets the patch and keeps its label.
 
     Success is measured on effective test images with feature and patch. The false-positive rates come apart: other test

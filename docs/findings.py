@@ -125,12 +125,13 @@ def mean_and_room(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
 
 
-def shown(values: Sequence[float], scale: float = 100) -> str:
-    """In %: `mean ± room` of three seeds or more, else the figures themselves, or an empty cell."""
+def shown(values: Sequence[float]) -> str:
+    """Shares in %: `mean (low to high)` of three seeds or more, else the figures themselves, or an empty cell."""
     if len(values) < 3:
-        return ", ".join(f"{scale * v:.1f}" for v in values)
-    mean, room = mean_and_room([scale * v for v in values])
-    return f"{mean:.1f} ± {room:.1f}"
+        return ", ".join(f"{100 * v:.1f}" for v in values)
+    mean, room = mean_and_room([100 * v for v in values])
+    low, high = (f"{min(100.0, max(0.0, end)):.1f}" for end in (mean - room, mean + room))
+    return f"{mean:.1f}" if low == high else f"{mean:.1f} ({low} to {high})"
 
 
 def collapsed(c: Cell) -> bool:
@@ -531,8 +532,8 @@ def page(name: str, about: Mapping[str, Any]) -> list[str]:
             "",
         ),
         f"{sets}, {archs}, {'one seed' if seeds == 1 else f'{seeds} seeds'}, {about['recipe']['epochs']} epochs, "
-        f"{machine(about)}. Shares in %; two figures are the two seeds'; ± is half of Student's 95 % interval over "
-        "more. Of two seeds both stand, since Student's factor is 12.7 there. What the number of test images leaves "
+        f"{machine(about)}. Shares in %; two figures are the two seeds', since Student's factor is 12.7 there; of more "
+        "it is their mean with Student's 95 % interval, cut off at 0 and 100. What the number of test images leaves "
         f"open is at most ±{room:.1f} (Wilson, 95 %) for C-Acc and O-ASR.",
         f"Attacks marked `tuned` by their suite: {', '.join(tuned) or 'none'}. Defenses that ran with less than their "
         f"published effort (`reduced`): {', '.join(reduced) or 'none'}.",

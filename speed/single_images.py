@@ -1,7 +1,8 @@
 """Triggers put on one image by NumPy, as a data set with a transform per image does it: the loops of poisoning.py.
 
 Written out anew from what the attacks' docstrings say, for 3x32x32. What a row draws is drawn for all rows beforehand,
-from the numbers that the project takes, so that both sides make the same images; the loop is spared that work.
+from the numbers that the project takes, so that both sides make the same images; the loop is spared that work. Networks
+that make triggers are the project's, one image at a time.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ from sleeperbench.attacks.blended import Overlay
 from sleeperbench.attacks.bpp import Quantise
 from sleeperbench.attacks.cassock import Varied
 from sleeperbench.attacks.hcb import FeaturePatch
+from sleeperbench.attacks.lc import Corners
+from sleeperbench.attacks.lira import Noise
 from sleeperbench.attacks.refool import Reflection
+from sleeperbench.attacks.ssba import Hidden
 from sleeperbench.attacks.wanet import Warp
 from sleeperbench.contracts.attack import Trigger
 from sleeperbench.contracts.context import derive
 from sleeperbench.kit.additive import Additive
+from sleeperbench.kit.drawn import Drawn
 from sleeperbench.kit.fuzzy import Fuzzy
 from sleeperbench.kit.rowwise import uniform
 
@@ -237,6 +242,48 @@ def masked(trigger: Fuzzy, ids: Tensor, gen: Generator) -> Single:
         return made
 
     return single
+
+
+@loop_over.register(Corners)
+def corners(trigger: Corners, ids: Tensor, gen: Generator) -> Single:
+    """The row's own perturbation, clipped, then signs in the corners."""
+    signal = np.float32(trigger.amplitude) * _last(trigger.signal)
+    place = {row: k for k, row in enumerate(trigger.ids.tolist())}
+    own = [np.ascontiguousarray(trigger.delta[place[row]].permute(1, 2, 0).numpy()) for row in ids.tolist()]
+    return lambda x, i: np.clip(np.clip(x + own[i].astype(np.float32) / 255, 0, 1) + signal, 0, 1)
+
+
+@loop_over.register(Hidden)
+def hidden(trigger: Hidden, ids: Tensor, gen: Generator) -> Single:
+    """What the encoder makes of the image and the message."""
+    encoder, message = trigger.encoder.eval(), trigger.code[None].float()
+    return lambda x, i: np.clip(x + np.float32(trigger.strength) * _passed(x, lambda t: encoder(t, message)), 0, 1)
+
+
+@loop_over.register(Drawn)
+def drawn(trigger: Drawn, ids: Tensor, gen: Generator) -> Single:
+    """A pattern and a mask of two networks."""
+    pattern, mask = trigger.pattern.eval(), trigger.mask.eval()
+
+    def single(x: Pixels, i: int) -> Pixels:
+        share = np.tanh(20 * _passed(x, mask) - 10) / 2 + np.float32(0.5)
+        return x + (_passed(x, pattern) - x) * share
+
+    return single
+
+
+@loop_over.register(Noise)
+def generated(trigger: Noise, ids: Tensor, gen: Generator) -> Single:
+    """A network's noise."""
+    net = trigger.generator.eval()
+    return lambda x, i: np.clip(x + np.float32(trigger.eps) * np.tanh(_passed(2 * x - 1, net)), 0, 1)
+
+
+@torch.no_grad()
+def _passed(x: Pixels, net: Callable[[Tensor], Tensor]) -> Pixels:
+    """What a network makes of one image."""
+    out: Pixels = net(torch.from_numpy(x).permute(2, 0, 1)[None])[0].permute(1, 2, 0).numpy()
+    return out
 
 
 def _last(t: Tensor) -> Pixels:

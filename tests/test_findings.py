@@ -44,7 +44,8 @@ def test_mean_and_interval_are_students(findings: Any) -> None:
     mean, room = findings.mean_and_room([1.0, 2.0, 3.0])
     assert (mean, room) == (2.0, pytest.approx(4.302652730 / math.sqrt(3)))
     assert math.isnan(findings.mean_and_room([1.0])[1])
-    assert findings.shown([0.01, 0.02, 0.03]) == "2.0 ± 2.5"
+    assert findings.shown([0.11, 0.12, 0.13]) == "12.0 (9.5 to 14.5)"
+    assert findings.shown([0.0, 0.9, 0.99]) == "63.0 (0.0 to 100.0)", "a share has no interval beyond its bounds"
     assert (findings.shown([0.5]), findings.shown([0.5, 0.25]), findings.shown([])) == ("50.0", "50.0, 25.0", "")
 
 

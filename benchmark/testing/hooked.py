@@ -20,6 +20,8 @@ from sleeperbench.testing.stage import RATE, RECIPE, Variant, stage
 from sleeperbench.testing.subject import Subject
 
 STEPS = 3
+_OFF = 1e-3
+"""Of a level: what float32 leaves of whole ones is far below."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,8 @@ def _listen(hooks: Any, variant: Variant, troubles: list[str], marks: list[Tenso
         low, high = float(pixels.min()), float(pixels.max())
         if x.dtype != torch.float32 or tuple(x.shape[1:]) != variant.shape or low < 0 or high > 1:
             troubles.append(f"batch returns images {x.dtype} {tuple(x.shape)} from {low:g} to {high:g}")
+        elif (off := float((255 * pixels - (255 * pixels).round()).abs().max())) > _OFF:
+            troubles.append(f"batch returns pixels {off:.2f} of a level off what an 8-bit image holds")
         if y.shape != (n,) or y.dtype != torch.int64 or int(y.min()) < 0 or int(y.max()) >= variant.classes:
             troubles.append(f"batch returns labels {y.dtype} {tuple(y.shape)} from {y.min()} to {y.max()}")
         if mark.shape != (n,) or not set(mark.tolist()) <= {int(m) for m in Mark}:

@@ -166,9 +166,10 @@ def _dirty_at(rate: float, s: Subject, made: Made) -> int | None:
     "snapshot",
     "attack",
     what="SNAPSHOT is honest: `exact` has no hook that changes images or labels, `declared` has one, `none` leaves "
-    "the set clean; hooks train with finite losses, images in [0, 1] and true marks.",
+    "the set clean; hooks train with finite losses, images of whole 8-bit levels in [0, 1] and true marks.",
     remedy='Set SNAPSHOT to "declared" (poison gives a set that stands for what hooks do) or "none"; return float '
-    "images in [0, 1], int64 labels and marks from `batch`.",
+    "images in [0, 1], rounded to levels (`kit.generators.straight_through` keeps gradients), int64 labels and marks "
+    "from `batch`.",
 )
 def snapshot(s: Subject) -> str:
     """Train a few steps with the hooks."""

@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_refused() -> None:
 @pytest.mark.parametrize("mode", ["cont", "comp"])
 def test_a_mask_that_vanishes_is_refused(mode: str) -> None:
     heavy = Cassock.from_params({"mode": mode, "steps": 60, "weight": 10.0})
-    with pytest.raises(ValueError, match="leaves no trigger; lower weight or steps"):
+    with pytest.raises(NotApplicable, match=r"no_trigger: .* lower weight or steps"):
         heavy.prepare(samples.digits()["train"], with_model(target=3))
 
 

@@ -270,6 +270,21 @@ class Doubling(TrainHooks):
         return 2 * x, y, torch.ones_like(y)
 
 
+class Fading(TrainHooks):
+    def batch(self, x, y, ids, step):
+        return ((255 * x).clamp(max=254) + 0.25) / 255, y, torch.ones_like(y)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaintBatches(Tinted):
+    """Hooks give images between the levels of 8 bit."""
+
+    SNAPSHOT = "declared"
+
+    def hooks(self, train, b, eligible, rate, ctx):
+        return Fading()
+
+
 @dataclass(frozen=True, kw_only=True)
 class BrightBatches(Tinted):
     """Hooks give images beyond white."""

@@ -109,6 +109,7 @@ BAD = [
     ("poison_rate", bad_attacks.Overdraws, "poison() at rate 1 raises IndexError"),
     ("snapshot", bad_attacks.Undeclared, "the hooks poison batches"),
     ("snapshot", bad_attacks.BrightBatches, "batch returns images"),
+    ("snapshot", bad_attacks.FaintBatches, "0.25 of a level off"),
     ("restore", bad_attacks.Forgets, "after reading"),
     ("decoy", bad_attacks.SameDecoy, "is that trigger"),
     ("metrics", bad_evaluators.Forgetful, "no row for c_loss"),
