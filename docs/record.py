@@ -111,6 +111,8 @@ def _page(name: str, out: dict, cells: list[dict], rows: list[dict]) -> str:
     if "tasks" in out:
         took = f"{out['task_core_seconds']} core-seconds, {out['task_wall_seconds']} seconds from the first to the last"
         text[-1] += f" The {out['tasks']} tasks that it computed took {took}."
+    versions = ", ".join(f"{m.partition('/')[2]} {v}" for m, v in sorted(out["methods"].items()))
+    text.append(f"Versions of attacks and defenses: {versions}.")
     for n, d in out["datasets"].items():
         if not d["canonical"]:
             text.append(f"The copy of {n} differs from its release: {d['note']}.")
