@@ -105,7 +105,7 @@ def lines(rows: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]],
     for c in cells:
         flags[c["attack"]] |= set(filter(None, c["flag"].split(";")))
         if c["status"] != "ok":
-            flags[c["attack"]].add(f"{c['status']}: {c['reason']}")
+            flags[c["attack"]].add(missing(c))
     settings = {c["attack"]: c["attack_params"] for c in cells}
     other = differing(cells)
     body = []
@@ -121,6 +121,12 @@ def lines(rows: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]],
         )
     head = ["attack", *(["rate, %"] if several else []), "declared", "published"]
     return table([*head, *(name for name, _, _ in SHOWN.values()), "flags"], body)
+
+
+def missing(cell: Mapping[str, Any]) -> str:
+    """Which seed of a line has no figure, and why: where the method declined, in a word."""
+    seed, why = cell["cell"].rpartition("/s")[2], cell["reason"]
+    return f"seed {seed}: {cell['status']} ({why if cell['status'] == 'failed' else why.partition(':')[0]})"
 
 
 def differing(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -377,6 +383,13 @@ def kept(registry: Registry) -> dict[str, list[list[str]]]:
             sources = [of_cell[r["cell"]][1].get("methods", {}) for r in rows]
             old = any(older({m: v for m, v in source.items() if m in methods}, registry) for source in sources)
             flags = sorted({f for r in rows for f in r["flag"].split(";") if f})
+            flags += sorted(
+                {
+                    missing(c)
+                    for c, _ in of_cell.values()
+                    if (c["attack"], c["rate"]) == (attack, rate) and c["status"] != "ok"
+                }
+            )
             flags += ["of an earlier version"] if old else []
             label = ", ".join([name, *whole.get(attack, [])])
             said = published(infos, name.partition(":")[2], label)

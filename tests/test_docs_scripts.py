@@ -220,7 +220,8 @@ def test_attacks_stand_with_what_they_declare_and_a_figure_per_seed() -> None:
     ]
     cells = [
         {"attack": "badnets", "rate": 0.1, "flag": "weak", "status": "ok", "reason": "", "attack_params": "{}"},
-        {"attack": "sig", "rate": 0.1, "flag": "", "status": "failed", "reason": "raised: E", "attack_params": "{}"},
+        {"attack": "sig", "rate": 0.1, "flag": "", "status": "failed", "reason": "raised: E", "attack_params": "{}"}
+        | {"cell": "digits/small_cnn/sig@0.1/none/s2"},
     ]
     text = attacks.lines(rows, cells, Registry.discover("none"))
     found = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text[2:]}
@@ -228,7 +229,9 @@ def test_attacks_stand_with_what_they_declare_and_a_figure_per_seed() -> None:
     assert found["badnets"][4] == "25.0, 50.0"
     assert found["badnets"][7] == "51"  # of 255
     assert found["badnets"][-1] == "weak |"
-    assert found["sig"][-1] == "failed: raised: E |"
+    assert found["sig"][-1] == "seed 2: failed (raised: E) |"
+    declined = cells[1] | {"status": "not_applicable", "reason": "no_trigger: after 5 steps there is none"}
+    assert attacks.missing(declined) == "seed 2: not_applicable (no_trigger)"
     assert found["badnets"][2].startswith("100.0 (")
     all_to_all = cells[0] | {"attack_params": json.dumps({"targets": "all_to_all"})}
     assert attacks.lines(rows, [all_to_all], Registry.discover("none"))[2].split(" | ")[2] == ""
