@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from sleeperbench.contracts.access import Access, Needs
 from sleeperbench.engine.fields import Parameter, fields_of
 from sleeperbench.engine.literals import literal
-from sleeperbench.engine.parameters import Misfit, checker
+from sleeperbench.engine.parameters import Misfit, checker, described
 from sleeperbench.engine.source import Found, Source, linearise
 from sleeperbench.errors import BadInput, BrokenPlugin, nearest
 
@@ -91,7 +91,8 @@ class Blueprint:
                 full[key] = checker(p.annotation)(given)
             except Misfit:
                 raise BadInput(
-                    f"{name}: parameter `{key}` is {given!r} ({type(given).__name__}); wanted: {p.annotation}"
+                    f"{name}: parameter `{key}` is {given!r} ({type(given).__name__}); "
+                    f"wanted: {described(p.annotation)}"
                 ) from None
         return full
 

@@ -66,6 +66,8 @@ def _parameter(statement: ast.AnnAssign, owner: Found) -> Parameter:
     value = literal(default, owner, name, {})
     try:
         fitted = checker(annotation)(value)
+        if fitted is None and value is not None:  # a suite's word for None; the class itself would hold the string
+            raise Misfit
     except Unsupported:
         raise BrokenPlugin(f"{where}: `{name}: {annotation}` cannot be checked; use {SUPPORTED}") from None
     except Misfit:

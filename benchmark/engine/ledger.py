@@ -130,7 +130,9 @@ class Ledger:
         params = task.params["method"]
         for plugin in self.registry.chain(task.of, task.name):
             b = plugin.blueprint
-            if any(params[n] < b.fields[n].default for n in b.info.get("effort", ())):
+            given = ((params[n], b.fields[n].default) for n in b.info.get("effort", ()))
+            # None leaves it to the method how much it does.
+            if any(value is not None and value < normal for value, normal in given):
                 return True
             # A wrapped attack's parameters lie in the wrapper's task, a wrapped defense has a task of its own.
             if "inner" not in params:

@@ -10,6 +10,9 @@ from typing import Any
 
 Check = Callable[[Any], Any]
 
+NONE = "none"
+"""How suites and `--set` write None, for which TOML has no word, where a parameter admits None and not this string."""
+
 SUPPORTED = "int, float, bool, str, None, Any, Literal[...], tuple[...], list[...], dict[...] and unions of these"
 
 
@@ -26,7 +29,8 @@ def checker(annotation: str) -> Check:
     """A function that returns its argument in the form the annotation wants.
 
     An int passes as float and becomes one, and a list becomes a tuple where a tuple is wanted, so that equal settings
-    give equal task keys. Floats must be finite, because keys are JSON.
+    give equal task keys. Floats must be finite, because keys are JSON. `NONE` passes as None, unless what admits None
+    beside it (`str`, a Literal with this word, Any) takes the string as it is.
 
     Raises:
         Unsupported: The annotation is none of `SUPPORTED`.
@@ -37,9 +41,18 @@ def checker(annotation: str) -> Check:
         raise Unsupported(annotation) from None
 
 
+def described(annotation: str) -> str:
+    """What an error asks for: the annotation and, where it admits None, how that is written."""
+    try:
+        writable = checker(annotation)(NONE) is None
+    except Misfit:
+        writable = False
+    return f'{annotation} (None is written "{NONE}")' if writable else annotation
+
+
 def _build(node: ast.expr) -> Check:
     if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, str)):
-        return _is(type(None)) if node.value is None else checker(node.value)
+        return _none if node.value is None else checker(node.value)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         return _union([_build(node.left), _build(node.right)])
     if isinstance(node, ast.Subscript):
@@ -67,7 +80,7 @@ def _generic(name: str, inner: list[ast.expr]) -> Check:
         choices = [ast.literal_eval(n) for n in inner]
         return lambda value: _chosen(value, choices)
     if name == "Optional":
-        return _union([_is(type(None)), _build(inner[0])])
+        return _union([_none, _build(inner[0])])
     if name == "Union":
         return _union([_build(n) for n in inner])
     if name in ("dict", "Mapping") and len(inner) == 2:
@@ -100,6 +113,11 @@ def _is(wanted: type) -> Check:
         return value
 
     return check
+
+
+def _none(value: Any) -> None:
+    if value not in (None, NONE):
+        raise Misfit
 
 
 def _float(value: Any) -> float:
@@ -151,7 +169,7 @@ def _union(options: list[Check]) -> Check:
                 continue
         if not fits:
             raise Misfit
-        # `float | int` keeps an int an int: a share and a count mean different things.
+        # `float | int` keeps an int an int: a share and a count mean different things. `str | None` keeps a string.
         return next((f for f in fits if type(f) is type(value)), fits[0])
 
     return check

@@ -77,6 +77,8 @@ _INNER = "inner."
 """Before the name of a wrapped plugin's parameter, where the wrapper has one of that name too."""
 _PRESET = "preset"
 """The key of a plugin's table that names one of INFO's `presets`."""
+_PUBLISHED = "published"
+"""The name of no preset: `--set` takes one back that a suite names."""
 CHOICES = {
     ("train", "schedule"): ("cosine", "constant"),
     ("train", "precision"): ("fp32", "bf16"),
@@ -343,8 +345,10 @@ def _preset(registry: Registry, kind: Kind, plugin: str, flat: dict[str, Any]) -
         return flat
     name = flat.pop(_PRESET)
     known = [n for p in chain for n in p.blueprint.info.get("presets", {})]
+    if known and name == _PUBLISHED:
+        return flat
     if name not in known:
-        has = nearest(str(name), known) if known else "it has none"
+        has = nearest(str(name), [*known, _PUBLISHED]) if known else "it has none"
         raise BadInput(f"[{kind}.{plugin}] preset = {_shown(name)}: {has}")
     whose = _spellings(chain)
     given = {whose.get(k) for k in flat}

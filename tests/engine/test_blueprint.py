@@ -164,6 +164,7 @@ def test_no_parent_is_executed_and_namespaces_work(tmp_path, monkeypatch):
         ("    lr: float", "give parameter `lr` a literal default"),
         ("    lr: float = 'x'", "the default of `lr` is 'x'"),
         ("    lr: float = math.inf", "the default of `lr` is inf"),
+        ("    lr: float | None = 'none'", "the default of `lr` is 'none', which is no float | None"),
         ("    net: Module = None", "`net: Module` cannot be checked"),
     ],
 )
@@ -314,6 +315,58 @@ def test_annotations_refuse():
     for annotation in ("torch.Tensor", "int |", "Callable[[int], int]", "3", "set[int]", "tuple[Tensor, ...]"):
         with pytest.raises(Unsupported):
             checker(annotation)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "wanted"),
+    [
+        ("None", "none", None),
+        ("float | None", "none", None),
+        ("None | float", "none", None),
+        ("Optional[int]", "none", None),
+        ("Union[int, bool, None]", "none", None),
+        ("'int | None'", "none", None),
+        ("Literal['a', 'b'] | None", "none", None),
+        ("tuple[float, ...] | None", "none", None),
+        ("tuple[float | None, ...]", [1, "none"], (1.0, None)),
+        ("list[tuple[str, int | None]]", [["none", "none"]], [("none", None)]),
+        ("dict[str, int | None] | None", {"none": "none"}, {"none": None}),
+        # What takes the word as it is keeps it, on either side of None.
+        ("str | None", "none", "none"),
+        ("Optional[str]", "none", "none"),
+        ("int | None | str", "none", "none"),
+        ("str | (int | None)", "none", "none"),
+        ("Literal['none', 'all'] | None", "none", "none"),
+        ("Any | None", "none", "none"),
+        ("list[str] | None", ["none"], ["none"]),
+        # None itself is None, whatever stands beside it.
+        ("str | None", None, None),
+        ("float | None", None, None),
+    ],
+)
+def test_none_is_written_as_a_word(annotation, value, wanted):
+    assert checker(annotation)(value) == wanted
+
+
+def test_the_word_for_none_is_that_alone_and_fits_only_where_none_does():
+    for annotation, value in (
+        ("float", "none"), ("int | float", "none"), ("tuple[float, ...]", "none"), ("Literal['a']", "none"),
+        ("tuple[float, ...] | None", ["none"]), ("float | None", "None"), ("float | None", ""), ("int | None", False),
+        ("float | None", ["none"]), ("None", []),
+    ):  # fmt: skip
+        with pytest.raises(Misfit):
+            checker(annotation)(value)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "written"),
+    [("float | None", True), ("tuple[int, ...] | None", True), ("float", False), ("Literal['none', 1] | None", False)],
+)
+def test_a_misfit_tells_how_none_is_written_where_it_may_be(parse, annotation, written):
+    b = parse(f"{DATACLASS}class Thing(Defense):\n    x: {annotation} = {'None' if 'None' in annotation else '1.0'}\n")
+    with pytest.raises(BadInput) as e:
+        b.resolve({"x": {"a": 1}})
+    assert ('(None is written "none")' in str(e.value)) is written
 
 
 def test_reading_imports_nothing_of_it():

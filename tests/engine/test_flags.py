@@ -36,6 +36,17 @@ def test_less_than_published(
     assert ("reduced" in ledger._facts(cell, cell.evaluations[0])["flag"]) is reduced
 
 
+@pytest.mark.parametrize(("rounds", "reduced"), [("3", True), ("5", False), ('"none"', False)])
+def test_an_effort_left_to_the_method_is_not_less(
+    make_plan: Any, registry: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: str, reduced: bool
+) -> None:
+    monkeypatch.setitem(registry.get("defense", "i_bau").blueprint.info, "effort", ["rounds"])  # int | None
+    plan = make_plan(defenses=["none", "i_bau"], tail=f"[defense.i_bau]\nrounds = {rounds}")
+    ledger = Ledger(plan, registry, Store(tmp_path / "store"), tmp_path, lambda rows: None)
+    cell = next(c for c in plan.cells if "/i_bau" in c.name)
+    assert ("reduced" in ledger._facts(cell, cell.evaluations[0])["flag"]) is reduced
+
+
 def test_an_evaluator_of_fewer_draws_marks_its_own_rows_alone(make_plan: Any, registry: Any, tmp_path: Path) -> None:
     plan = make_plan(evaluators=["accuracy", "ra", "wake", "qra"], tail="[evaluator.ra]\ndraws = 1")
     ledger = Ledger(plan, registry, Store(tmp_path / "store"), tmp_path, lambda rows: None)

@@ -162,6 +162,8 @@ def test_a_preset_gives_its_efforts_and_what_stands_beside_it_counts_more(make_s
     assert params("ct", 'preset = "reduced"') == reduced != normal
     assert params("ct", "", "defense.ct.preset=reduced") == reduced
     assert params("ct", 'preset = "reduced"\nsteps = 7') == reduced | {"steps": 7}
+    for name in ("ct", "retrain:ct"):  # taken back
+        assert params(name, 'preset = "reduced"', f"defense.{name}.preset=published") == params(name, "")
     assert params("retrain:ct", 'preset = "reduced"')["inner"] == reduced
     for given in ("steps", "inner.steps"):
         assert params("retrain:ct", f'preset = "reduced"\n{given} = 7')["inner"] == reduced | {"steps": 7}
@@ -171,11 +173,82 @@ def test_a_preset_gives_its_efforts_and_what_stands_beside_it_counts_more(make_s
 
 @pytest.mark.parametrize(
     ("defense", "preset", "what"),
-    [("ct", '"redused"', "reduced"), ("ct", "3", "reduced"), ("ft", '"reduced"', "it has none")],
+    [("ct", '"redused"', "reduced"), ("ct", "3", "reduced"), ("ft", '"published"', "it has none")],
 )
 def test_a_preset_that_is_not_there(make_suite: Any, defense: str, preset: str, what: str) -> None:
     with pytest.raises(BadInput, match=what):
         make_suite(defenses=[defense], tail=f"[defense.{defense}]\npreset = {preset}\n")
+
+
+HONEST = {
+    "ft_sam": "rho",
+    "fst": "alpha",
+    "nad": "scale",
+    "sau": "eps",
+    "i_bau": "rounds",
+    "npd": "eps",
+    "bti_u": "rounds",
+    "pam": "rho",
+    "seam": "patience",
+}
+"""Repairs with a fixed setting, in the place of which None asks for the benchmark's rule of selection."""
+
+
+@pytest.mark.parametrize(("defense", "key"), HONEST.items())
+def test_the_honest_choice_can_be_asked_for(make_plan: Any, registry: Any, defense: str, key: str) -> None:
+    def methods(tail: str = "", *settings: str, name: str = defense) -> list[Any]:
+        plan = make_plan(Changes(settings=settings), defenses=["none", name], tail=tail)
+        tasks = [t for t in plan.tasks.values() if t.kind == "defense" and t.name == defense]
+        sent = [json.loads(json.dumps(t.to_json()))["params"]["method"] for t in tasks]  # as the run's child reads it
+        return [registry.load("defense", defense).from_params(params) for params in sent]
+
+    published = registry.get("defense", defense).blueprint.fields[key].default
+    assert published is not None
+    assert {getattr(m, key) for m in methods()} == {published}
+    for found in (
+        methods(f'[defense.{defense}]\n{key} = "none"\n'),
+        methods("", f"defense.{defense}.{key}=none"),
+        methods("", f'defense.{defense}.{key}="none"'),
+        methods("", f"defense.ft_same_budget:{defense}.{key}=none", name=f"ft_same_budget:{defense}"),
+        methods("", f"defense.ft_same_budget:{defense}.inner.{key}=none", name=f"ft_same_budget:{defense}"),
+    ):
+        assert found and all(getattr(m, key) is None for m in found)
+    swept = methods(f'[defense.{defense}]\n{key} = [{published}, "none"]\n')
+    assert {getattr(m, key) for m in swept} == {published, None}
+
+
+def test_a_sweep_with_none_leaves_the_rows_before_it_as_they_were(make_plan: Any, make_suite: Any) -> None:
+    parts = {"defenses": ["none", "ft_sam"]}
+    tail = '[defense.ft_sam]\npreset = "reduced"\n'
+    before = make_plan(tail=tail, **parts)
+    after = make_plan(tail=tail + 'rho = [2.0, "none"]\n', **parts)
+    keys = {c.name: (c.attack_key, c.defense_key, [e.key for e in c.evaluations]) for c in after.cells}
+    old = {c.name: (c.attack_key, c.defense_key, [e.key for e in c.evaluations]) for c in before.cells}
+    assert old.items() <= keys.items()
+    assert {re.sub("~[0-9a-f]{6}", "~", name.split("/")[3]) for name in keys.keys() - old.keys()} == {"ft_sam~"}
+    published, honest = make_suite(tail=tail + 'rho = [2.0, "none"]\n', **parts).defenses[1:]
+    assert published.label == "ft_sam"
+    assert honest.params == published.params | {"rho": None}
+    assert '"rho":null' in {c.identity["defense_params"] for c in after.cells if "~" in c.name}.pop()
+    with pytest.raises(BadInput, match="the same parameters twice"):
+        make_suite(tail='[defense.ft_sam]\nrho = ["none", 2.0, "none"]\n', **parts)
+
+
+def test_none_in_words_is_the_default_none(make_plan: Any, make_suite: Any) -> None:
+    parts = {"defenses": ["none", "anp"]}  # whose threshold is None by default
+    plain, said = make_plan(**parts), make_plan(tail='[defense.anp]\nthreshold = "none"\n', **parts)
+    assert list(plain.tasks) == list(said.tasks)
+    assert [c.name for c in plain.cells] == [c.name for c in said.cells]
+    tail = "[defense.anp]\nthreshold = 0.3\n"
+    label = make_suite(Changes(settings=["defense.anp.threshold=none"]), tail=tail, **parts).defenses[-1].label
+    assert re.fullmatch(r"anp~[0-9a-f]{6}", label), "against the suite's own value it is another variant"
+
+
+def test_none_where_there_is_no_choice_to_make(make_suite: Any) -> None:
+    with pytest.raises(BadInput, match=r"`rho` is 'nine' \(str\); wanted: float \| None \(None is written \"none\"\)"):
+        make_suite(Changes(settings=["defense.ft_sam.rho=nine"]), defenses=["ft_sam"])
+    with pytest.raises(BadInput, match=r"`lr` is 'none' \(str\); wanted: float$"):
+        make_suite(Changes(settings=["defense.ft_sam.lr=none"]), defenses=["ft_sam"])
 
 
 def test_lists_restrict_the_matrix_but_keep_the_controls(make_suite: Any) -> None:

@@ -97,7 +97,7 @@ def test_every_method_stands_in_a_suite(registry: Any, suites: dict[str, Any]) -
         assert {p.id for p in registry.of(kind)} - named == set(), kind
 
 
-CONTROLLED = ("core", "standard", "standard-heavy", "standard-rates", "full", "cpu-repairs")
+CONTROLLED = ("core", "standard", "standard-heavy", "standard-rates", "full", "cpu-repairs", "paper-safety-cpu")
 UNCONTROLLED = {"ft", "ft_same_budget", "bn_refresh", "distil_fresh", "scratch_on_clean", "input_noise"}
 """Repairs without fine-tuning of the same budget: itself, controls, and one that trains nothing."""
 
@@ -114,8 +114,19 @@ def test_beside_every_repair_stand_its_controls(registry: Any, suites: dict[str,
     assert {"none", "clean_model", "exact_purification", "bn_refresh"} <= known and len(repairs) > 4
     assert {f"ft_same_budget:{r}" for r in repairs} - known == set()
     # The control is that of the very run that stands beside it.
-    params = {v.id: v.params for v in suite.defenses}
-    assert all(params[f"ft_same_budget:{r}"]["inner"] == params[r] for r in repairs)
+    for r in repairs:
+        ran = [v.params for v in suite.defenses if v.id == r]
+        assert [v.params["inner"] for v in suite.defenses if v.id == f"ft_same_budget:{r}"] == ran, r
+
+
+def test_beside_a_fixed_setting_stands_the_benchmarks_choice_of_it(registry: Any, suites: dict[str, Any]) -> None:
+    chosen = {"fst": "alpha", "nad": "scale", "i_bau": "rounds", "npd": "eps", "seam": "patience"}
+    suite = suites["cpu-repairs"]
+    assert {v.id for v in suite.defenses if "~" in v.label} == {*chosen, *(f"ft_same_budget:{d}" for d in chosen)}
+    for name, key in chosen.items():
+        fixed, honest = (v for v in suite.defenses if v.id == name)
+        assert fixed.label == name and fixed.params[key] == registry.get("defense", name).blueprint.fields[key].default
+        assert honest.params == fixed.params | {key: None} != fixed.params
 
 
 def test_on_a_cpu_the_dear_defenses_run_their_presets(registry: Any, suites: dict[str, Any]) -> None:
@@ -129,7 +140,9 @@ def test_on_a_cpu_the_dear_defenses_run_their_presets(registry: Any, suites: dic
             if innermost in dear:
                 found[innermost] = params
                 preset = dear[innermost].info["presets"]["reduced"]
-                assert params == {k: f.default for k, f in dear[innermost].fields.items()} | preset, v.id
+                left_open = {k: None for k, value in params.items() if value is None}  # to the benchmark's choice
+                normal = {k: f.default for k, f in dear[innermost].fields.items()}
+                assert params == normal | preset | left_open, v.id
     assert set(found) == set(dear)
     published = {v.id: v.params for v in suites["standard-heavy"].defenses}
     for name in dear:
