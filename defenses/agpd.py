@@ -30,9 +30,10 @@ BINS = np.linspace(0, 1, 100)
 class AGPD(Defense):
     """Activation-gradient-based poisoned sample detection (Yuan et al., ICLR 2025), with BackdoorBench's settings.
 
-    1. Per row and convolution: the gradient of the logit of the row's label by the convolution's output, averaged over
-       places: a vector of one number per channel. Clean rows, 100 in all, at most 100 / K of each class, and only those
-       that the model gets right, give the mean gradient of each class.
+    1. Per row and convolution with a kernel larger than 1, without the stem and shortcuts: the gradient of the logit of
+       the row's label by the convolution's output, averaged over places: a vector of one number per channel. Clean
+       rows, 100 in all, at most 100 / K of each class, and only those that the model gets right, give the mean gradient
+       of each class.
     2. Per class and layer: the row least similar (cosine) to the clean mean is the seed of the poison; the gap is the
        norm of the other rows' cosines to the clean mean minus those to the seed, over the root of the number of rows.
     3. The gaps of a layer become one-sided anomaly indices over classes. In the layer with the largest one, classes

@@ -28,8 +28,9 @@ class DBR(Defense):
     3. The attacked model itself, `rounds` times: a pass over the poisoned rows with -CE, then one over the clean ones
        with CE, all with crop and flip.
 
-    All parameters get gradients, BatchNorm runs in train mode. It stops after `rounds` and keeps the last weights; from
-    the round on before which fewer than 1/K of the poisoned rows are answered as labelled, the first pass is left out.
+    All parameters get gradients, BatchNorm runs in train mode. It stops after `rounds` and keeps the last weights. The
+    first pass is left out in each round before which fewer than 1/K of the poisoned rows are answered as labelled; it
+    comes back where they are again.
 
     Differs: the stop and the last weights, neither of which looks at test data; the authors keep the round with the
     best test accuracy minus test ASR, and without a stop ascent ruins a network. Step 1's rate is constant (the

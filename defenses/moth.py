@@ -30,9 +30,10 @@ class MOTH(Defense):
        (1 - alpha) (S + S^T) + alpha (D + D^T), alpha = min(1, 0.1 steps / 100) with the steps since the warm-up. D
        starts as the distances over the largest of them; after three steps of a pair D <- (D + growth) / 2 in both
        directions, growth the relative change of the distance, itself the mean over these steps.
-    3. Triggers a -> b and b -> a are inverted together on the batch's rows of a and b, from the best ones known: 200
-       inversion steps at a weight of 1e-3 in a pair's first step, then 50 at 1e-2, or 200 at 1e-3 again after a
-       failure. They go on int(0.1 min(n_a, n_b)) rows, at least one, unless the mask is not small or has failed.
+    3. Triggers a -> b and b -> a are inverted together on the batch's rows of a and b, from those of the largest masks
+       found so far (as the authors keep them), then from those of the step before: 200 inversion steps at a weight of
+       1e-3 in a pair's first step, then 50 at 1e-2, or 200 at 1e-3 again after a failure. They go on
+       int(0.1 min(n_a, n_b)) rows, at least one, unless the mask is not small or has failed.
     4. A step of all weights on cross-entropy.
 
     Inversion: Adam with betas 0.5 and 0.9 at rate 0.1 on mask and pattern through tanh, on all rows at once; the loss

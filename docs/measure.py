@@ -1,7 +1,8 @@
 """Runs a method's evidence on real data and writes it beside the published figures: `make measure METHOD=kind/id`.
 
 A repair: suite `paper-safety-cpu` (Fashion-MNIST and CIFAR-10, 10,000 rows each, small_cnn), BadNets and Blended at
-5 %, three seeds, beside `bn_refresh`. Another defense, a wrapper or an evaluator: suite `cpu` on
+5 %, three seeds, beside `bn_refresh` and, unless it is a control itself, `ft_same_budget:ID`: fine-tuning with as many
+images. Another defense, a wrapper or an evaluator: suite `cpu` on
 CIFAR-10 (10,000 rows, small_resnet), the same attacks, seeds 0 and 1. Both with the method's published steps, or, of a
 defense that would take more than ten core-minutes, those of its preset `reduced` (docs/presets.md; `--published` for
 the published ones). An attack: suite `attacks-colour` (CIFAR-10, 10,000 rows, small_cnn, at 10 %, with clean labels at
@@ -48,16 +49,22 @@ SUPPLIERS = {"model": "ft", "verdict": "neural_cleanse", "inverted": "neural_cle
 """Part of an outcome -> a defense that has it, for an evaluator that measures it."""
 PRESET = "reduced"
 _TOGETHER = 3
+UNMATCHED = {"ft", "ft_same_budget", "bn_refresh", "distil_fresh", "scratch_on_clean", "input_noise"}
+"""Repairs without fine-tuning of the same budget beside them: itself, other controls, and one that trains nothing."""
 LASTING = ("accuracy", "cost", "ra", "ra_budget", "selection")
 """What is measured of a repair."""
 
 
 def controls(kind: str, name: str) -> list[str]:
-    """What stands beside a method in its table: of a repair, what new BatchNorm statistics do by themselves."""
+    """What stands beside a method in its table: of a repair, new BatchNorm statistics and as much fine-tuning."""
     if kind != "defense" or name == "bn_refresh":
         return []
     outer = Registry.discover("none").chain("defense", name)[0]
-    return ["bn_refresh"] if outer.blueprint.info["kind"] == "repair" else []
+    if outer.blueprint.info["kind"] != "repair":
+        return []
+    # What knows the attack (track T4) is a control, whatever it costs.
+    matched = outer.id not in UNMATCHED and outer.blueprint.access.track() != "T4"
+    return ["bn_refresh", *([f"ft_same_budget:{name}"] if matched else [])]
 
 
 def repairs(kind: str, name: str) -> bool:
@@ -86,9 +93,11 @@ def command(kind: str, name: str, seeds: str, *, published: bool = False) -> lis
     argv = ["run", *place, "--seeds", seeds, "--keep-unimplanted"]
     for flag, values in (("attack", attacks), ("defense", defenses), ("evaluator", evaluators)):
         argv += _flags(flag, values)
-    chain = Registry.discover("none").chain("defense", name) if kind == "defense" else ()
-    if not published and any(PRESET in p.blueprint.info.get("presets", {}) for p in chain):
-        argv += ["--set", f"defense.{name}.preset={PRESET}"]
+    preset = "published" if published else PRESET  # suites name presets too
+    for each in (name, *controls(kind, name)) if kind == "defense" else ():
+        chain = Registry.discover("none").chain("defense", each)
+        if any(PRESET in p.blueprint.info.get("presets", {}) for p in chain):
+            argv += ["--set", f"defense.{each}.preset={preset}"]
     return argv
 
 

@@ -35,6 +35,10 @@ class RetuningAttack(Evaluator):
     A fourth, k = 0, tunes this model on clean rows alone. It implants nothing, so it is never taken off: a backdoor
     that clean tuning wakes was asleep, and a defense that leaves one is no better for it.
 
+    What the attacker sees: weights of the defended model, which it changes; the target and the trigger; rows of its own
+    with their labels, k of them triggered (with k = 0 neither target nor trigger). Neither the attacked model nor the
+    rows that the attack or the defender had.
+
     Differs: clean rows come from the probe rows, which neither the attacked model nor the defense saw, instead of
     from the training set; their number is half of the probe rows (2 % of the training rows) but at least 128.
     Triggered rows are made from probe rows too, of classes that count, instead of from the attacker's poisoned rows.

@@ -12,7 +12,7 @@ import pytest
 from scripts import script
 
 from sleeperbench.engine.registry import Registry
-from sleeperbench.engine.suite import build
+from sleeperbench.engine.suite import Changes, build
 
 
 def row(metric: str, value: float | None, qualifier: str = "", **more: Any) -> dict[str, Any]:
@@ -50,9 +50,15 @@ def test_measure_asks_the_suite_for_the_method_and_its_controls() -> None:
 
     defense = measure.command("defense", "unlearn:neural_cleanse", "0,1")
     assert values(defense, "--attack") == ["none", "badnets", "blended"]
-    assert values(defense, "--defense") == ["none", "clean_model", "bn_refresh", "unlearn:neural_cleanse"]
+    wrapped = ["unlearn:neural_cleanse", "ft_same_budget:unlearn:neural_cleanse"]
+    assert values(defense, "--defense") == ["none", "clean_model", "bn_refresh", *wrapped[::-1]]
     assert values(defense, "--set") == []
-    for name, beside in (("bn_refresh", []), ("clean_model", []), ("abl", []), ("fst", ["bn_refresh"])):
+    for name, beside in (
+        *((control, []) for control in ("bn_refresh", "clean_model", "none", "abl")),
+        *((control, ["bn_refresh"]) for control in ("ft", "scratch_on_clean", "distil_fresh", "exact_purification")),
+        ("ft_same_budget:fst", ["bn_refresh"]),
+        ("fst", ["bn_refresh", "ft_same_budget:fst"]),
+    ):
         expected = dict.fromkeys(["none", "clean_model", *beside, name])
         assert values(measure.command("defense", name, "0"), "--defense") == [*expected]
     assert (defense[1], measure.command("defense", "abl", "0")[1]) == ("cpu", "cpu")
@@ -103,27 +109,44 @@ def test_measure_takes_of_a_repair_its_headlines_and_what_it_chose_among(
     assert [(r["metric"], r["qualifier"]) for r in rows] == [("asr", ""), ("asr_path", "t=0.20"), ("p_asr_ra", "")]
 
 
-def test_measure_takes_the_preset_of_a_dear_defense() -> None:
-    measure = script("measure")
-    for name in ("pam", "retrain:ct"):
-        argv = measure.command("defense", name, "0")
-        assert argv[-2:] == ["--set", f"defense.{name}.preset=reduced"]
-        assert measure.command("defense", name, "0", published=True) == argv[:-2]
+def test_measure_puts_beside_a_repair_what_the_suite_of_all_repairs_does() -> None:
+    measure, registry = script("measure"), Registry.discover("none")
+    stand = {d.id for d in build("cpu-repairs", registry)[0].defenses}
+    ours = {c for name in stand for c in measure.controls("defense", name)}
+    assert ours == {"bn_refresh"} | {name for name in stand if name.startswith("ft_same_budget:")}
+
+
+def test_measure_takes_the_preset_of_a_dear_defense_and_of_its_control() -> None:
+    measure, registry = script("measure"), Registry.discover("none")
+    for name, controls in (("pam", ["ft_same_budget:pam"]), ("retrain:ct", [])):
+        argv, dear = measure.command("defense", name, "0"), [name, *controls]
+        sets = [f"defense.{each}.preset=reduced" for each in dear]
+        assert argv[-2 * len(dear) :] == [part for each in sets for part in ("--set", each)]
+        paper = [a.replace("preset=reduced", "preset=published") for a in argv]
+        assert measure.command("defense", name, "0", published=True) == paper, "the suite may name the preset itself"
     assert "--set" not in measure.command("defense", "fst", "0")
+    # The control is that of the very run that stands beside it.
+    for name in ("anp", "fst", "unlearn:neural_cleanse"):
+        argv = measure.command("defense", name, "0")
+        defenses, sets = ([b for a, b in itertools.pairwise(argv) if a == flag] for flag in ("--defense", "--set"))
+        suite, _ = build(argv[1], registry, Changes(defenses=defenses, settings=sets))
+        params = {d.id: d.params for d in suite.defenses}
+        assert params[f"ft_same_budget:{name}"]["inner"] == params[name]
 
 
-def test_measure_takes_the_rows_of_the_method_and_of_its_control(
+def test_measure_takes_the_rows_of_the_method_and_of_its_controls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure = script("measure")
-    names = ("none", "bn_refresh", "pam~0a1b2c", "pam", "ft")
+    beside = ("bn_refresh", "ft_same_budget:pam", "ft_same_budget:pam~0a1b2c")
+    names = ("none", *beside, "pam~0a1b2c", "pam", "ft", "ft_same_budget:fst")
     found = [row("c_acc", 0.5, defense=d, cell=d) for d in names]
     cells = [{"cell": "pam", "flag": "collapsed;tuned"}]
     monkeypatch.setattr(measure, "read_table", lambda path: cells if path.stem == "cells" else found)
     monkeypatch.setattr(measure, "provenance", lambda run, rows: {})
     rows = measure.collect(tmp_path, "defense", "pam")[1]
-    assert [r["defense"] for r in rows] == ["bn_refresh", "pam~0a1b2c", "pam"]
-    assert [r["flag"] for r in rows] == ["", "", "collapsed;tuned"]
+    assert [r["defense"] for r in rows] == [*beside, "pam~0a1b2c", "pam"]
+    assert [r["flag"] for r in rows] == ["", "", "", "", "collapsed;tuned"]
     assert [r["defense"] for r in measure.collect(tmp_path, "defense", "none")[1]] == ["none"]
     with pytest.raises(SystemExit, match="no rows of defense `fst`"):
         measure.collect(tmp_path, "defense", "fst")

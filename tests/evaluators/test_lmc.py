@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import samples
 import torch
+from torch import nn
 
 from sleeperbench import Role, Wrap
 from sleeperbench.evaluators.accuracy import answers
@@ -64,6 +66,50 @@ def test_the_ends_of_the_curve_are_what_accuracy_says() -> None:
     # Two independent networks: what lies between them classifies worse than both.
     (barrier,) = [m.value for m in found.rows if m.metric == "lmc_barrier_clean" and not m.qualifier]
     assert barrier > 0.1
+
+
+def told(c: Any, net: Any) -> tuple[Any, Any]:
+    """ASR and clean error of a model by itself."""
+    hit = answers(net, c.bd_test.data.images, c.ctx) == c.bd_test.targets
+    wrong = answers(net, c.test.images, c.ctx) != c.test.labels
+    return tuple(pytest.approx(float(v.double().mean()), abs=1e-6) for v in (hit, wrong))
+
+
+def test_the_way_from_exact_purification_runs_from_its_model_to_this_one() -> None:
+    c = case(samples.badnets_net(), attacked=samples.clean_net())  # three models, no two alike
+    curves = LinearConnectivity(points=3).measure(c).curves
+    asr, error = (s["y"] for s in curves["lmc_exact_purification"]["series"])
+    assert (asr[0], error[0]) == told(c, c.peers[0].net)
+    assert (asr[2], error[2]) == told(c, c.net)
+    assert asr[0] < 0.1 and asr[2] > 0.9
+    firsts = {name: [s["y"][0] for s in curves[name]["series"]] for name in ("lmc", "lmc_exact_purification")}
+    assert firsts["lmc"] != firsts["lmc_exact_purification"]
+
+
+def test_the_ends_are_re_estimated_on_the_probe_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sleeperbench.evaluators.lmc.REFRESH_ROWS", 40)
+    probe = samples.digits()["probe"]
+    # Images of other brightness from row to row: other rows, or none, would give other answers.
+    dimmed = (probe.images.float() * torch.linspace(0, 1, len(probe))[:, None, None, None]).to(torch.uint8)
+    c = case(samples.badnets_net(), attacked=samples.clean_net(), probe=replace(probe, images=dimmed))
+    rows = torch.linspace(0, len(probe) - 1, 40).round().long()
+
+    @torch.no_grad()
+    def afresh(net: Any) -> Any:
+        fresh = copy.deepcopy(net).eval()
+        for layer in (m for m in fresh.modules() if isinstance(m, nn.BatchNorm2d)):
+            layer.reset_running_stats()
+            layer.momentum = None  # torch's cumulative average
+            layer.train()
+        fresh(dimmed[rows].float() / 255)
+        return fresh.eval()
+
+    curves = LinearConnectivity(points=2).measure(c).curves
+    for name, start in (("lmc_bn", c.attacked), ("lmc_exact_purification_bn", c.peers[0].net)):
+        asr, error = (s["y"] for s in curves[name]["series"])
+        for at, net in ((0, start), (1, c.net)):
+            assert (asr[at], error[at]) == told(c, afresh(net))
+            assert (asr[at], error[at]) != told(c, net)
 
 
 def test_from_a_model_to_itself_there_is_no_barrier() -> None:
