@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
 from sleeperbench import Access, Defense, Inverted, Outcome, Verdict
-from sleeperbench.contracts import Case, NotApplicable
+from sleeperbench.contracts import Case, Ctx, NotApplicable
 from sleeperbench.kit.anomaly import LEAST, smallness
 from sleeperbench.kit.pixels import to_float
 
@@ -67,7 +67,7 @@ class B3D(Defense):
         "Zihao and Su, Hang and Zhu, Jun}, booktitle={IEEE/CVF International Conference on Computer Vision}, "
         "year={2021}}",
         "kind": "inversion",
-        "version": 2,
+        "version": 3,
         "api": 1,
         "micro": {"steps": 6, "samples": 4, "batch": 8, "window": 3, "lr": 1.0, "success": 0.1},
         "effort": ["steps", "samples", "batch"],
@@ -101,42 +101,17 @@ class B3D(Defense):
         Raises:
             NotApplicable: too few classes for an outlier.
         """
-        classes, (c, h, w) = case.spec.classes, case.spec.shape
+        classes = case.spec.classes
         if classes < LEAST:
             raise NotApplicable(f"too_few_classes: {classes}; an outlier needs {LEAST}")
-        x, gen = to_float(case.clean.images), case.ctx.generator("draws")
-        masks, patterns = torch.full((classes, 1, h, w), -0.5), torch.zeros(classes, c, h, w)
-        adam = torch.optim.Adam([masks, patterns], lr=self.lr)
-        weight, hits = torch.full((classes,), self.weight), torch.zeros(classes)
-        norm, kept = torch.full((classes,), math.inf), [masks.clone(), patterns.clone()]
-        for step in range(1, self.steps + 1):
-            rows = x[torch.randperm(len(x), generator=gen)[: self.batch]]
-            masks.grad, patterns.grad = torch.zeros_like(masks), torch.zeros_like(patterns)
-            for t in range(classes):
-                share = squash(masks[t])
-                m, e = draw(share, patterns[t], self.samples, gen)
-                p = squash(patterns[t] + self.sigma * e)
-                loss, hit = self._losses(case, rows, m, p, t)
-                hits[t] += hit
-                masks.grad[t], patterns.grad[t] = estimate(loss, m, share, e, self.sigma)
-                masks.grad[t] += weight[t] * 2 * share * (1 - share)
-            adam.step()
-            if step % self.window == 0:
-                reached = hits / self.window >= self.success
-                size = squash(masks).flatten(1).sum(1)
-                better = reached & (size < norm)
-                norm = torch.where(better, size, norm)
-                kept[0][better], kept[1][better] = masks[better], patterns[better]
-                weight *= torch.where(reached, 1.2, 0.8)
-                hits.zero_()
-            case.ctx.progress(step, self.steps, "invert")
-        found = norm.isfinite()
-        norm = torch.where(found, norm, squash(masks).flatten(1).sum(1))
+        masks, patterns, norm, _ = self.invert(case.net, case.clean.images, torch.arange(classes), case.ctx)
+        found = ~norm.isnan()
+        norm = torch.where(found, norm, masks.flatten(1).sum(1))
         score = suspicion(norm, found, self.threshold, self.drop)
         claimed = [int(t) for t in (score > self.threshold).nonzero().flatten()]
         return Outcome(
             verdict=Verdict(score=float(score.max()), threshold=self.threshold, label_scores=score),
-            inverted=tuple(Inverted(target=t, mask=squash(kept[0][t]), pattern=squash(kept[1][t])) for t in claimed),
+            inverted=tuple(Inverted(target=t, mask=masks[t], pattern=patterns[t]) for t in claimed),
             chosen={
                 "claimed": claimed,
                 "norms": [round(n, 4) for n in norm.tolist()],
@@ -144,13 +119,70 @@ class B3D(Defense):
             },
         )
 
-    def _losses(self, case: Case, x: Tensor, m: Tensor, p: Tensor, target: int) -> tuple[Tensor, float]:
+    def invert(
+        self,
+        net: Callable[[Tensor], Tensor],
+        images: Tensor,
+        targets: Tensor,
+        ctx: Ctx,
+        *,
+        start: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Steps 1 to 3: masks (T, 1, H, W), patterns (T, C, H, W), norms (T,) and shares of hits in their window (T,).
+
+        A class that never reached `success` has its last mask and pattern, and a norm of NaN.
+
+        Args:
+            net: Scores (N, K) of images (N, C, H, W) in [0, 1].
+            images: Clean rows, uint8 (N, C, H, W).
+            targets: int64 (T,), the classes.
+            ctx: Seed and progress.
+            start: Masks and patterns, each strictly between 0 and 1, in place of a = -0.5 and b = 0.
+        """
+        x, gen = to_float(images), ctx.generator("draws")
+        masks = torch.full((len(targets), 1, *x.shape[2:]), -0.5)
+        patterns = torch.zeros(len(targets), *x.shape[1:])
+        if start is not None:
+            masks, patterns = (torch.atanh(2 * s - 1) for s in start)
+        adam = torch.optim.Adam([masks, patterns], lr=self.lr)
+        weight, hits, shares = (torch.full((len(targets),), w) for w in (self.weight, 0.0, 0.0))
+        norm, kept = torch.full((len(targets),), torch.nan), [masks.clone(), patterns.clone()]
+        for step in range(1, self.steps + 1):
+            rows = x[torch.randperm(len(x), generator=gen)[: self.batch]]
+            masks.grad, patterns.grad = torch.zeros_like(masks), torch.zeros_like(patterns)
+            for i, t in enumerate(targets.tolist()):
+                share = squash(masks[i])
+                m, e = draw(share, patterns[i], self.samples, gen)
+                p = squash(patterns[i] + self.sigma * e)
+                loss, hit = self._losses(net, rows, m, p, t)
+                hits[i] += hit
+                masks.grad[i], patterns.grad[i] = estimate(loss, m, share, e, self.sigma)
+                masks.grad[i] += weight[i] * 2 * share * (1 - share)
+            adam.step()
+            if step % self.window == 0:
+                reached = hits / self.window >= self.success
+                size = squash(masks).flatten(1).sum(1)
+                better = reached & ~(size >= norm)  # a norm of NaN is above all
+                shown = better | norm.isnan()
+                shares[shown] = hits[shown] / self.window
+                norm = torch.where(better, size, norm)
+                kept[0][better], kept[1][better] = masks[better], patterns[better]
+                weight *= torch.where(reached, 1.2, 0.8)
+                hits.zero_()
+            ctx.progress(step, self.steps, "invert")
+        last = norm.isnan()
+        kept[0][last], kept[1][last] = masks[last], patterns[last]
+        return squash(kept[0]), squash(kept[1]), norm, shares
+
+    def _losses(
+        self, net: Callable[[Tensor], Tensor], x: Tensor, m: Tensor, p: Tensor, target: int
+    ) -> tuple[Tensor, float]:
         """Loss (k,) of each draw on rows `x` (B, C, H, W), and the share of all stamped images that are hits."""
         losses, hits = [], 0
         each = max(1, _AT_ONCE // len(x))
         for mask, pattern in zip(m.split(each), p.split(each), strict=True):
             stamped = x + mask[:, None] * (pattern[:, None] - x)
-            scores = case.net(stamped.flatten(0, 1))
+            scores = net(stamped.flatten(0, 1))
             hits += int((scores.argmax(1) == target).sum())
             losses.append(-scores[:, target].clamp_min(_LEAST_SCORE).log().view(len(mask), len(x)).mean(1))
         return torch.cat(losses), hits / (len(m) * len(x))

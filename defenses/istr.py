@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from sleeperbench import Access, Defense, Outcome
@@ -13,7 +14,7 @@ from sleeperbench.contracts import Case, Model
 from sleeperbench.kit.classifier import Classifier, build, load, pack
 from sleeperbench.kit.isolation import outcome
 from sleeperbench.kit.row_slices import isolate_rows
-from sleeperbench.kit.slices import Settings, isolate
+from sleeperbench.kit.slices import Isolation, Settings, isolate
 from sleeperbench.kit.train import fit
 
 
@@ -45,7 +46,8 @@ class IsTr(Defense):
         steps: Iterations of Steps.
         step: Their length, in pixels of [0, 1].
         targeted: Descend to every label in turn instead, as the paper's first version; claims then go by areas alone.
-        dms: Steps and slices; False for Steps alone.
+        dms: Steps and slices; False for Steps alone. With `targeted` too there are no areas to claim by and no verdict:
+            the paper has no rule for it, and every label of every model is reached.
         slices: `topdown`; `adaptive`, the middle slice of eq. 7; or `fixed`, that of the paper's (0.01, 0.05).
         delta: What a window changes: the row's own `steps`, or `invert` its pixels.
         maps: One map and slice per `label`, the mean over 40 rows; or per `row`, as eq. 6 and 7 are written. Closest
@@ -65,7 +67,7 @@ class IsTr(Defense):
         "Jianjin and Li, Qi and Zhu, Hongliang and Shen, Zongliang and Fu, Anmin}, "
         "journal={arXiv preprint arXiv:2508.04094}, year={2025}}",
         "kind": "inversion",
-        "version": 4,
+        "version": 5,
         "api": 1,
         "micro": {"steps": 2, "step": 0.1, "labels": 1, "reference_steps": 2},
         "effort": ["steps", "labels", "reference_steps"],
@@ -97,13 +99,23 @@ class IsTr(Defense):
         return (trained(case, self.reference_steps) if self.dms else {}), None
 
     def run(self, case: Case) -> Outcome:
-        """Verdict with a score per label, pairs, and the triggers of claimed labels; `chosen` shows how it came."""
+        """Verdict with a score per label, pairs, and the triggers of claimed labels; `chosen` shows how it came.
+
+        With `targeted` and without `dms` there is label mutation in `chosen` and nothing else.
+        """
         settings = Settings.of(self)
-        if not self.dms:
-            found = isolate(case, None, settings)
-        else:
+        if self.dms:
             found = (isolate_rows if self.maps == "row" else isolate)(case, benign(case), settings)
+            return outcome(found, natural=self.natural)
+        found = isolate(case, None, settings)
+        if self.targeted:  # votes are for whatever is reached, which says nothing of the model
+            return replace(outcome(unclaimed(found), natural=False), verdict=None)
         return outcome(found, natural=self.natural)
+
+
+def unclaimed(found: Isolation) -> Isolation:
+    """Label mutation alone, without claims, pairs and triggers."""
+    return replace(found, scores=torch.zeros_like(found.scores), pairs=found.pairs[:0], sources={}, slices=())
 
 
 def trained(case: Case, steps: int) -> Mapping[str, Tensor]:

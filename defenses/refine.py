@@ -12,10 +12,14 @@ from torch import Tensor
 
 from sleeperbench import Access, Defense, ImageSet, Inverted, Outcome
 from sleeperbench.contracts import Case, NotApplicable
+from sleeperbench.defenses.b3d import B3D
 from sleeperbench.defenses.pixel_backdoor import PixelBackdoor, victims
 from sleeperbench.kit.masks import appliable, apply, optimise_masks
 from sleeperbench.kit.pixels import to_float
+from sleeperbench.kit.predict import evaluating
 
+_AT_ONCE = 512
+"""Images per pass through the net that B3D asks, as many as one that is only asked answers."""
 _EDGE = 0.02
 """Masks start at most this near to 0 and 1, where the slope of the optimisation vanishes."""
 
@@ -33,16 +37,17 @@ class Refine(Defense):
        was.
     4. `by` "pixels": PixelBackdoor in the place of step 3. Its two patterns start as the positive and the negative part
        of d, of a mask and pattern as those of what they change in the mean clean image.
+    5. `by` "b3d": B3D in the place of step 3, which asks the model alone: `epochs` times `updates` updates, its weight
+       moving after each pass. Its masks and patterns start as those of step 3.
 
     IsTr (Sun et al. 2025) proposes that its steps find the label and its slices the place for other inverters;
     `refine:istr` is that.
 
     Differs: the paper only says that its parts can serve others; labels, start and schedule are this project's choice.
-    Inverters that take no label and no place of their own accord are left out: ABS goes by neurons and not by labels,
-    and UNICORN's mask lies in a space that it has yet to learn.
+    Inverters that take no label and no place of their own accord are left out: docs/methods/refine.md says which.
 
     Args:
-        by: Neural Cleanse's masks, or PixelBackdoor's patterns.
+        by: Neural Cleanse's masks, PixelBackdoor's patterns, or B3D's masks from scores.
         start: From the claims, or anew.
         epochs: Passes over the clean rows, at most.
         updates: Updates per pass.
@@ -59,7 +64,7 @@ class Refine(Defense):
         "Jianjin and Li, Qi and Zhu, Hongliang and Shen, Zongliang and Fu, Anmin}, "
         "journal={arXiv preprint arXiv:2508.04094}, year={2025}}",
         "kind": "inversion",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "wrapper": True,
         "micro": {"epochs": 4, "updates": 4},
@@ -69,7 +74,7 @@ class Refine(Defense):
     }
     ACCESS = Access(clean=0.05, inner="inverted")
 
-    by: Literal["masks", "pixels"] = "masks"
+    by: Literal["masks", "pixels", "b3d"] = "masks"
     start: Literal["claim", "random"] = "claim"
     epochs: int = 80
     updates: int = 10
@@ -78,7 +83,7 @@ class Refine(Defense):
     success: float = 0.98
 
     def __post_init__(self) -> None:
-        if self.by not in ("masks", "pixels") or self.start not in ("claim", "random"):
+        if self.by not in ("masks", "pixels", "b3d") or self.start not in ("claim", "random"):
             raise ValueError(f"by is {self.by!r} and start {self.start!r}: see the parameters")
 
     def run(self, case: Case) -> Outcome:
@@ -93,7 +98,8 @@ class Refine(Defense):
             raise NotApplicable(f"needs_stamp: none of {len(claims)} recovered triggers has a mask or a delta")
         if not usable:
             return Outcome(verdict=case.inner.verdict, chosen={"claimed": []})
-        refined, sizes, successes = (self._masks if self.by == "masks" else self._pixels)(case, usable)
+        inverters = {"masks": self._masks, "pixels": self._pixels, "b3d": self._asked}
+        refined, sizes, successes = inverters[self.by](case, usable)
         return Outcome(
             verdict=case.inner.verdict,
             inverted=tuple(refined),
@@ -121,11 +127,33 @@ class Refine(Defense):
             stop_after=25,
             start=begun(claims, case.clean) if self.start == "claim" else None,
         )
-        refined = [
-            inv if norm.isnan() else replace(inv, mask=mask, pattern=pattern, delta=None)
-            for inv, norm, mask, pattern in zip(claims, found.norm, found.mask, found.pattern, strict=True)
-        ]
-        return refined, found.norm, found.success
+        return _masked(claims, found.mask, found.pattern, found.norm), found.norm, found.success
+
+    @torch.no_grad()
+    def _asked(self, case: Case, claims: Sequence[Inverted]) -> tuple[list[Inverted], Tensor, Tensor]:
+        """Step 5: claims, norms (NaN where nothing was kept) and shares of hits."""
+
+        def scores(x: Tensor) -> Tensor:
+            case.ctx.cost.forwards += len(x)
+            return torch.cat([case.net(p.to(case.ctx.device)).softmax(1).cpu() for p in x.split(_AT_ONCE)])
+
+        inverter = B3D(
+            steps=self.epochs * self.updates,
+            batch=math.ceil(len(case.clean) / self.updates),
+            lr=self.lr,
+            weight=self.weight,
+            window=self.updates,
+            success=self.success,
+        )
+        with evaluating(case.net):
+            masks, patterns, norms, shares = inverter.invert(
+                scores,
+                case.clean.images,
+                torch.tensor([inv.target for inv in claims]),
+                case.ctx,
+                start=begun(claims, case.clean) if self.start == "claim" else None,
+            )
+        return _masked(claims, masks, patterns, norms), norms, shares
 
     def _pixels(self, case: Case, claims: Sequence[Inverted]) -> tuple[list[Inverted], Tensor, Tensor]:
         """Step 4: claims, numbers of changed pixels (NaN where nothing was kept) and shares of hits."""
@@ -151,6 +179,14 @@ class Refine(Defense):
             for inv, size, delta in zip(claims, sizes, deltas, strict=True)
         ]
         return refined, sizes, shares
+
+
+def _masked(claims: Sequence[Inverted], masks: Tensor, patterns: Tensor, norms: Tensor) -> list[Inverted]:
+    """Claims with masks (K, 1, H, W) and patterns (K, C, H, W) in their place; as they were where the norm is NaN."""
+    return [
+        inv if norm.isnan() else replace(inv, mask=mask, pattern=pattern, delta=None)
+        for inv, mask, pattern, norm in zip(claims, masks, patterns, norms, strict=True)
+    ]
 
 
 def begun(claims: Sequence[Inverted], clean: ImageSet) -> tuple[Tensor, Tensor]:

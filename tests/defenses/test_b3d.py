@@ -168,6 +168,19 @@ def test_a_class_that_is_never_reached_counts_with_its_last_mask() -> None:
     assert float(outcome.verdict.label_scores[[0, 1, 3, 4, 5]].max()) == 0
 
 
+def test_few_classes_cost_as_many_and_may_start_where_something_is_known() -> None:
+    net, c = Planted(True), case(None)
+    masks, patterns, norms, shares = SMALL.invert(net, c.clean.images, torch.tensor([4, 2]), c.ctx)
+    assert net.images == 80 * 32 * 4 * 2
+    assert int(masks[1].argmax()) == 35 and float(norms[1]) == pytest.approx(float(masks[1].sum()), abs=1e-4)
+    assert float(norms[1]) < 6 and float(shares[1]) >= SMALL.success
+    still = B3D(steps=1, samples=2, batch=2, lr=1e-9)
+    start = 0.1 + 0.8 * torch.rand(2, 1, 6, 6), 0.1 + 0.8 * torch.rand(2, 1, 6, 6)
+    masks, patterns, norms, shares = still.invert(net, c.clean.images, torch.tensor([4, 2]), c.ctx, start=start)
+    assert torch.allclose(masks, start[0], atol=1e-5) and torch.allclose(patterns, start[1], atol=1e-5)
+    assert bool(norms.isnan().all())
+
+
 def test_every_draw_is_asked_on_every_row_of_the_batch() -> None:
     net = Planted(True)
     B3D(steps=3, samples=5, batch=128).run(case(net))  # 12 rows are all there are
@@ -179,7 +192,7 @@ def test_losses_are_cross_entropies_of_stamped_rows(monkeypatch: pytest.MonkeyPa
     gen = torch.Generator().manual_seed(5)
     x = torch.rand(3, 1, 6, 6, generator=gen)
     m, p = (torch.rand(5, 1, 6, 6, generator=gen) < 0.5).float(), torch.rand(5, 1, 6, 6, generator=gen)
-    loss, hit = B3D()._losses(case(Planted(True)), x, m, p, 2)
+    loss, hit = B3D()._losses(Planted(True), x, m, p, 2)
     net, hits = Planted(True), 0
     for j in range(5):
         answers = [net(((1 - m[j]) * row + m[j] * p[j])[None])[0] for row in x]

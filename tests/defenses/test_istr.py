@@ -129,6 +129,16 @@ def test_towards_a_target_every_label_is_reached_and_areas_decide() -> None:
     assert int((others != 0).sum()) == 0
 
 
+@pytest.mark.parametrize("net", [samples.badnets_net, samples.clean_net])
+def test_towards_a_target_steps_alone_have_no_verdict(net: Any) -> None:
+    found = IsTr(targeted=True, dms=False, natural=True, steps=4, step=0.25).run(case(net()))
+    # By votes several labels would be claimed, of a clean model too.
+    votes = slices.suspected(torch.tensor(found.chosen["rates"])).sum(0)
+    assert int((votes >= 9 * slices.VOTES).sum()) >= 3
+    assert (found.verdict, found.inverted, found.chosen["claimed"]) == (None, (), [])
+    assert (found.chosen["slices"], found.chosen["natural"], found.state) == ([], [], ({}, {"labels": []}))
+
+
 @pytest.mark.parametrize("kind", ["adaptive", "fixed"])
 def test_middle_slices(kind: str) -> None:
     found = IsTr(slices=kind, delta="invert", labels=1).run(case())

@@ -19,19 +19,23 @@ CPU = torch.device("cpu")
 
 
 class Corner(nn.Module):
-    """Class 1 where the lower right 2x2 pixels are bright enough, else class 0; never class 2."""
+    """Class 1 where 2x2 pixels, `inset` from the lower right corner, are bright enough, else class 0; never class 2."""
+
+    def __init__(self, inset: int = 0) -> None:
+        super().__init__()
+        self.at = slice(6 - inset, 8 - inset)
 
     def forward(self, x: Tensor) -> Tensor:
-        light = x[:, 0, -2:, -2:].mean((1, 2))
+        light = x[:, 0, self.at, self.at].mean((1, 2))
         return torch.stack([torch.zeros_like(light), 20 * (light - 0.4), torch.full_like(light, -9)], 1)
 
 
-def case() -> Any:
+def case(inset: int = 0) -> Any:
     spec = ModelSpec(arch="small_cnn", classes=3, shape=(1, 8, 8), norm=((0.5,), (0.5,)))
     data = samples.random_images(40, (1, 8, 8), 3)
     data = samples.images(data.images // 4, data.labels, 3)
     tune, val = data.rows(torch.arange(30)), data.rows(torch.arange(30, 40))
-    return SimpleNamespace(net=Corner(), spec=spec, clean=data, tune=tune, val=val, ctx=samples.ctx(3))
+    return SimpleNamespace(net=Corner(inset), spec=spec, clean=data, tune=tune, val=val, ctx=samples.ctx(3))
 
 
 def test_settings_are_published() -> None:
@@ -111,7 +115,7 @@ def test_one_update_is_that_of_the_losses_written_out(monkeypatch: pytest.Monkey
     draw = c.ctx.generator("draws")
     rows = torch.randperm(30, generator=draw)[:6]
     z, other = torch.rand(2, 6, 6, 4, generator=draw)
-    place = places[int(torch.randint(5, (), generator=draw))]
+    place = places[int(torch.randint(13, (), generator=draw))]
     patch = start(z)
     noisy = (patch + 0.1 * torch.randn(patch.shape, generator=draw)).view(6, 6, 1, 2, 2)
     loss = torch.zeros(())
@@ -164,12 +168,28 @@ def test_success_is_counted_on_other_classes_at_every_place() -> None:
     bank[1], bank[4, ::2] = 1.0, 1.0  # all patches of the first generator for class 1, half of the second's
     found = m.success(c.net, bank, c.val, 3, sites(8, 8, 2), c.ctx)
     n = int((c.val.labels != 1).sum())
-    assert found[1].tolist() == pytest.approx([0, 0, 0, (1 + math.ceil(n / 2) / n) / 2, 0])
-    assert found[2].tolist() == [0] * 5
+    wanted = [0.0] * 13
+    wanted[3] = (1 + math.ceil(n / 2) / n) / 2
+    # One pixel further in a patch covers one of the four pixels: a quarter of their light is not enough.
+    assert found[1].tolist() == pytest.approx(wanted)
+    assert found[2].tolist() == [0] * 13
 
 
-def test_a_patch_that_works_is_found_where_it_lies() -> None:
-    c = case()
+def test_places_are_corners_with_insets_and_the_centre() -> None:
+    found = sites(28, 32, 3)
+    assert len(found) == len(set(found)) == 13
+    for n in (0, 1, 2):
+        assert {(n, n), (n, 29 - n), (25 - n, n), (25 - n, 29 - n)} <= set(found)
+    assert found[-1] == (12, 14)
+    # A patch of 4 pixels on 8: two pixels in, all four corners meet in the centre. One as large as the image has one.
+    assert len(sites(8, 8, 4)) == 9
+    assert sites(4, 4, 4) == [(0, 0)]
+    assert sites(4, 5, 4) == [(0, 0), (0, 1)]
+
+
+@pytest.mark.parametrize("inset", [0, 1, 2])
+def test_a_patch_that_works_is_found_where_it_lies(inset: int) -> None:
+    c = case(inset)
     m = MESA(size=2, updates=60, batch=16, lr=0.03, noise=8, hidden=8, betas=(0.5, 0.9), threshold=0.6)
     # Clean images are dark and get class 0 always.
     found = m.run(c)
@@ -177,15 +197,15 @@ def test_a_patch_that_works_is_found_where_it_lies() -> None:
     assert v is not None
     assert v.label_scores.tolist()[2] == 0
     assert float(v.label_scores[1]) > 0.9
-    assert found.chosen["places"][1] == [6, 6]
+    assert found.chosen["places"][1] == [6 - inset, 6 - inset]
     claims = [i for i in found.inverted if i.target == 1]
     assert len(claims) == 12
-    assert all(float(i.mask.sum()) == float(i.mask[0, -2:, -2:].sum()) == 4 for i in claims)
+    assert all(float(i.mask.sum()) == float(i.mask[0, c.net.at, c.net.at].sum()) == 4 for i in claims)
     worn = torch.cat([apply(i, c.val.images / 255) for i in claims])
     assert float((c.net(worn).argmax(1) == 1).float().mean()) > 0.9
     # Variety is what the entropy buys: no two patches are alike.
     assert len({tuple(i.pattern.flatten().tolist()) for i in claims}) == 12
-    again = m.run(case())
+    again = m.run(case(inset))
     assert torch.equal(again.inverted[-1].pattern, found.inverted[-1].pattern)
 
 

@@ -140,6 +140,44 @@ def test_patterns_start_from_what_is_claimed(monkeypatch: pytest.MonkeyPatch) ->
         Refine(by="hand")  # type: ignore[arg-type]
 
 
+def test_b3d_is_told_labels_and_place_and_asks_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    real = module.B3D.invert
+
+    def watched(self: Any, net: Any, images: Any, targets: Any, ctx: Any, **about: Any) -> Any:
+        seen.update(about, targets=targets, method=self, scores=net(to_float(images[:3])))
+        ctx.cost.forwards = 0
+        return real(self, net, images, targets, ctx, **about)
+
+    monkeypatch.setattr(module.B3D, "invert", watched)
+    c = case(corner(8, 0.9), Inverted(target=4, delta=0.1 * torch.ones(1, 16, 16)))
+    c.net.train()
+    found = Refine(by="b3d", epochs=2, updates=10).run(c)
+    assert c.net.training
+    c.net.eval()
+    assert seen["targets"].tolist() == [0, 4]
+    method = seen["method"]
+    assert (method.steps, method.window, method.batch, method.samples, method.success) == (20, 10, 12, 50, 0.98)
+    assert torch.allclose(seen["scores"], predict(c.net, c.clean.images[:3]).softmax(1), atol=1e-5)
+    masks, patterns = seen["start"]
+    assert torch.equal(masks, begun(c.inner.inverted, c.clean)[0]) and patterns.shape == (2, 1, 16, 16)
+    assert (c.ctx.cost.forwards, c.ctx.cost.backwards) == (2 * 20 * 50 * 12, 0)
+    assert found.chosen["norms"][1] is None and found.inverted[1] is c.inner.inverted[1]
+    Refine(by="b3d", epochs=1, updates=1, start="random").run(c)
+    assert seen["start"] is None
+
+
+def test_b3d_shrinks_a_claim_where_it_lies() -> None:
+    c = case(corner(8, 0.9))
+    found = Refine(by="b3d", epochs=20, updates=10, weight=0.01, success=0.9).run(c)
+    (claim,) = found.inverted
+    assert found.verdict == VERDICT and claim.delta is None
+    assert float(claim.mask.sum()) == pytest.approx(found.chosen["norms"][0], abs=1e-3)
+    assert float(claim.mask.sum()) < float(begun(c.inner.inverted, c.clean)[0].sum()) / 2
+    assert float(claim.mask[:, 8:, 8:].sum()) > 0.5 * float(claim.mask.sum())
+    assert found.chosen["successes"][0] >= 0.9
+
+
 @pytest.mark.parametrize("by", ["masks", "pixels"])
 def test_after_istr_the_trigger_lies_on_the_patch(by: Any, isolated: Outcome) -> None:
     c = case()

@@ -29,7 +29,7 @@ from sleeperbench.published.judge import (
     spearman,
 )
 from sleeperbench.published.paper import TO, Faulty, Paper, of_suite, papers, read, ref
-from sleeperbench.published.results import Results, Unit
+from sleeperbench.published.results import RATELESS, Results, Unit
 from sleeperbench.schema import MEASUREMENTS
 
 ROOT = Path(__file__).parents[2]
@@ -259,6 +259,99 @@ def test_a_condition_puts_units_outside_a_claim() -> None:
     )
     assert one(elsewhere, awake + seeds("blended@0.1/none", "asr", 0.95)).verdict == HOLDS
     assert one(elsewhere, awake + seeds("blended@0.1/none", "asr", 0.5)).verdict == NOT_RUN
+
+
+def test_a_condition_is_asked_of_every_seed_by_itself() -> None:
+    sleeps = SLEEPS + '\ngiven = [{ metric = "asr", test = "<=", value = 0.2 }]'
+    woken = seeds("badnets@0.1/ft", "p_asr_ra", 0.1, 0.9, 0.15, 0.16)
+    (line,) = one(sleeps, woken + seeds("badnets@0.1/ft", "asr", 0.0, 0.6, 0.1, 0.2)).lines
+    # The mean over all four would be 0.3275, and their mean ASR 0.225.
+    assert (line.verdict, line.left["seeds"], line.difference["seeds"]) == (HOLDS, [0, 2, 3], [0, 2, 3])
+    assert line.left["mean"] == pytest.approx(0.41 / 3)
+    assert line.reason == "without seed 1: asr 0.6, not <= 0.2"
+    (line,) = one(sleeps, woken + seeds("badnets@0.1/ft", "asr", 0.3, 0.6, 0.3, 0.3)).lines
+    assert (line.verdict, line.reason) == (OUTSIDE, "condition not met: asr 0.375, not <= 0.2")
+    # A mean ASR of at most 0.2 lets no seed in that was not purified.
+    (line,) = one(sleeps, woken + seeds("badnets@0.1/ft", "asr", 0.0, 0.5, 0.0, 0.0)).lines
+    assert (line.verdict, line.left["seeds"]) == (HOLDS, [0, 2, 3])
+    # Two conditions, of which each lets in one seed.
+    asr = seeds("badnets@0.1/ft", "asr", 0.0, 0.6) + seeds("badnets@0.1/pam", "asr", 0.6, 0.0)
+    both = sleeps.replace("}]", '}, { metric = "asr", defense = "pam", test = "<=", value = 0.2 }]')
+    (line,) = one(both, woken[:2] + asr).lines
+    assert (line.verdict, line.reason.count("not <= 0.2")) == (OUTSIDE, 2)
+    # Where one fails under some seed and nobody measured the other, the claim may speak of the rest.
+    (line,) = one(both, woken[:2] + asr[:2]).lines
+    assert (line.verdict, line.reason.startswith("condition unknown: ")) == (NOT_RUN, True)
+    (line,) = one(both, woken[1:2] + asr[:2]).lines
+    assert (line.verdict, line.reason) == (OUTSIDE, "condition not met: asr 0.6, not <= 0.2")
+    (line,) = one(both, [*woken[:2], asr[0], asr[3]]).lines
+    assert (line.verdict, line.reason) == (NOT_RUN, "condition unknown: of no seed are all told")
+    # A seed whose condition nobody measured does not count; alone it leaves the claim open.
+    some = seeds("badnets@0.1/ft", "asr", 0.1)
+    (line,) = one(sleeps, woken + some).lines
+    assert (line.left["seeds"], line.reason) == ([0], "without seed 1, 2, 3")
+    (line,) = one(sleeps, woken[1:] + some).lines
+    assert (line.verdict, line.left["mean"]) == (NOT_RUN, None)
+
+
+def test_the_other_side_stands_over_the_same_seeds() -> None:
+    than = claim(
+        metric="p_asr_ra",
+        attack="badnets",
+        defense="ft",
+        test=">",
+        than='{ defense = "clean_model" }',
+        given='[{ metric = "asr", test = "<=", value = 0.2 }]',
+    )
+    found = seeds("badnets@0.1/ft", "p_asr_ra", 0.5, 0.0) + seeds("badnets@0.1/ft", "asr", 0.1, 0.9)
+    (line,) = one(than, found + seeds("badnets@0.1/clean_model", "p_asr_ra", 0.1, 0.9)).lines
+    assert (line.verdict, line.right["mean"], line.right["seeds"]) == (HOLDS, 0.1, [0])
+
+
+def test_a_pool_of_woken_models_is_over_the_purified_ones_seed_by_seed() -> None:
+    found = [*seeds("badnets@0.1/a", "p_asr_qra", 0.3, 0.5), *seeds("badnets@0.1/b", "p_asr_qra", 0.9, 0.7)]
+    found += [*seeds("badnets@0.1/a", "asr", 0.1, 0.1), *seeds("badnets@0.1/b", "asr", 0.8, 0.2)]
+    pooled = claim(
+        metric="p_asr_qra", attack="badnets", defense=["a", "b"], pool="mean", test=">", than='{ metric = "asr" }'
+    )
+    (line,) = one(pooled, found).lines
+    assert line.left["mean"] == pytest.approx((0.3 + 0.6) / 2)
+    assert line.right["mean"] == pytest.approx((0.1 + 0.15) / 2)  # of the same units under each seed
+    awake = [r for r in found if (r["metric"], r["defense"]) != ("asr", "b")]
+    (line,) = one(pooled, awake + seeds("badnets@0.1/b", "asr", 0.8, 0.8)).lines
+    assert (line.left["mean"], "1 of them never purified" in line.left["what"]) == (pytest.approx(0.4), True)
+    (line,) = one(pooled, awake).lines
+    assert (line.verdict, "b: asr: not measured" in line.reason) == (NOT_RUN, True)
+    # Of the other side of a claim too.
+    below = claim(
+        metric="p_asr_qra", attack="badnets", defense="pam", test="<", than='{ defense = ["a", "b"], pool = "max" }'
+    )
+    (line,) = one(below, found + seeds("badnets@0.1/pam", "p_asr_qra", 0.2, 0.6)).lines
+    assert line.right["mean"] == pytest.approx((0.3 + 0.7) / 2)
+
+
+def test_why_a_claim_has_no_unit() -> None:
+    found = seeds("badnets@0.1/ft", "asr", 0.1)
+    told = claim(metric="asr_bba", qualifier="queries=7000", test=">", value=0.5)
+    for more, reason in (
+        ("", "asr_bba[queries=7000]: not measured"),
+        ('\ndataset = "digits"\narch = "net"', "asr_bba[queries=7000]: not measured"),
+        ('\narch = "vgg"', "the run has digits with net"),
+        ('\ndataset = ["cifar10", "gtsrb"]', "the run has digits with net"),
+    ):
+        assert [(n.verdict, n.reason) for n in one(told + more, found).lines] == [(NOT_RUN, reason)]
+    assert one(told, []).lines[0].reason == "the run has no figures"
+
+
+def test_claims_on_what_woke_speak_of_purified_models() -> None:
+    """The claims of the safety paper on P-ASR, but for those on clean models, whose ASR nothing lowered."""
+    for c in papers()["superficial-safety"].claims:
+        left = c.compared.left
+        if left.metric == "p_asr_ra" and left.defenses != (ref("clean_model"),):
+            named = [g.left.defenses for g in c.given if (g.left.metric, g.test, g.value) == ("asr", "<=", 0.2)]
+            than = c.compared.than
+            other = than.defenses if than and not than.pool and than.defenses != (ref("clean_model"),) else None
+            assert None in named and other in named, c.id
 
 
 def test_what_the_protocol_gives_no_figure_is_outside_a_claim() -> None:
@@ -512,7 +605,7 @@ def test_shipped_papers_name_what_there_is() -> None:
             assert f.metric in metrics, f
             for kind in ("attack", "defense"):
                 named = getattr(f, kind)
-                assert named is None or set(named.id.split(":")) <= known[kind], named
+                assert named is None or set(named.id.split(":")) <= known[kind] | {"zoo"}, named
         for c in paper.claims:
             sides = [c.compared, *c.given]
             assert set(c.compared.left.to) <= known["defense"], c
@@ -531,8 +624,12 @@ def test_shipped_papers_name_what_there_is() -> None:
         ("paper-safety", "6", "badnets", "clean_model", "p_asr_ra", 0.0211),
         ("paper-safety", "9", "ssba", "pam", "p_asr_ra", 0.1426),
         ("paper-istr", "IV-mnist", "multi_trigger", "unlearn:mesa", "asr", 0.52715),
+        ("paper-istr", "5.1-gtsrb", "sin_wave", "istr", "pair_acc", 0.97),
+        ("paper-istr", "5.4-mnist", "multi_trigger{triggers=4}", "istr", "pair_tpr", 0.8647),
         ("paper-belt", "II-cifar10", "beltpp:badnets", "none", "excl", 0.8709),
         ("paper-belt", "IV-gtsrb", "belt:iad", "moth", "asr", 0.7730),
+        ("zoo-belt", "III", "zoo", "mntd", "det_auroc[attack=belt:badnets]", 0.7581),
+        ("zoo-belt", "III-scores", "beltpp:badnets", "mntd", "det_score", 7.55),
         ("sweep-excl-switches", "V", "beltpp:badnets", "none", "bound", 6.36),
         ("sweep-excl-switches", "V", "belt:badnets", "none", "bound[direction=off]", 6.41),
         ("sweep-excl-switches", "V", "belt:badnets", "none", "bound[dynamic=off]", 6.39),
@@ -549,6 +646,19 @@ def test_printed_figures(suite: str, table: str, attack: str, defense: str, metr
     assert found.value == pytest.approx(value)
 
 
+def test_accuracy_of_istr_is_over_pairs_and_labels_serve_correlations_alone() -> None:
+    paper = papers()["istr"]
+    printed = {f.metric for t in paper.tables.values() for f in t.figures}
+    assert {m for m in printed if m.startswith(("pair_", "label_"))} == {"pair_acc", "pair_tpr"}
+    counted = [(c.compared.left.metric, c) for c in paper.claims]
+    named = [c for m, c in counted if m in ("pair_acc", "pair_tpr")]
+    assert {c.compared.left.metric for c in named} == {"pair_acc", "pair_tpr"}
+    # Of the methods that the correlations are over, IsTr alone names pairs.
+    assert {d.id for c in named for d in c.compared.left.defenses or ()} == {"istr", "istr_reference"}
+    labels = [c for m, c in counted if str(m).startswith("label_")]
+    assert [c.compared.over for c in labels] == ["defense"] * 3
+
+
 def test_claims_of_a_paper_hold_in_its_own_tables() -> None:
     """Printed figures taken for a run: claims fail where the paper is at odds with itself, and only there."""
     for paper in papers().values():
@@ -556,7 +666,7 @@ def test_claims_of_a_paper_hold_in_its_own_tables() -> None:
             made = []
             for f in table.figures:
                 s, a, d = table.setting, f.attack or ref("none"), f.defense or ref("none")
-                rate = "" if a.id == "none" else f"@{s.get('rate', 0.1)}"
+                rate = "" if a.id in RATELESS else f"@{s.get('rate', 0.1)}"
                 made.append(
                     row(f"{s['dataset']}/{s['arch']}/{a.id}{rate}/{d.id}/s0", f.metric, f.value, qualifier=f.qualifier)
                     | {"attack": a.id + ("~x" if a.params else ""), "defense": d.id + (f"~{d}" if d.params else "")}
@@ -589,6 +699,29 @@ def test_suites_of_a_paper_are_named_by_it() -> None:
 
 BY_HAND = {f"{what}-{a}" for what in ("exclusivity-lifted", "centre-loss-lifts-further") for a in ("ssba", "iad")}
 """Claims on attacks of other rates, which suite paper-belt takes with `--attack` and `--rate`."""
+
+
+def test_printed_figures_of_a_zoo_stand_beside_those_of_a_run() -> None:
+    found = [
+        row("digits/small_cnn/zoo/mntd/s0", "det_auroc", v, qualifier=f"attack={a}")
+        for a, v in (("badnets", 0.9), ("belt:badnets", 0.7), ("beltpp:badnets", 0.6))
+    ]
+    found += [
+        row(f"digits/small_cnn/{a}/mntd/s0", "det_score", v)
+        for a, v in (("none", -1.0), ("badnets@0.1", 2.0), ("belt:badnets@0.1", 0.5), ("beltpp:badnets@0.1", 2.5))
+    ]
+    about = ABOUT | {"suite": {}}
+    judged = {j.claim.id: j for j in judge(papers()["belt"], Results(found), about) if "mntd" in j.claim.id}
+    lines = {n: j.lines[0] for n, j in judged.items()}
+    told = {n: (k.verdict, *(round(k.published[side], 6) for side in ("left", "right"))) for n, k in lines.items()}
+    assert told == {
+        "mntd-loses-on-belt": (HOLDS, 0.7581, 0.9563),
+        "mntd-loses-on-beltpp": (HOLDS, 0.7761, 0.9563),
+        "mntd-scores-plain-badnets-above-clean": (HOLDS, 12.14, 3.46),
+        "mntd-scores-belt-below-plain": (HOLDS, 7.34, 12.14),
+        "mntd-scores-beltpp-below-plain": (FAILS, 7.55, 12.14),
+    }
+    assert any("logits" in d for d in lines["mntd-scores-belt-below-plain"].differs)
 
 
 def test_some_suite_decides_every_claim_of_belt() -> None:
@@ -824,8 +957,11 @@ def test_what_is_carried_to_other_models_leaves_out_a_models_own() -> None:
         than='{ metric = "asr" }',
     )
     (line,) = one(pooled, found).lines
+    assert (line.verdict, line.reason) == (OUTSIDE, "none of its units was purified")  # of no pair both models were
+    purified = [r for r in found if r["metric"] != "asr"] + seeds("badnets@0.1/ft", "asr", 0.1)
+    (line,) = one(pooled, purified + seeds("badnets@0.1/pam", "asr", 0.2)).lines
     assert line.left["mean"] == pytest.approx(0.3)
-    assert line.right["mean"] == pytest.approx(0.25)
+    assert line.right["mean"] == pytest.approx(0.15)
     assert line.published == {"table": "", "unconfirmed": "", "left": 0.321}
 
 
