@@ -13,12 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from record import aged, machine, provenance
+from record import aged, combined, machine
 
 from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.rows import read_table
 from sleeperbench.published.judge import FAILS, HOLDS, NOT_RUN, OUTSIDE, Judged, Line, judge
-from sleeperbench.published.paper import of_suite
+from sleeperbench.published.paper import Claim, of_suite
 from sleeperbench.published.results import Results
 
 DOCS = Path(__file__).resolve().parent
@@ -35,7 +35,9 @@ def held(paper_name: str, runs: Sequence[Path]) -> dict[str, Any]:
     judged = judge(paper, Results(rows), abouts[0] | {"suite": suite})
     flags = flagged(c for run in runs for c in read_table(run / "cells.parquet"))
     trained = {d: n["train"] for d, n in suite.get("dataset_rows", {}).items() if "train" in n}
+    used = {m for j in judged if any(line.verdict in (HOLDS, FAILS) for line in j.lines) for m in metrics(j.claim)}
     return {
+        "about": combined(runs, rows, used),
         "paper": {"id": paper.id, "title": paper.title, "source": paper.source},
         "seeds": suite["seeds"],
         "rows": {d: trained.get(d, n["rows"]["train"]) for d, n in abouts[0]["datasets"].items()},
@@ -43,6 +45,13 @@ def held(paper_name: str, runs: Sequence[Path]) -> dict[str, Any]:
         "differs": differs(judged),
         "claims": [claim(j, flags) for j in judged],
     }
+
+
+def metrics(of: Claim) -> set[str]:
+    """Metrics that a claim compares or asks of its units."""
+    sides = [of.compared, *of.given]
+    named = [choice for s in sides for choice in (s.left, s.than, s.beside) if choice is not None]
+    return {choice.metric for choice in named if choice.metric}
 
 
 def claim(j: Judged, flags: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -74,6 +83,7 @@ def unit(line: Line, flags: Sequence[str]) -> dict[str, Any]:
         "left": side(line.left),
         "right": side(line.right),
         "firm": None if line.difference is None else line.difference["firm"],
+        **({"reason": line.reason} if line.reason else {}),
         "printed": {
             k: printed[k] for k in ("table", "left", "right", "unconfirmed") if printed.get(k) not in (None, "")
         },
@@ -109,6 +119,12 @@ def shown(of: Mapping[str, Any]) -> str:
     if "lower" in of and of.get("interval") != "single":
         text += f" ({of['lower']:.3g} to {of['upper']:.3g})"
     return text
+
+
+def figure(line: Mapping[str, Any]) -> str:
+    """Our side, whether it differs from the other within the spread of the seeds, and which seeds are not in it."""
+    text = shown(line["left"]) + (" within the spread of the seeds" if line["firm"] is False else "")
+    return text + (f"; {line['reason']}" if line.get("reason") else "")
 
 
 def other(line: Mapping[str, Any], test: str) -> str:
@@ -167,7 +183,7 @@ def section(name: str, run: Mapping[str, Any]) -> list[str]:
         (
             [
                 *(f"`{c['id']}`", line["unit"], "yes" if line["verdict"] == HOLDS else "no"),
-                shown(line["left"]) + (" within the spread of the seeds" if line["firm"] is False else ""),
+                figure(line),
                 *(other(line, c["test"]), printed(line), ", ".join(line["flags"])),
             ]
             for c in told
@@ -198,7 +214,8 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "it does not where that cannot be reached any more; else it is not run. None of these runs has a paper's size: "
         "read a verdict with what differs, and with its flags (`weak`: the attack did not implant well; `tuned`: a "
         "setting of it was found by trying; `collapsed`: in some seed the repair lost more than 10 points of accuracy, "
-        "or half of robust accuracy). Figures are fractions but for metrics with a unit; in brackets Student's 95 % "
+        "or half of robust accuracy). A claim on purified models is asked of them alone, seed by seed: a figure names "
+        "the seeds that are not in it. Figures are fractions but for metrics with a unit; in brackets Student's 95 % "
         "interval of three seeds or more, else the range.",
         *table(
             ["run", "paper", "suite", "claims", "hold", "do not hold", "not run"],
@@ -219,8 +236,7 @@ def main() -> int:
     if sys.argv[1:] != ["--again"]:
         name, paper, command, *folders = sys.argv[1:]
         runs = [Path(f) for f in folders]
-        about = provenance(runs[0], read_table(runs[0] / "measurements.parquet"))
-        out = {"command": command, "about": about} | held(paper, runs)
+        out = {"command": command} | held(paper, runs)
         (measured / f"claims-{name}.json").write_text(json.dumps(out, indent=1) + "\n")
     found = {p.stem.removeprefix("claims-"): json.loads(p.read_text()) for p in sorted(measured.glob("claims-*.json"))}
     (DOCS / "claims.md").write_text("\n".join(page(found)) + "\n")

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 import signals
-from record import aged, machine, provenance
+from record import aged, combined, machine
 from scipy.stats import rankdata, t
-from signals import BACK, BEC, DRAWS, FEWEST, NEAR, O_ASR, P_ASR, PURIFIED, WEIGHTS, plain, table
+from signals import BACK, BEC, DRAWS, FEWEST, NEAR, NET, O_ASR, P_ASR, PURIFIED, WEIGHTS, plain, table
 
 from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.rows import read_table
@@ -38,6 +38,7 @@ PAGES = {
 }
 """Name of a JSON -> that of its page."""
 TWIN = ("bec", "control=twin")
+CLEAN_P_ASR = ("p_asr_ra", "control=clean_model")
 SHIFT, NET_SHIFT = ("shift_target", ""), ("shift_target_net", "")
 PLACEBOS: dict[str, Key] = {
     "BEC, random channels": ("bec", "control=random"),
@@ -56,7 +57,15 @@ PREDICTORS: dict[str, Key] = {
     **PLACEBOS,
     "target shift, net of clean models": NET_SHIFT,
 }
+USED = (("c_acc", ""), O_ASR, P_ASR, NET, TWIN, SHIFT, *PREDICTORS.values())
+"""Figures that a page is made of; `collapsed` is told from those of the same evaluators."""
 TIMES = 5.0
+BESIDE = frozenset({"fine_pruning", "npd"})
+"""Defenses whose models hold tensors beside the attacked one's: bec gives them no distance of weights."""
+SEES_ALL = 3
+"""Version of bec from which that holds; earlier ones took the distance of the tensors that both have."""
+ORACLE, AWARE = "exact_purification", "pam"
+"""What other defenses are held against: purification with the true trigger, and the defense made against retuning."""
 
 
 def cells(runs: Sequence[Path]) -> list[Cell]:
@@ -109,6 +118,15 @@ def restored(of: Sequence[Mapping[str, Any]]) -> list[Cell]:
     return [dict(c) | {"flags": set(c["flags"]), "figures": {key(n): v for n, v in c["figures"].items()}} for c in of]
 
 
+def weighed(of: Sequence[Cell], version: int | list[int]) -> Sequence[Cell]:
+    """Cells of runs with this version of bec, without distances of weights that did not see all of the model."""
+    first = min(version) if isinstance(version, list) else version
+    for c in of:
+        if first < SEES_ALL and c["defense"].partition("~")[0] in BESIDE:
+            c["figures"].pop(WEIGHTS, None)
+    return of
+
+
 def net_of_controls(figures: dict[tuple[str, str], float]) -> None:
     """`p_asr_net` by ra's rule from the rows it stored, since runs before its version 3 took k = 0 off as well."""
     controls = [figures.get(("p_asr_ra", f"control={name}")) for name in ("clean_model", "clean_defended", "placebo")]
@@ -139,23 +157,32 @@ def collapsed(c: Cell) -> bool:
     return "collapsed" in c["flags"]
 
 
+def returns(c: Cell) -> bool:
+    """Whether a purified model comes back under the retuning attack, by the rule of the page."""
+    p, control = c["figures"][P_ASR], c["figures"].get(CLEAN_P_ASR)
+    return bool(p >= BACK or (control is not None and p >= TIMES * control and p > control))
+
+
 def pattern(of: Sequence[Cell]) -> str:
     """What the rule says of the cells of one attack and defense over its seeds."""
     words = []
     for c in of:
-        f = c["figures"]
-        o, p, control = f.get(("asr", "")), f.get(("p_asr_ra", "")), f.get(("p_asr_ra", "control=clean_model"))
-        if o is None or p is None:
-            words.append(f"no figure ({c['reasons'].get('p_asr_ra', 'not measured')})")
-        elif o > PURIFIED:
+        if O_ASR not in c["figures"] or P_ASR not in c["figures"]:
+            words.append(f"no figure ({why(c)})")
+        elif not purified(c):
             words.append("not purified")
-        elif p >= BACK or (control is not None and p >= TIMES * control and p > control):
-            words.append("comes back")
         else:
-            words.append("stays")
+            words.append("comes back" if returns(c) else "stays")
         if collapsed(c):
             words[-1] += " (collapsed)"
     return ", ".join(f"{words.count(w)} {w}" for w in dict.fromkeys(words))
+
+
+def of_purified(of: Sequence[Cell], key: Key) -> str:
+    """A figure over the purified seeds alone, `(n of m)` where these are not all that have it."""
+    there = [c for c in of if key in c["figures"]]
+    few = list(filter(purified, there))
+    return shown(values(few, key)) + (f" ({len(few)} of {len(there)})" if 0 < len(few) < len(there) else "")
 
 
 def superficial(all_cells: Sequence[Cell]) -> list[str]:
@@ -166,18 +193,19 @@ def superficial(all_cells: Sequence[Cell]) -> list[str]:
             groups[c["attack"], c["defense"]].append(c)
     lines = [
         "| attack | defense | seeds | C-Acc | O-ASR | P-ASR (RA) | k = 0 | clean model under RA | net of controls | "
-        "by seed |",
-        "|---" * 10 + "|",
+        "P-ASR of those not purified | by seed |",
+        "|---" * 11 + "|",
     ]
     for (attack, defense), of in sorted(groups.items()):
 
-        def take(metric: str, qualifier: str = "", of: Sequence[Cell] = of) -> str:
-            return shown([c["figures"][metric, qualifier] for c in of if (metric, qualifier) in c["figures"]])
+        def take(key: Key, of: Sequence[Cell] = of) -> str:
+            return shown([c["figures"][key] for c in of if key in c["figures"]])
 
+        awake = [c for c in of if O_ASR in c["figures"] and not purified(c)]
         lines.append(
-            f"| {attack} | {defense} | {len(of)} | {take('c_acc')} | {take('asr')} | {take('p_asr_ra')} | "
-            f"{take('p_asr_ra', 'control=k0')} | {take('p_asr_ra', 'control=clean_model')} | {take('p_asr_net')} | "
-            f"{pattern(of)} |"
+            f"| {attack} | {defense} | {len(of)} | {take(('c_acc', ''))} | {take(O_ASR)} | {of_purified(of, P_ASR)} | "
+            f"{of_purified(of, ('p_asr_ra', 'control=k0'))} | {take(CLEAN_P_ASR)} | "
+            f"{of_purified(of, NET)} | {share_ends(awake, P_ASR)} | {pattern(of)} |"
         )
     return lines
 
@@ -196,8 +224,9 @@ def undefended(of: Iterable[Cell], key: Key) -> list[Cell]:
 
 
 def changed(c: Cell) -> bool:
-    """Whether the defense moved the weights, by the rule of the page."""
-    return bool(c["figures"][WEIGHTS] < NEAR)
+    """Whether the defense left another model than the attacked one, by the rule of the page."""
+    f = c["figures"]
+    return bool(WEIGHTS not in f or min(f[WEIGHTS], f[BEC]) < NEAR)
 
 
 def purified(c: Cell) -> bool:
@@ -246,16 +275,24 @@ def interval(of: Sequence[float]) -> str:
     return ", ".join(map(plain, of)) if len(of) < 3 else f"{plain(mean)} ± {plain(room)}"
 
 
+def share_ends(of: Iterable[Cell], key: Key) -> str:
+    """Lowest to highest share in %, of the cells that have it; no mean."""
+    there = [c["figures"][key] for c in of if key in c["figures"]]
+    low, high = (f"{100 * f(there):.1f}" if there else "" for f in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
 # ---- what ranks models by how far they come back ---------------------------------------------------------------------
 def ranking(all_cells: Sequence[Cell]) -> tuple[dict[str, Key], list[Cell]]:
-    """The measures that there are, and the repaired models that have P-ASR and all of them."""
+    """The measures that there are, and the repaired models that have P-ASR and all of them, but for that of weights."""
     of = repaired(all_cells, P_ASR)
     there = {n: k for n, k in PREDICTORS.items() if any(k in c["figures"] for c in of)}
-    return there, repaired(of, WEIGHTS, *there.values())
+    return there, repaired(of, BEC, *(k for k in there.values() if k != WEIGHTS))
 
 
 def rank(of: Sequence[Cell], key: Key, other: Key = P_ASR) -> float:
-    """Spearman's correlation of a measure with P-ASR; NaN for fewer than three cells or a constant."""
+    """Spearman's correlation of a measure with P-ASR, of cells that have it; NaN for fewer than three or a constant."""
+    of = [c for c in of if key in c["figures"]]
     return float(spearman(np.array([[values(of, key), values(of, other)]]))[0])
 
 
@@ -272,9 +309,10 @@ def spearman(pairs: np.ndarray) -> np.ndarray:
 
 def bootstrap(groups: Mapping[Any, list[Cell]], key: Key) -> str:
     """The 95 % interval of the rank correlation over groups drawn with replacement; empty below `FEWEST` groups."""
-    if len(groups) < FEWEST:
+    there = [[c for c in of if key in c["figures"]] for of in groups.values()]
+    each = [np.array([values(of, key), values(of, P_ASR)]) for of in there if of]
+    if len(each) < FEWEST:
         return ""
-    each = [np.array([values(of, key), values(of, P_ASR)]) for of in groups.values()]
     picks = np.random.default_rng(0).integers(len(each), size=(DRAWS, len(each)))
     by_size: dict[int, list[np.ndarray]] = defaultdict(list)
     for pick in picks:
@@ -300,28 +338,31 @@ def predictions(all_cells: Sequence[Cell]) -> list[str]:
     moved = [c for c in used if changed(c)]
     few = [c for c in moved if purified(c)]
     by_model = grouped(moved, attacked)
-    head = ["measure", f"all {len(used)}", f"weights changed, {len(moved)}", "by attacked model"]
+    head = ["measure", f"all {len(used)}", f"changed, {len(moved)}", "by attacked model"]
     head += ["95 % over defenses", "95 % over attacked models", f"changed and purified, {len(few)}"]
     body = []
     for name, key in there.items():
         apart = ", ".join(plain(rank(of, key)) for of in by_model.values())
         rooms = [bootstrap(grouped(moved, by), key) for by in (defense, attacked)]
+        counts = [sum(key in c["figures"] for c in of) for of in (used, moved, few)]
+        if counts[0] < len(used):
+            name += f" (of {counts[0]}, {counts[1]} and {counts[2]})"
         body.append([name, plain(rank(used, key)), plain(rank(moved, key)), apart, *rooms, plain(rank(few, key))])
     return table(head, body)
 
 
 def asleep(all_cells: Sequence[Cell]) -> list[str]:
-    """The purified models, those that come back farthest first."""
+    """The models that are changed and purified, those that come back farthest first."""
     there, used = ranking(all_cells)
     shown_keys = {n: k for n, k in there.items() if k in (BEC, *PLACEBOS.values(), NET_SHIFT)}
-    few = sorted(filter(purified, used), key=lambda c: -c["figures"][P_ASR])
+    few = sorted((c for c in used if purified(c) and changed(c)), key=lambda c: -c["figures"][P_ASR])
     return table(
         ["attack", "defense", "seed", "P-ASR (RA)", *shown_keys],
-        (
+        [
             [c["attack"], c["defense"] + " (collapsed)" * collapsed(c), c["seed"], f"{100 * c['figures'][P_ASR]:.1f}"]
-            + [plain(c["figures"][k]) for k in shown_keys.values()]
+            + [plain(c["figures"].get(k, math.nan)) for k in shown_keys.values()]
             for c in few
-        ),
+        ],
     )
 
 
@@ -344,8 +385,8 @@ def existence(all_cells: Sequence[Cell]) -> list[str]:
 
 
 def compared(all_cells: Sequence[Cell], key: Key) -> list[Cell]:
-    """Repaired models of other weights that have BEC and this form of it."""
-    return [c for c in repaired(all_cells, BEC, key, WEIGHTS) if changed(c)]
+    """Repaired models that changed and have BEC and this form of it."""
+    return [c for c in repaired(all_cells, BEC, key) if changed(c)]
 
 
 def gaps(of: Sequence[Cell], key: Key) -> list[float]:
@@ -356,7 +397,7 @@ def gaps(of: Sequence[Cell], key: Key) -> list[float]:
 
 
 def differences(all_cells: Sequence[Cell]) -> list[str]:
-    """How BEC differs from its placebos and variants among models of other weights."""
+    """How BEC differs from its placebos and variants among models that changed."""
     body = []
     for name, key in {**PLACEBOS, **VARIANTS}.items():
         if of := compared(all_cells, key):
@@ -387,7 +428,7 @@ def shifted(all_cells: Sequence[Cell]) -> list[str]:
 # ---- in words --------------------------------------------------------------------------------------------------------
 def conclusions(all_cells: Sequence[Cell]) -> list[str]:
     """What the figures bear out; each sentence by a rule on them."""
-    about = (about_attacks, about_placebos, about_twins, about_rank, about_sleepers, about_shift)
+    about = (about_attacks, about_repairs, about_placebos, about_twins, about_rank, about_sleepers, about_shift)
     return [f"- {sentence}" for f in about for sentence in f(all_cells)]
 
 
@@ -403,6 +444,50 @@ def about_attacks(all_cells: Sequence[Cell]) -> list[str]:
     ]
 
 
+def about_repairs(all_cells: Sequence[Cell]) -> list[str]:
+    """Per attack which defenses purify without collapse, and which of these models come back."""
+    return [
+        about_attack(attack, of, [c for c in all_cells if c["attack"] == attack and c["defense"] == "clean_model"])
+        for attack, of in grouped(repaired(all_cells, O_ASR), lambda c: c["attack"]).items()
+    ]
+
+
+def about_attack(attack: str, of: Sequence[Cell], clean: Sequence[Cell]) -> str:
+    """The same of one attack: its repaired models, and the clean model under the same retuning attack."""
+    runs = grouped(of, defense)
+    sound = {d: [c for c in mine if purified(c) and not collapsed(c)] for d, mine in runs.items()}
+    there = {d: [c for c in mine if P_ASR in c["figures"]] for d, mine in sound.items()}
+
+    def told(d: str) -> str:
+        text = f"{d} ({len(sound[d])} of {len(runs[d])} seeds"
+        if there[d]:
+            text += f", {sum(map(returns, there[d]))} of {len(there[d])} back, P-ASR {share_ends(there[d], P_ASR)} %"
+            text += f", net {share_ends(there[d], NET)} %"
+        elif sound[d]:
+            text += f", no P-ASR: {', '.join(sorted({why(c) for c in sound[d]}))}"
+        return text + ")"
+
+    others = [d for d in sound if sound[d] and d not in (ORACLE, AWARE)]
+    groups = {
+        "some come back": [d for d in others if any(map(returns, there[d]))],
+        "none comes back": [d for d in others if there[d] and not any(map(returns, there[d]))],
+        "none has P-ASR": [d for d in others if not there[d]],
+    }
+    parts = [f"{attack}: {len(others)} defenses beside {ORACLE} and {AWARE} purify in some seed without collapse"]
+    parts += [f"Of the models of {len(g)} {words}: {'; '.join(map(told, g))}" for words, g in groups.items() if g]
+    parts.append(f"Against these: {'; '.join(told(d) if d in runs else f'{d} (not run)' for d in (ORACLE, AWARE))}")
+    controls = [c for c in clean if P_ASR in c["figures"]]
+    parts += [f"The clean model under the same attack: P-ASR {share_ends(controls, P_ASR)} %"] if controls else []
+    lost = [d for d, mine in runs.items() if not sound[d] and any(map(purified, mine))]
+    parts += [f"Only with collapse: {', '.join(lost)}"] if lost else []
+    return ". ".join(parts) + "."
+
+
+def why(c: Cell) -> str:
+    """Why a cell has no P-ASR."""
+    return str(c["reasons"].get("p_asr_ra", "not measured"))
+
+
 def about_placebos(all_cells: Sequence[Cell]) -> list[str]:
     """How BEC compares with its placebos."""
     said = []
@@ -416,8 +501,8 @@ def about_placebos(all_cells: Sequence[Cell]) -> list[str]:
         found = gaps(of, PLACEBOS[name])
         mean, room = mean_and_room(found)
         text = (
-            f"BEC and its figure from {what} order the {len(of)} repaired models of other weights with a rank "
-            f"correlation of {plain(rank(of, BEC, PLACEBOS[name]))}; BEC minus it is {interval(found)}"
+            f"BEC and its figure from {what} order the {len(of)} changed models that have both with a rank correlation "
+            f"of {plain(rank(of, BEC, PLACEBOS[name]))}; BEC minus it is {interval(found)}"
         )
         if len(found) >= 3:
             which = "higher" if mean > 0 else "lower"
@@ -450,25 +535,26 @@ def about_rank(all_cells: Sequence[Cell]) -> list[str]:
         for name in ("BEC", "BEC, random channels", "O-ASR")
     ]
     return [
-        f"{len(used) - len(moved)} of the {len(used)} repaired models have the attacked model's weights. Without them "
+        f"{len(used) - len(moved)} of the {len(used)} repaired models with P-ASR and BEC are unchanged. Without them "
         f"the rank correlations with P-ASR are: {', '.join(found)}."
     ]
 
 
 def about_sleepers(all_cells: Sequence[Cell]) -> list[str]:
-    """What happens among purified models."""
+    """What happens among models that are changed and purified."""
     there, used = ranking(all_cells)
     few = [c for c in used if purified(c) and changed(c)]
     whole = [c["defense"] for c in few if not collapsed(c)]
     told = [f"{whole.count(d)} of {d}" for d in sorted(set(whole))]
     said = [
-        f"Of the {len(few)} purified models {len(few) - len(whole)} collapsed by the protocol's rule, so that they "
-        f"lost accuracy with the backdoor and count as failures; the others are {', '.join(told) or 'none'}."
+        f"{len(few)} changed models with P-ASR and BEC are purified. {len(few) - len(whole)} of them collapsed by the "
+        "protocol's rule, so that they lost accuracy with the backdoor and count as failures; the others are "
+        f"{', '.join(told) or 'none'}."
     ]
     if len(few) < 3:
-        return [*said, f"{len(few)} purified models have P-ASR and BEC: too few to rank."]
+        return [*said, f"These {len(few)} are too few to rank."]
     bound = needed(len(few))
-    text = f"Among the {len(few)} purified models BEC ranks P-ASR with {plain(rank(few, BEC))}"
+    text = f"Among these {len(few)} BEC ranks P-ASR with {plain(rank(few, BEC))}"
     if not math.isnan(bound):
         reach = [n for n, k in there.items() if abs(rank(few, k)) >= bound - 1e-9]
         text += (
@@ -479,9 +565,9 @@ def about_sleepers(all_cells: Sequence[Cell]) -> list[str]:
     said.append(text + ".")
     if woken and quiet:
         said.append(
-            f"Purified models with a P-ASR of at least {100 * BACK:.0f} %: {len(woken)}, BEC {ends(values(woken, BEC))}"
-            f", net shift {ends(values(woken, NET_SHIFT))}. The {len(quiet)} below it: BEC {ends(values(quiet, BEC))}, "
-            f"net shift {ends(values(quiet, NET_SHIFT))}."
+            f"Of these with a P-ASR of at least {100 * BACK:.0f} %: {len(woken)}, BEC {ends(values(woken, BEC))}, net "
+            f"shift {ends(values(woken, NET_SHIFT))}. The {len(quiet)} below it: BEC {ends(values(quiet, BEC))}, net "
+            f"shift {ends(values(quiet, NET_SHIFT))}."
         )
     return said
 
@@ -503,20 +589,20 @@ def about_shift(all_cells: Sequence[Cell]) -> list[str]:
         "Target shift, which takes no figure from an attacked model, lies above all clean models in "
         f"{sum(map(above, of))} of {len(of)} attacked models, each trained by itself"
         + "".join(f", in {p}" for p in parts)
-        + "."
+        + ("; those trained anew and those without P-ASR are counted too." if parts else ".")
     ]
 
 
 def page(name: str, about: Mapping[str, Any]) -> list[str]:
     """The page, from what the JSON holds."""
-    all_cells = restored(about["cells"])
+    all_cells = weighed(restored(about["cells"]), about.get("methods", {}).get("evaluator/bec", 0))
     tuned = sorted({c["attack"] for c in all_cells if "tuned" in c["flags"]})
     reduced = sorted({c["defense"] for c in all_cells if "reduced" in c["flags"]})
     sets, archs = (", ".join(sorted({c[k] for c in all_cells})) for k in ("dataset", "arch"))
     seeds = len({c["seed"] for c in all_cells})
     models = len(grouped(ranking(all_cells)[1], attacked))
     room = 100 * max((c["room"] for c in all_cells), default=0.0)
-    why = (
+    reason = (
         f"Intervals over attacked models are left out: {models} have P-ASR, and {FEWEST} are the fewest of which a "
         "bootstrap is made."
         if models < FEWEST
@@ -547,7 +633,9 @@ def page(name: str, about: Mapping[str, Any]) -> list[str]:
         "by more than 10 points, or robust accuracy is below half of the clean models'. A small figure that is 5 times "
         "a smaller one comes back by this rule too: read it beside the net column, which takes off the largest "
         "of what the attack does to models without this backdoor, by ra's rule of version 3 from the stored "
-        "controls. k = 0 is the same tuning on clean rows alone.",
+        "controls. k = 0 is the same tuning on clean rows alone. P-ASR, k = 0 and net are over the purified seeds "
+        "alone, with their number where it is not all of them. In a model that was not purified nothing woke: its "
+        "P-ASR enters no mean and stands in a column of its own, from the lowest to the highest.",
         *("", *superficial(all_cells), "", "## BEC beside its controls", ""),
         "[BEC](methods/bec.md) is 1 for the attacked model and 0 for a model as unlike it as a clean one. The same "
         "figure from channels drawn at random (mean, lowest and highest of the draws), from the same images without "
@@ -555,9 +643,11 @@ def page(name: str, about: Mapping[str, Any]) -> list[str]:
         "channels, of the trigger, or of any image. Behind BatchNorm, as the mean of the layers' own ratios, and with "
         "the unbiased estimator it is the same question put otherwise. A figure per seed:",
         *("", *existence(all_cells), ""),
-        f"Among models whose weights changed, which is where the figure from weights is below {NEAR}, so where the "
-        "model has moved by at least 1 % of a clean model's distance. The mean is over attacked models, of the mean "
-        "over the models repaired from each, with Student's 95 % interval; attacked models of one seed share their "
+        f"Among *changed* models: those whose figure from weights or BEC is below {NEAR}, so that weights or features "
+        "moved by more than 1 % of a clean model's distance. New running statistics of BatchNorm move features and "
+        "leave the weights. A model to which the defense added tensors, such as an inserted layer or a gate, is "
+        "changed too, and has no figure from weights. The mean is over attacked models, of the mean over the models "
+        "repaired from each, with Student's 95 % interval; attacked models of one seed share their "
         "clean models, so that it is somewhat too narrow.",
         *("", *differences(all_cells), ""),
         "Positive control: a model with the same trigger and poisoned rows, trained anew, has the backdoor and should "
@@ -565,12 +655,13 @@ def page(name: str, about: Mapping[str, Any]) -> list[str]:
         "the spread that chance gives: each clean model against the other two.",
         *("", *twins(all_cells), "", "## What predicts that a model comes back", ""),
         f"Spearman's rank correlation with P-ASR under the retuning attack over repaired models that have all these "
-        f"figures, from {models} attacked models. Models that are the attacked model itself have BEC 1, distance 0 and "
-        "its P-ASR, and tie every measure to P-ASR without a repair: *weights changed* leaves out those whose figure "
-        f"from weights is {NEAR} or above. By attacked model: each alone, in the order of attacks and seeds. Over "
-        "defenses: a bootstrap over the defenses whose weights changed, for these attacked models alone; other "
-        f"attacked models are not in it. {why} Purified models (O-ASR of at most 20 %) are too few for either.",
-        *("", *predictions(all_cells), "", "The purified models, each:"),
+        f"figures, from {models} attacked models. A figure from weights they may lack; its row then says how many have "
+        "it. Unchanged models are the attacked one or nearly so, and tie every measure to P-ASR without a repair: "
+        "*changed*, by the rule above, leaves them out. By attacked model: each alone, in the order of attacks and "
+        "seeds. Over defenses: a bootstrap over the defenses that changed their models, for these attacked models "
+        f"alone; other attacked models are not in it. {reason} Purified models (O-ASR of at most 20 %) are too few for "
+        "either.",
+        *("", *predictions(all_cells), "", "The changed models that are purified, each:"),
         *("", *asleep(all_cells), "", "## Target shift", ""),
         "[Target shift](methods/target_shift.md): 0 where the trigger moves the features nowhere towards the target "
         "class, 1 where it moves them the whole way. Ranges are over models; nothing is fitted.",
@@ -589,7 +680,8 @@ def written(name: str, command: str, runs: Sequence[Path]) -> None:
         needed = signals.kept()
         for c in of:
             c["figures"] = {k: v for k, v in c["figures"].items() if k in needed}
-    out = {"command": command} | provenance(runs[0], read_table(runs[0] / "measurements.parquet")) | more
+    rows = [r for run in runs for r in read_table(run / "measurements.parquet")]
+    out = {"command": command} | combined(runs, rows, {k[0] for k in USED}) | more
     (DOCS / "measured" / f"{name}.json").write_text(json.dumps(out | {"cells": stored(of)}, indent=1) + "\n")
 
 

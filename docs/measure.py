@@ -116,7 +116,9 @@ def collect(run: Path, kind: str, name: str) -> tuple[dict[str, Any], list[dict[
     if kind == "evaluator":
         rows = [r for r in rows if r["evaluator"] == name]
         told = {r["cell"] for r in rows if r["value"] is not None}
-        rows = [r for r in rows if r["cell"] in told or r["defense"] != "none"]
+        # Why a repaired model has no figure is told, unless nothing was attacked.
+        attacked = {r["cell"] for r in rows if r["defense"] != "none" and plugin(r["attack"]) != "none"}
+        rows = [r for r in rows if r["cell"] in told | attacked]
     else:
         known = {name, *controls(kind, name)}
         rows = [r for r in rows if plugin(r[kind]) in known]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,26 @@ def provenance(run: Path, rows: list[dict]) -> dict:
     }
 
 
+def combined(runs: Sequence[Path], rows: Sequence[Mapping[str, Any]], metrics: Collection[str]) -> dict[str, Any]:
+    """Provenance of runs that are read as one: the first's, with the methods and the evaluation time of all.
+
+    Args:
+        runs: Run folders of one suite.
+        rows: The measurements of all of them.
+        metrics: Those that are used; the evaluators that gave them stand with the methods.
+    """
+    found: dict[str, set[int]] = {}
+    for run in runs:
+        for method, version in methods(run).items():
+            found.setdefault(method, set()).add(version)
+    for r in rows:
+        if r["metric"] in metrics and r["value"] is not None:
+            found.setdefault(f"evaluator/{r['evaluator']}", set()).add(r["method_version"])
+    return provenance(runs[0], list(rows)) | {
+        "methods": {m: next(iter(v)) if len(v) == 1 else sorted(v) for m, v in sorted(found.items())}
+    }
+
+
 def spent(run: Path) -> dict[str, int]:
     """Core-seconds of all tasks that the run computed, and seconds from the first one's start to the last one's end."""
     file = run / "tasks.jsonl"
@@ -79,19 +99,20 @@ def methods(run: Path) -> dict[str, int]:
     return {f"{p['kind']}/{p['id']}": p["method_version"] for p in used if p["kind"] in ("attack", "defense")}
 
 
-def older(versions: Mapping[str, int], registry: Registry) -> list[str]:
-    """Built-in methods whose version has risen since a run, by kind/id."""
+def older(versions: Mapping[str, int | list[int]], registry: Registry) -> list[str]:
+    """Built-in methods whose version has risen since a run, by kind/id; several versions where runs differ."""
     found = []
     for method, version in sorted(versions.items()):
         kind, _, name = method.partition("/")
         outer = name.partition(":")[0]
         now = {p.id: p.blueprint.info["version"] for p in registry.of(kind) if p.id == outer}
-        if outer in now and now[outer] != version:
-            found.append(f"`{name}` ({version}, now {now[outer]})")
+        had = version if isinstance(version, list) else [version]
+        if outer in now and had != [now[outer]]:
+            found.append(f"`{name}` ({' and '.join(map(str, had))}, now {now[outer]})")
     return found
 
 
-def aged(versions: Mapping[str, int], registry: Registry) -> list[str]:
+def aged(versions: Mapping[str, int | list[int]], registry: Registry) -> list[str]:
     """The sentence of a page whose run had earlier versions; nothing where it had none."""
     old = older(versions, registry)
     return [f"Measured with an earlier version of {', '.join(old)}."] if old else []

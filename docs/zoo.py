@@ -1,6 +1,7 @@
-"""Writes docs/zoo.md and its JSON from runs of suite `zoo`: `python docs/zoo.py NAME "COMMAND" RUN [RUN ...]`.
+"""Writes docs/zoo.md and its JSON from runs of suites `zoo*`: `python docs/zoo.py NAME "COMMAND" RUN [RUN ...]`.
 
-How well each detector tells backdoored models from clean ones, at its own threshold and whatever the threshold.
+How well each detector tells backdoored models from clean ones, at its own threshold and whatever the threshold; and
+of runs of suite `zoo-inputs`, how well each tells triggered inputs from clean ones.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from record import machine, provenance
+from record import aged, combined, machine
 
+from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.rows import read_table
 
 DOCS = Path(__file__).resolve().parent
@@ -25,6 +27,8 @@ BESIDE = {
     "det_missing_clean": "clean without verdict",
 }
 """Columns of figures that tables before version 4 of detection_zoo lack."""
+INPUTS = {"input_auroc": "AUROC", "input_tpr_fpr5": "TPR at 5 % FPR"}
+"""What is said of detectors of inputs."""
 
 
 def detectors(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[tuple[str, str], Mapping[str, Any]]]:
@@ -91,19 +95,49 @@ def took(rows: Sequence[Mapping[str, Any]], done: Iterable[Mapping[str, Any]]) -
     return own | found
 
 
+def inputs(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The figures of detectors of inputs, one per model."""
+    return [r for r in rows if r["metric"] in INPUTS and not r["qualifier"] and r["value"] is not None]
+
+
+def by_model(rows: Sequence[Mapping[str, Any]], seconds: Mapping[tuple[str, str], Sequence[float]]) -> list[str]:
+    """A line per detector of inputs: the mean over models, and of each attack with the lowest and the highest model."""
+    attacks = sorted({r["attack"] for r in rows})
+    heads = [f"{title}, {a}" for title in INPUTS.values() for a in attacks]
+    text = ["| data set | detector | models | " + " | ".join([*INPUTS.values(), *heads]) + " | core-seconds a model |"]
+    text.append("|---" * (4 + len(INPUTS) + len(heads)) + "|")
+    for place in sorted({(r["dataset"], r["defense"]) for r in rows}):
+        own = [r for r in rows if (r["dataset"], r["defense"]) == place]
+        each = {
+            m: {a: [100 * r["value"] for r in own if (r["metric"], r["attack"]) == (m, a)] for a in attacks}
+            for m in INPUTS
+        }
+        whole = [statistics.fmean(v for of in each[m].values() for v in of) for m in INPUTS]
+        parts = [
+            f"{statistics.fmean(of):.1f} ({min(of):.0f} to {max(of):.0f})" if of else ""
+            for m in INPUTS
+            for of in each[m].values()
+        ]
+        cost = f"{statistics.median(seconds[place]):.1f}" if place in seconds else ""
+        models = str(len({r["cell"] for r in own}))
+        text.append("| " + " | ".join([*place, models, *(f"{x:.1f}" for x in whole), *parts, cost]) + " |")
+    return text
+
+
 def main() -> int:
     """Write both files."""
     name, command, *folders = sys.argv[1:]
     runs = [Path(f) for f in folders]
     rows = [r for run in runs for r in read_table(run / "measurements.parquet")]
     cells = [c for run in runs for c in read_table(run / "cells.parquet")]
-    about, found, clean = provenance(runs[0], rows), detectors(rows), kinds(cells)
+    found, clean, seen = detectors(rows), kinds(cells), inputs(rows)
+    about = combined(runs, rows, {metric for figures in found.values() for metric, _ in figures} | INPUTS.keys())
     flags: dict[tuple[str, str], set[str]] = {}
     for c in (c for c in cells if c["status"] == "ok"):
         flags.setdefault((c["dataset"], c["defense"]), set()).update(filter(None, c["flag"].split(";")))
     done = (json.loads(text) for run in runs for text in (run / "tasks.jsonl").read_text().splitlines())
     seconds = took(rows, done)
-    out = [{k: r[k] for k in FIELDS} for figures in found.values() for r in figures.values()]
+    out = [{k: r[k] for k in FIELDS} for r in (*(r for f in found.values() for r in f.values()), *seen)]
     (DOCS / "measured" / f"{name}.json").write_text(
         json.dumps({"command": command} | about | {"clean_kinds": clean, "rows": out}, indent=1) + "\n"
     )
@@ -147,12 +181,25 @@ def main() -> int:
         * ("det_tpr_fpr5" in more),
         "",
         f"Backdoored models are those whose attack implanted. Left out: {absent(cells) or 'none'}.",
+        *aged(about.get("methods", {}), Registry.discover("none")),
         *("", *text, "", "AUROC of each attack against all clean models:", "", *by_attack),
+        *_of_inputs(seen, seconds),
         *("", f"All rows: [{name}.json](measured/{name}.json)."),
     ]
     (DOCS / "zoo.md").write_text("\n".join(page) + "\n")
     print(f"wrote docs/zoo.md and docs/measured/{name}.json: {len(found)} detectors")
     return 0
+
+
+def _of_inputs(rows: Sequence[Mapping[str, Any]], seconds: Mapping[tuple[str, str], Sequence[float]]) -> list[str]:
+    """The section on detectors of inputs; nothing where none ran."""
+    if not rows:
+        return []
+    said = (
+        "Clean and triggered test images, shuffled and unlabelled, on models whose attack implanted. Means over "
+        "models, of each attack in brackets the lowest and the highest model. 50 is chance for AUROC, 5 for the other."
+    )
+    return ["", "## Detectors of inputs", "", said, "", *by_model(rows, seconds)]
 
 
 if __name__ == "__main__":

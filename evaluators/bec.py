@@ -42,9 +42,11 @@ class BackdoorExistence(Evaluator):
 
     Controls, as rows of `bec`: each clean model against the other two (`control=clean`), random channels
     (`control=random`), the same channels on the images without trigger (`control=clean_inputs`), and
-    1 - |D - A| / mean |C - A| of all weights (`control=weights`), which has the same anchors and sees no image. On the
-    undefended cell a model with the same backdoor, trained anew (`control=twin`); one that does not answer to these
-    triggered images, because its trigger was learnt with it, has none (`other_trigger`).
+    1 - |D - A| / mean |C - A| of all weights (`control=weights`), which has the same anchors and sees no image; a model
+    with tensors beside the attacked one's, such as an inserted layer or a gate, has none (`other_architecture`), since
+    the distance would not see them. On the undefended cell a model with the same backdoor, trained anew
+    (`control=twin`); one that does not answer to these triggered images, because its trigger was learnt with it, has
+    none (`other_trigger`).
 
     A model that does not come from the attacked one has no coefficient (`not_a_descendant`): what would be its figure
     stands as `control=no_lineage`; that of a clean model which is one of the three is held against the other two.
@@ -68,7 +70,7 @@ class BackdoorExistence(Evaluator):
         "through Re-Activation Attack}, author={Zhu, Mingli and Liang, Siyuan and Wu, Baoyuan}, "
         "booktitle={Advances in Neural Information Processing Systems}, year={2024}}",
         "kind": "existence",
-        "version": 2,
+        "version": 3,
         "api": 1,
         "micro": {"rows": 40, "pairs": 40, "draws": 2},
         "effort": ["rows", "pairs", "draws"],
@@ -171,7 +173,7 @@ class BackdoorExistence(Evaluator):
             by_draw = [ratio(biased) for biased, _ in conv[1:]]
             rows += [
                 _row("bec", ratio(untriggered[0][0]), "dead_channels", control="clean_inputs"),
-                _row("bec", closeness(net, attacked, clean), "no_room", control="weights"),
+                _weighed(net, attacked, clean),
                 _row("bec", _mean(by_draw), "dead_channels", control="random"),
                 *_repeated(by_draw, "draw", control="random"),
             ]
@@ -302,6 +304,13 @@ def closeness(net: Classifier, attacked: Classifier, clean: Sequence[Classifier]
 
     apart = _mean([distance(c) for c in clean])
     return 1 - distance(net) / apart if apart > 0 else math.nan
+
+
+def _weighed(net: Classifier, attacked: Classifier, clean: Sequence[Classifier]) -> Measurement:
+    """The row of `control=weights`; null where the defense added tensors, which no distance to A's weights sees."""
+    if set(net.state_dict()) - set(attacked.state_dict()):
+        return _row("bec", math.nan, "other_architecture", control="weights")
+    return _row("bec", closeness(net, attacked, clean), "no_room", control="weights")
 
 
 def weights(net: Classifier, attacked: Classifier) -> list[tuple[Tensor, Tensor]]:

@@ -85,13 +85,21 @@ def run(folder: Path, seed: int, **values: float) -> Path:
     for defense, value in values.items():
         told = {"dataset": "digits", "arch": "net", "attack": "badnets", "rate": 0.1, "defense": defense, "seed": seed}
         told |= {"cell": f"digits/net/badnets@0.1/{defense}/s{seed}", "attack_params": "{}", "defense_params": "{}"}
-        told |= {"metric": "p_asr_ra", "value": value, "status": "ok", "flag": "weak" if defense == "nad" else ""}
-        env = '{"torch": "2", "machine": "m", "cpu": "c"}'
-        made.append(blank | told | {"task_key": defense, "started": 0.0, "env": env})
+        told |= {"status": "ok", "flag": "weak" if defense == "nad" else "", "started": 0.0}
+        told |= {"env": '{"torch": "2", "machine": "m", "cpu": "c"}', "cpu_seconds": 2.0}
+        for metric, figure, evaluator in (
+            ("p_asr_ra", value, "ra"),
+            ("asr", 0.3 * seed, "accuracy"),
+            ("bec", 1, "bec"),
+        ):
+            own = {"metric": metric, "value": float(figure), "evaluator": evaluator, "method_version": 1 + seed % 2}
+            made.append(blank | told | own | {"task_key": f"{evaluator}-{defense}-{seed}"})
     folder.mkdir()
     rows.write_tables(folder, made)
     (folder / "run.json").write_text(json.dumps(ABOUT | {"suite": ABOUT["suite"] | {"seeds": [seed]}}))
-    (folder / "plugins.json").write_text("[]")
+    used = [{"kind": "defense", "id": d, "method_version": 3} for d in ("ft", f"seed{seed}")]
+    used += [{"kind": "evaluator", "id": "bec", "method_version": 9}]
+    (folder / "plugins.json").write_text(json.dumps(used))
     return folder
 
 
@@ -126,6 +134,27 @@ def test_a_claim_stands_with_its_verdict_and_its_figures(written: tuple[str, dic
     assert "> 0.45 (0.4 to 0.5), digits/net/badnets@0.1/nad: p_asr_ra" in both.replace("&gt;", ">")
     assert "0.8 against 0.7 (table 1)" in both
     assert "`wakes`: half" in page and "epochs 8 instead of 100" in page and "`the command`" in page
+
+
+def test_provenance_is_that_of_all_runs_and_of_the_evaluators_that_were_used(
+    written: tuple[str, dict[str, Any]],
+) -> None:
+    _, data = written
+    # `asr` and `bec` stand in no claim. Seed 0 was measured with version 1 of ra, seed 1 with version 2.
+    assert data["about"]["methods"] == {"defense/ft": 3, "defense/seed0": 3, "defense/seed1": 3, "evaluator/ra": [1, 2]}
+    assert data["about"]["evaluation_core_seconds"] == 2 * 2 * 3 * 2
+
+
+def test_seeds_that_are_in_no_figure_are_named(
+    claims: Any, written: tuple[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = PAPER.replace("value = 0.5\n", 'value = 0.5\ngiven = [{ metric = "asr", test = "<=", value = 0.2 }]\n', 1)
+    monkeypatch.setattr(published, "papers", lambda: {"p": published.read("p", given)})
+    data = claims.held("p", [tmp_path / "0", tmp_path / "1"])
+    assert data["about"]["methods"]["evaluator/accuracy"] == [1, 2]
+    data = json.loads(json.dumps({"command": "c"} | data))
+    row = "| `wakes` | digits/net/badnets@0.1/ft | yes | 0.7; without seed 1: asr 0.3, not &lt;= 0.2 | > 0.5 | "
+    assert row in "\n".join(claims.section("tiny", data))
 
 
 def test_what_was_not_run_is_named_with_its_reason(written: tuple[str, dict[str, Any]]) -> None:

@@ -388,6 +388,11 @@ def test_methods_of_an_earlier_version_are_named(tmp_path: Path) -> None:
     assert record.older(found, registry) == said
     assert record.aged(found, registry) == [f"Measured with an earlier version of {', '.join(said)}."]
     assert record.aged({"attack/cassock": now}, registry) == []
+    bec = registry.get("evaluator", "bec").blueprint.info["version"]
+    assert record.older({"evaluator/bec": bec - 1}, registry) == [f"`bec` ({bec - 1}, now {bec})"]
+    mixed = {"evaluator/bec": [bec - 1, bec]}
+    assert record.older(mixed, registry) == [f"`bec` ({bec - 1} and {bec}, now {bec})"]
+    assert record.older({"evaluator/bec": bec, "evaluator/gone": 1}, registry) == []
 
 
 def test_attacks_keep_success_apart_by_images_triggers_covers_and_classes() -> None:
@@ -508,6 +513,27 @@ def test_evaluation_time_leaves_the_defenses_out(tmp_path: Path) -> None:
     assert found["evaluation_core_seconds"] == 5
     assert found["versions"] == {"torch": "2"}
     assert found["train_rows"] == {"a": 100, "b": 500}
+
+
+def test_runs_read_as_one_have_the_versions_of_all(tmp_path: Path) -> None:
+    about = {"suite": {"name": "s", "recipe": {}, "dataset_rows": {}}, "protocol": 1, "host": {}, "datasets": {}}
+    runs = [tmp_path / str(i) for i in (0, 1)]
+    for i, run in enumerate(runs):
+        run.mkdir()
+        (run / "run.json").write_text(json.dumps(about))
+        used = [("defense", "ft", 1), ("defense", "pam", i + 2), ("evaluator", "ra", 7), ("defense", f"own{i}", 1)]
+        (run / "plugins.json").write_text(json.dumps([{"kind": k, "id": n, "method_version": v} for k, n, v in used]))
+    told = [("p_asr_ra", 0.1, "ra", 3), ("bec", 0.2, "bec", 2), ("bec", 0.2, "bec", 3), ("c_acc", None, "accuracy", 4)]
+    rows = [
+        row(m, 1.0, evaluator=e, task_key=f"{e}{v}", cpu_seconds=1.0, env='{"torch": "2"}')
+        | {"value": x, "method_version": v}
+        for m, x, e, v in told
+    ]
+    found = script("record").combined(runs, rows, {"p_asr_ra", "bec", "c_acc"})
+    own = {"defense/ft": 1, "defense/own0": 1, "defense/own1": 1, "defense/pam": [2, 3]}
+    assert found["methods"] == own | {"evaluator/bec": [2, 3], "evaluator/ra": 3}
+    assert found["evaluation_core_seconds"] == 4
+    assert script("record").combined(runs, rows, {"cost"})["methods"] == own
 
 
 def test_a_runs_time_counts_each_task_once(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_columns_are_those_that_tables_have(tmp_path: Path, monkeypatch: pytest.
     found = zoo.detectors(rows)
     assert list(zoo.beside(found)) == (["det_tpr_fpr5", "det_missing"] if calibrated else [])
     monkeypatch.setattr(zoo, "read_table", lambda path: rows if path.name == "measurements.parquet" else [])
-    monkeypatch.setattr(zoo, "provenance", lambda run, rows: {"recipe": {"epochs": 3}})
+    monkeypatch.setattr(zoo, "combined", lambda runs, rows, metrics: {"recipe": {"epochs": 3}})
     monkeypatch.setattr(zoo, "machine", lambda about: "torch")
     monkeypatch.setattr(zoo, "DOCS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["zoo.py", "small", "run", str(tmp_path)])
@@ -44,3 +44,26 @@ def test_columns_are_those_that_tables_have(tmp_path: Path, monkeypatch: pytest.
         assert [s["TPR at 5 % FPR"] for s in shown] == ["75.0", ""]
         assert [s["backdoored without verdict"] for s in shown] == ["50.0", ""]
     assert len(json.loads((tmp_path / "measured" / "small.json").read_text())["rows"]) == len(rows)
+    assert "Detectors of inputs" not in page
+
+
+def test_detectors_of_inputs_stand_by_attack() -> None:
+    zoo = script("zoo")
+
+    def row(metric: str, value: float | None, attack: str, seed: int, defense: str = "strip") -> dict[str, Any]:
+        name = f"digits/a/{attack}@0.1/{defense}/s{seed}"
+        known = {"dataset": "digits", "defense": defense, "attack": attack, "cell": name}
+        return known | {"metric": metric, "value": value, "qualifier": ""}
+
+    rows = [row("input_auroc", v, a, s) for v, a, s in ((0.9, "sig", 0), (0.5, "sig", 1), (1.0, "lf", 0))]
+    rows += [row("input_tpr_fpr5", 0.25, "sig", 0), row("input_auroc", None, "lf", 1), row("asr", 1.0, "lf", 0)]
+    used = zoo.inputs(rows)
+    assert len(used) == 4
+    head, _, line = zoo.by_model(used, {("digits", "strip"): [1.0, 3.0]})
+    assert head == (
+        "| data set | detector | models | AUROC | TPR at 5 % FPR | AUROC, lf | AUROC, sig | TPR at 5 % FPR, lf | "
+        "TPR at 5 % FPR, sig | core-seconds a model |"
+    )
+    assert (
+        line == "| digits | strip | 3 | 80.0 | 25.0 | 100.0 (100 to 100) | 70.0 (50 to 90) |  | 25.0 (25 to 25) | 2.0 |"
+    )

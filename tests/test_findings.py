@@ -40,6 +40,56 @@ def test_the_rule_of_coming_back(findings: Any, of: dict[str, Any], word: str) -
     assert findings.pattern([of, of, cell(0.9, 0.9)]) in (f"2 {word}, 1 not purified", "3 not purified")
 
 
+def test_models_that_were_not_purified_enter_no_mean(findings: Any) -> None:
+    def seed(i: int, asr: float, p: float) -> dict[str, Any]:
+        made = model("badnets", "pam", i, asr=asr, p_asr_ra=p, p_asr_ra__control_k0=p / 2, p_asr_net=p - 0.05)
+        made["figures"] |= {("p_asr_ra", "control=clean_model"): 0.05, ("c_acc", ""): 0.9}
+        return made
+
+    def row(*of: dict[str, Any]) -> list[str]:
+        head, _, line = findings.superficial(of)
+        told = dict(zip(head.split(" | "), line.split(" | "), strict=True))
+        return [told[n] for n in ("P-ASR (RA)", "k = 0", "net of controls", "P-ASR of those not purified")]
+
+    awake = [seed(0, 0.21, 0.9), seed(1, 1.0, 1.0)]
+    assert row(*awake) == ["", "", "", "90.0 to 100.0"]
+    assert row(*awake, seed(2, 0.20, 0.6)) == ["60.0 (1 of 3)", "30.0 (1 of 3)", "55.0 (1 of 3)", "90.0 to 100.0"]
+    few = [seed(i, 0.1, 0.6) for i in (2, 3, 4)]
+    assert row(*awake, *few) == ["60.0 (3 of 5)", "30.0 (3 of 5)", "55.0 (3 of 5)", "90.0 to 100.0"]
+    assert row(*few) == ["60.0", "30.0", "55.0", ""]
+    assert " | 5.0, 5.0 | " in findings.superficial(awake)[2], "the clean model's column is of all seeds"
+
+
+def test_what_is_said_of_defenses_that_purify(findings: Any) -> None:
+    def at(name: str, seed: int, asr: float, p: float | None, *flags: str) -> dict[str, Any]:
+        made = model("badnets", name, seed, {"p_asr_ra": "no_budget"}, asr=asr) | {"flags": set(flags)}
+        if p is not None:
+            made["figures"] |= {findings.P_ASR: p, findings.NET: p / 2, ("p_asr_ra", "control=clean_model"): 0.02}
+        return made
+
+    clean = [at("clean_model", s, 0.01, 0.02 + s / 100) for s in (0, 1)]
+    of = [at("none", 0, 1.0, 1.0), *clean, at("ft", 0, 0.9, 0.95), at("ft", 1, 0.21, 0.95)]
+    of += [at("sam", 0, 0.2, 0.6), at("sam", 1, 0.9, 0.99), at("sam", 2, 0.1, 0.1), at("sam", 3, 0.1, 0.04)]
+    of += [at("fst", 0, 0.0, 0.7, "collapsed"), at("mute", 0, 0.1, None), at("calm", 0, 0.1, 0.09)]
+    of += [at("exact_purification", s, 0.0, 0.05 + s / 100) for s in (0, 1)]
+    (said,) = findings.about_repairs(of)
+    assert said == (
+        "badnets: 3 defenses beside exact_purification and pam purify in some seed without collapse. Of the models of "
+        "1 some come back: sam (3 of 4 seeds, 2 of 3 back, P-ASR 4.0 to 60.0 %, net 2.0 to 30.0 %). Of the models of 1 "
+        "none comes back: calm (1 of 1 seeds, 0 of 1 back, P-ASR 9.0 %, net 4.5 %). Of the models of 1 none has P-ASR: "
+        "mute (1 of 1 seeds, no P-ASR: no_budget). Against these: exact_purification (2 of 2 seeds, 0 of 2 back, P-ASR "
+        "5.0 to 6.0 %, net 2.5 to 3.0 %); pam (not run). The clean model under the same attack: P-ASR 2.0 to 3.0 %. "
+        "Only with collapse: fst."
+    )
+    awake = [at("pam", 0, 0.9, 0.9), at("exact_purification", 0, 0.1, 0.6)]
+    (said,) = findings.about_repairs([*clean, *awake])
+    assert said.startswith("badnets: 0 defenses beside")
+    assert "exact_purification (1 of 1 seeds, 1 of 1 back, P-ASR 60.0 %, net 30.0 %); pam (0 of 1 seeds)." in said
+    for c in of:
+        c["flags"].add("weak")
+    assert findings.about_repairs(of) == [], "an attack that did not implant"
+
+
 def test_mean_and_interval_are_students(findings: Any) -> None:
     mean, room = findings.mean_and_room([1.0, 2.0, 3.0])
     assert (mean, room) == (2.0, pytest.approx(4.302652730 / math.sqrt(3)))
@@ -120,15 +170,58 @@ def test_the_pages_are_those_of_the_stored_figures(findings: Any, tmp_path: Path
 def test_models_with_the_attacked_models_weights_are_taken_out(findings: Any) -> None:
     of = family(0, 0.1) + family(1, 0.3)
     assert [findings.changed(c) for c in of[:3]] == [False, True, True]
-    assert findings.changed(model("badnets", "x", 0, bec__control_weights=0.99)) is False
+    still = {"bec": 0.99, "bec__control_weights": 0.99}
+    assert findings.changed(model("badnets", "x", 0, **still)) is False
+    for moved in ({"bec": 0.98}, {"bec__control_weights": 0.98}):  # BatchNorm's statistics move features alone
+        assert findings.changed(model("badnets", "x", 0, **still | moved)) is True
+    assert findings.changed(model("badnets", "npd", 0, bec=1.0)) is True, "tensors were added"
     head, _, *lines = findings.predictions(of)
-    assert "all 6" in head and "weights changed, 4" in head and "changed and purified, 2" in head
+    assert "all 6" in head and "| changed, 4" in head and "changed and purified, 2" in head
     bec = next(line for line in lines if line.startswith("| BEC |")).strip("| ").split(" | ")
     every, moved = (findings.rank(c, findings.BEC) for c in (of, [c for c in of if findings.changed(c)]))
     assert every > 0.3 > 0 > moved
     assert (bec[1], bec[2]) == (f"{every:.2f}", f"{moved:.2f}")
     (said,) = findings.about_rank(of)
-    assert said.startswith("2 of the 6") and f"BEC {moved:.2f} instead of {every:.2f}" in said
+    assert (
+        said.startswith("2 of the 6 repaired models with P-ASR and BEC are unchanged")
+        and f"BEC {moved:.2f} instead of {every:.2f}" in said
+    )
+
+
+def test_a_distance_that_saw_not_all_tensors_is_no_figure(findings: Any) -> None:
+    def run(version: int | list[int]) -> list[dict[str, Any]]:
+        told = {"asr": 0.1, "p_asr_ra": 0.5, "bec__control_weights": 1.0}
+        more = [
+            model("badnets", d, 0, bec=b, bec__control_random=b, **told)
+            for d, b in (("npd", 0.6), ("fine_pruning~1", 0.5), ("bn_refresh", 0.9))
+        ]
+        return list(findings.weighed(family(0, 0.1) + more, version))
+
+    old, new = run(2), run(3)
+    assert [c["defense"] for c in old if findings.WEIGHTS not in c["figures"]] == ["npd", "fine_pruning~1"]
+    assert all(findings.WEIGHTS in c["figures"] for c in new)
+    assert run([2, 3]) == old, "runs of both versions"
+    # They stand in every row but that of weights, and are told apart there.
+    head, _, *lines = findings.predictions(old)
+    assert "all 6" in head and "| changed, 5" in head and "changed and purified, 4" in head
+    (weights,) = [line for line in lines if line.startswith("| BEC, distance of weights")]
+    assert weights.startswith("| BEC, distance of weights (of 4, 3 and 2) | ")
+    seen = [c for c in old if findings.WEIGHTS in c["figures"]]
+    assert weights.split(" | ")[1] == f"{findings.rank(seen, findings.WEIGHTS):.2f}"
+    assert len(findings.compared(old, findings.BEC)) == 5 and len(findings.compared(old, findings.WEIGHTS)) == 3
+    asleep = [line.split(" | ")[-2:] for line in findings.asleep(old) if "npd" in line]
+    assert asleep == [["0.60", " |"]]
+    assert "(of " not in "".join(findings.predictions(new))
+
+
+def test_intervals_leave_out_models_without_the_figure(findings: Any) -> None:
+    of = [model("badnets", f"d{i}", 0, bec=i, bec__control_weights=i, p_asr_ra=p)
+          for i, p in enumerate([0.1, 0.3, 0.2, 0.5, 0.4, 0.9])]  # fmt: skip
+    whole = findings.bootstrap(findings.grouped(of[:5], findings.defense), findings.WEIGHTS)
+    del of[5]["figures"][findings.WEIGHTS]
+    assert findings.bootstrap(findings.grouped(of, findings.defense), findings.WEIGHTS) == whole != ""
+    del of[4]["figures"][findings.WEIGHTS]
+    assert findings.bootstrap(findings.grouped(of, findings.defense), findings.WEIGHTS) == ""
 
 
 def test_the_gap_to_a_placebo_is_a_mean_over_attacked_models(findings: Any) -> None:
@@ -161,6 +254,43 @@ def test_a_twin_is_recognised_above_all_clean_models(findings: Any, twin: tuple[
     assert findings.twins(of)[2].split(" | ")[3] == "-0.10 to 0.20 |"
 
 
+@pytest.mark.parametrize("name", ["paper-safety-cpu", "paper-safety-cpu-cifar10", "digits-repairs"])
+def test_what_the_pages_of_bec_and_target_shift_say_of_every_data_set(findings: Any, name: str) -> None:
+    about = json.loads((DOCS / "measured" / f"{name}.json").read_text())
+    of = findings.weighed(findings.restored(about["cells"]), about["methods"]["evaluator/bec"])
+    random, untriggered, weights = findings.PLACEBOS.values()
+
+    def beside(key: tuple[str, str]) -> float:
+        return float(findings.rank(findings.compared(of, key), findings.BEC, key))
+
+    for key in (random, untriggered):
+        mean, room = findings.mean_and_room(findings.gaps(findings.compared(of, key), key))
+        assert mean <= room and beside(key) > beside(weights)
+    assert "does not reliably recognise" in findings.about_twins(of)[0]
+    assert beside(findings.VARIANTS["BEC, unbiased"]) > 0.99 and beside(findings.VARIANTS["BEC, mean of layers"]) > 0.97
+
+    _, used = findings.ranking(of)
+    moved = [c for c in used if findings.changed(c)]
+    for mine in (used, moved):
+        assert findings.rank(mine, findings.O_ASR) > findings.rank(mine, findings.NET_SHIFT)
+        assert findings.rank(mine, findings.NET_SHIFT) > findings.rank(mine, findings.BEC)
+    few = [c for c in moved if findings.purified(c)]
+    woken, quiet = ([c for c in few if (c["figures"][findings.P_ASR] >= 0.5) is s] for s in (True, False))
+    for key in (findings.BEC, findings.NET_SHIFT):
+        (a, b), (c, d) = ((min(v), max(v)) for v in (findings.values(woken, key), findings.values(quiet, key)))
+        assert max(a, c) < min(b, d)
+
+    def above(models: list[Any]) -> float:
+        clean = [max(findings.of_clean(c, "shift_target_clean", "")) for c in models]
+        shift = [c["figures"][findings.SHIFT] for c in models]
+        return sum(x > y for x, y in zip(shift, clean, strict=True)) / len(models)
+
+    told = findings.repaired(of, findings.SHIFT, findings.O_ASR)
+    assert above(findings.undefended(of, findings.SHIFT)) == 1
+    assert above([c for c in told if not findings.purified(c)]) > 0.95
+    assert 0 < above([c for c in told if findings.purified(c)]) < 1
+
+
 def test_chance_alone_reaches_a_correlation(findings: Any) -> None:
     # Spearman's exact two-sided critical values: none for four points, 1 for five, 0.886 for six, 0.786 for seven.
     assert math.isnan(findings.needed(4)) and math.isnan(findings.needed(9))
@@ -191,8 +321,8 @@ def test_what_is_said_of_purified_models(findings: Any) -> None:
         for i, (bec, p) in enumerate([(0.1, 0.6), (0.2, 0.5), (0.3, 0.4), (0.5, 0.2), (0.4, 0.3)])
     ]
     none, first, second = findings.about_sleepers(of)
-    assert none.startswith("Of the 5 purified models 0 collapsed")
-    assert "Among the 5 purified models BEC ranks P-ASR with -1.00" in first
+    assert none.startswith("5 changed models with P-ASR and BEC are purified. 0 of them collapsed")
+    assert "Among these 5 BEC ranks P-ASR with -1.00" in first
     assert "reach 1.00 in size" in first and "that of BEC, target shift, net of clean models does" in first
     assert "at least 50 %: 2, BEC 0.10 to 0.20" in second and "The 3 below it: BEC 0.30 to 0.50" in second
     of[0]["figures"]["bec", ""] = 0.25
@@ -200,7 +330,10 @@ def test_what_is_said_of_purified_models(findings: Any) -> None:
     assert "too few" in findings.about_sleepers(of[:2])[1]
     for c in of[:3]:
         c["flags"].add("collapsed")
-    assert "3 collapsed" in findings.about_sleepers(of)[0] and "are 1 of d3, 1 of d4" in findings.about_sleepers(of)[0]
+    assert (
+        "3 of them collapsed" in findings.about_sleepers(of)[0]
+        and "are 1 of d3, 1 of d4" in findings.about_sleepers(of)[0]
+    )
     assert "| badnets | d0 (collapsed) | 0 |" in "\n".join(findings.asleep(of))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sleeperbench.leaderboard.stats import mean_over_attacks
+from sleeperbench.leaderboard.summary import PURIFIED, WOKEN
 from sleeperbench.published.paper import TO, Choice, Claim, Comparison, Figure, Paper, Ref, Table
 from sleeperbench.published.results import RATELESS, Results, Series, Unit
 
@@ -18,6 +19,7 @@ SAME = 1e-9
 FEWEST = 3
 """A rank correlation is over so many points at least: that of two is always 1 or -1."""
 _CONTROLS = ("none", "clean_model")
+_AWAKE = "none of its units was purified"
 _POOL: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": lambda v: math.fsum(v) / len(v),
     "min": min,
@@ -37,6 +39,15 @@ class Line:
     difference: dict[str, Any] | None = None
     published: dict[str, Any] | None = None
     differs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """The seeds under which a condition holds and does not; in words why not, or why it cannot be told."""
+
+    holds: set[int]
+    fails: set[int]
+    said: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +113,12 @@ def _beside(
 def _judged(claim: Claim, paper: Paper, results: Results, about: Mapping[str, Any]) -> Judged:
     left = claim.compared.left
     lines: list[Line] = []
-    for dataset, arch in results.grounds():
-        if (left.datasets and dataset not in left.datasets) or (left.archs and arch not in left.archs):
-            continue
+    grounds = [
+        (dataset, arch)
+        for dataset, arch in results.grounds()
+        if (not left.datasets or dataset in left.datasets) and (not left.archs or arch in left.archs)
+    ]
+    for dataset, arch in grounds:
         if claim.compared.beside is not None:
             lines += _correlated(claim, dataset, arch, paper, results, about)
         elif left.pool:
@@ -115,7 +129,9 @@ def _judged(claim: Claim, paper: Paper, results: Results, about: Mapping[str, An
             lines += _lines(claim, dataset, arch, paper, results, about)
     if not lines:
         there = ", ".join(f"{d} with {a}" for d, a in results.grounds()) or "no figures"
-        lines.append(Line(unit="", verdict=NOT_RUN, reason=f"the run has {there}"))
+        metric = f"{left.metric}[{left.qualifier}]" if left.qualifier else left.metric
+        reason = f"{metric}: not measured" if grounds else f"the run has {there}"
+        lines.append(Line(unit="", verdict=NOT_RUN, reason=reason))
     if claim.printed is not None:
         lines = [replace(n, published={"table": "", "unconfirmed": "", "left": claim.printed}) for n in lines]
     return Judged(claim=claim, verdict=_together(lines, claim.share), lines=tuple(lines))
@@ -141,19 +157,16 @@ def _lines(
             yield Line(unit=unit, verdict=NOT_RUN, reason=reason)
             continue
         qualifier = f"on={to}" if to else claim.compared.left.qualifier or ""
-        conditions = [_condition(g, unit, results, metric, qualifier, to) for g in claim.given]
-        failed = [said for said, line in conditions if line.verdict == FAILS]
-        unknown = [said for said, line in conditions if line.verdict == NOT_RUN]
+        asked = [_condition(g, unit, results, metric, qualifier, to) for g in claim.given]
         ours = results.series(unit, metric, qualifier)
-        line = _compare(claim.compared, ours, unit, results, metric, qualifier, to)
+        kept = set.intersection(*(c.holds for c in asked)) if asked else None
+        line = _compare(claim.compared, ours, unit, results, metric, qualifier, to, kept)
         if to:
             line = replace(line, unit=f"{unit} on {to}")
         if results.undefined(unit, metric, "" if to else qualifier):
             line = replace(line, verdict=OUTSIDE, reason=f"no figure by the protocol: {ours.reason}")
-        elif failed:
-            line = replace(line, verdict=OUTSIDE, reason=f"condition not met: {'; '.join(failed)}")
-        elif unknown:
-            line = replace(line, verdict=NOT_RUN, reason=f"condition unknown: {'; '.join(unknown)}")
+        elif kept is not None:
+            line = _among(line, asked, kept, set(ours.values))
         yield _with_paper(line, claim, unit, paper, results, about)
 
 
@@ -172,7 +185,10 @@ def _pooled(
     }
     if every and all(u in undefined for u, _, _ in every):
         return Line(unit=name, verdict=OUTSIDE, reason="the protocol gives none of its units a figure")
-    ours = _pool(mine, dataset, arch, results, undefined)
+    woken = (left.metric or "") in WOKEN
+    ours = _pool(mine, dataset, arch, results, undefined, woken)
+    if ours.reason == _AWAKE:
+        return Line(unit=name, verdict=OUTSIDE, reason=_AWAKE)
     right: Series | None = None
     than = claim.compared.than
     if than is not None:
@@ -185,7 +201,7 @@ def _pooled(
             defenses=than.defenses or left.defenses,
             pool=than.pool or left.pool,
         )
-        right = _pool(filled, *_ground(than, dataset, arch), results, undefined)
+        right = _pool(filled, *_ground(than, dataset, arch), results, undefined, woken)
     line = _verdict(name, ours, claim.compared, right)
     table = _table(claim, dataset, arch, rate, paper)
     if table is None:
@@ -350,25 +366,64 @@ def _own(choice: Choice, unit: Unit, metric: str, qualifier: str, to: str) -> Ch
 
 
 def _compare(
-    compared: Comparison, ours: Series, unit: Unit, results: Results, metric: str, qualifier: str, to: str
+    compared: Comparison,
+    ours: Series,
+    unit: Unit,
+    results: Results,
+    metric: str,
+    qualifier: str,
+    to: str,
+    kept: set[int] | None,
 ) -> Line:
-    """A comparison on one unit; what `than` leaves open is the unit's own."""
-    right: Series | None = None
-    if compared.than is not None:
-        than = _own(compared.than, unit, metric, qualifier, to)
-        right = _pool(than, *_ground(than, "", ""), results) if than.pool else _one(than, results)
+    """A comparison on one unit, over the seeds that count (None: all); what `than` leaves open is the unit's own."""
+    right = _other(compared, unit, results, metric, qualifier, to)
+    if kept is not None:
+        ours, right = _under(ours, kept), None if right is None else _under(right, kept)
     return _verdict(str(unit), ours, compared, right)
 
 
-def _condition(
-    given: Comparison, unit: Unit, results: Results, metric: str, qualifier: str, to: str
-) -> tuple[str, Line]:
-    """A claim's condition on one unit, in words and as a comparison."""
+def _other(compared: Comparison, unit: Unit, results: Results, metric: str, qualifier: str, to: str) -> Series | None:
+    """The other side of a comparison on one unit; None for a bound."""
+    if compared.than is None:
+        return None
+    than = _own(compared.than, unit, metric, qualifier, to)
+    return _pool(than, *_ground(than, "", ""), results) if than.pool else _one(than, results)
+
+
+def _condition(given: Comparison, unit: Unit, results: Results, metric: str, qualifier: str, to: str) -> Condition:
+    """A claim's condition, asked of every seed of one unit."""
     own = _own(given.left, unit, metric, qualifier, to)
-    line = _compare(given, _one(own, results), unit, results, own.metric or "", own.qualifier or "", to)
-    right, left = (side or {} for side in (line.right, line.left))
-    said = f"{own.metric} {left.get('mean') or 0:.4g}, not {given.test} {right.get('mean') or 0:.4g}"
-    return said if line.verdict == FAILS else line.reason, line
+    left = _one(own, results)
+    right = _other(given, unit, results, own.metric or "", own.qualifier or "", to)
+    gaps = _gaps(left, given, right)
+    fails = {s for s, gap in gaps.items() if not _true(given.test, gap)}
+    if not gaps:
+        return Condition(holds=set(), fails=set(), said=_lacking(left, right))
+    left, right = _under(left, fails), None if right is None else _under(right, fails)
+    bound = given.value if right is None else summary(right)["mean"]
+    said = f"{own.metric} {summary(left)['mean'] or 0:.4g}, not {given.test} {bound or 0:.4g}"
+    return Condition(holds=set(gaps) - fails, fails=fails, said=said if fails else "")
+
+
+def _among(line: Line, asked: Sequence[Condition], kept: set[int], seeds: set[int]) -> Line:
+    """A line with what became of the seeds under which not all conditions hold (all but `kept`)."""
+    failed = "; ".join(c.said for c in asked if c.fails)
+    if not kept:
+        fails, known = (set().union(*of) for of in ([c.fails for c in asked], [c.holds | c.fails for c in asked]))
+        if fails and (seeds or known) <= fails:
+            return replace(line, verdict=OUTSIDE, reason=f"condition not met: {failed}")
+        unknown = "; ".join(c.said for c in asked if not c.holds and not c.fails)
+        return replace(line, verdict=NOT_RUN, reason=f"condition unknown: {unknown or 'of no seed are all told'}")
+    if not (out := sorted(seeds - kept)):
+        return line
+    without = f"without seed {', '.join(map(str, out))}" + (f": {failed}" if failed else "")
+    return replace(line, reason="; ".join(filter(None, [line.reason, without])))
+
+
+def _under(series: Series, seeds: Collection[int]) -> Series:
+    """The same under these seeds alone."""
+    values = {s: v for s, v in series.values.items() if s in seeds}
+    return replace(series, values=values, reason=series.reason if values else series.reason or "not under these seeds")
 
 
 def _one(choice: Choice, results: Results) -> Series:
@@ -385,45 +440,61 @@ def _one(choice: Choice, results: Results) -> Series:
 
 
 def _pool(
-    choice: Choice, dataset: str, arch: str, results: Results, undefined: Collection[Unit] = frozenset()
+    choice: Choice,
+    dataset: str,
+    arch: str,
+    results: Results,
+    undefined: Collection[Unit] = frozenset(),
+    woken: bool = False,
 ) -> Series:
-    """Per seed the mean, least or largest figure over the units but `undefined`; a seed counts where all have it."""
+    """Per seed the mean, least or largest figure over the units but `undefined`; a seed counts where all have it.
+
+    Of figures that say how far a model woke, and of their other side (`woken`), a unit counts under the seeds under
+    which it was purified; of what is carried to another model, under those under which both were.
+    """
     every = _carried(choice, dataset, arch, results)
     units = [u for u in every if u[0] not in undefined]
+    metric, plain = choice.metric or "", choice.qualifier or ""
     what = f"{choice.pool} of {choice.metric} over {len(units)} units"
     if len(units) < len(every):
         what += f", without {len(every) - len(units)} to which the protocol gives no figure"
     absent = dict.fromkeys(f"{u}: {reason}" for u, reason, _ in units if isinstance(u, str))
     if absent or not units:
         return Series(what=what, values={}, reason="; ".join(absent) or "no such cell in the run")
-    metric, plain = choice.metric or "", choice.qualifier or ""
-    parts = [results.series(u, metric, f"on={to}" if to else plain) for u, _, to in units if isinstance(u, Unit)]
-    empty = [f"{p.what}: {p.reason}" for p in parts if not p.values]
-    if empty:
-        return Series(what=what, values={}, reason="; ".join(empty))
-    seeds = set.intersection(*(set(p.values) for p in parts))
-    values = {s: _POOL[choice.pool]([p.values[s] for p in parts]) for s in sorted(seeds)}
+    parts: list[tuple[Series, Collection[int] | None]] = []
+    for u, _, to in units:
+        assert isinstance(u, Unit)
+        part = results.series(u, metric, f"on={to}" if to else plain)
+        counts: Collection[int] | None = None
+        if woken or metric in WOKEN:
+            asr = [results.series(v, "asr", "") for v in ((u, replace(u, defense=to)) if to else (u,))]
+            if unknown := [f"{s.what}: {s.reason}" for s in asr if not s.values]:
+                return Series(what=what, values={}, reason="; ".join(unknown))
+            counts = set.intersection(*({s for s, v in a.values.items() if v <= PURIFIED} for a in asr))
+        parts.append((part, counts))
+    asleep = [(part, counts) for part, counts in parts if counts is None or counts]
+    if len(asleep) < len(parts):
+        what += f", {len(parts) - len(asleep)} of them never purified"
+    empty = [f"{p.what}: {p.reason}" for p, _ in asleep if not p.values]
+    if empty or not asleep:
+        return Series(what=what, values={}, reason="; ".join(empty) or _AWAKE)
+    values = {}
+    for s in sorted({s for p, _ in asleep for s in p.values}):
+        here = [p for p, counts in asleep if counts is None or s in counts]
+        if here and all(s in p.values for p in here):
+            values[s] = _POOL[choice.pool]([p.values[s] for p in here])
     return Series(what=what, values=values, reason="" if values else "the units share no seed")
 
 
 def _verdict(unit: str, left: Series, compared: Comparison, right: Series | None) -> Line:
     """Means over the seeds that both sides have decide alone; the interval says how firmly."""
-    shown_left, bound = summary(left), compared.value
-    shown_right = {"what": "bound", "mean": bound, "seeds": []} if right is None else summary(right)
-    lacking = [f"{s.what}: {s.reason}" for s in (left, right) if s is not None and not s.values]
-    seeds = sorted(set(left.values) if right is None else set(left.values) & set(right.values))
-    if lacking or not seeds:
-        reason = "; ".join(lacking) or "the two sides share no seed"
-        return Line(unit=unit, verdict=NOT_RUN, reason=reason, left=shown_left, right=shown_right)
-    gaps = [left.values[s] - (bound or 0.0 if right is None else right.values[s] + compared.plus) for s in seeds]
-    difference = _estimate(gaps)
-    gap = difference["mean"]
-    true = {
-        ">": gap > SAME,
-        ">=": gap >= -SAME,
-        "<": gap < -SAME,
-        "<=": gap <= SAME,
-    }[compared.test]
+    shown_left = summary(left)
+    shown_right = {"what": "bound", "mean": compared.value, "seeds": []} if right is None else summary(right)
+    gaps = _gaps(left, compared, right)
+    if not gaps:
+        return Line(unit=unit, verdict=NOT_RUN, reason=_lacking(left, right), left=shown_left, right=shown_right)
+    difference = _estimate(list(gaps.values()))
+    true = _true(compared.test, difference["mean"])
     firm = None
     if difference["interval"] == "t":
         firm = difference["lower"] > SAME or difference["upper"] < -SAME
@@ -432,8 +503,25 @@ def _verdict(unit: str, left: Series, compared: Comparison, right: Series | None
         verdict=HOLDS if true else FAILS,
         left=shown_left,
         right=shown_right | {"plus": compared.plus} if compared.plus else shown_right,
-        difference=difference | {"firm": firm, "seeds": seeds},
+        difference=difference | {"firm": firm, "seeds": list(gaps)},
     )
+
+
+def _gaps(left: Series, compared: Comparison, right: Series | None) -> dict[int, float]:
+    """Left minus right, or minus the bound, under every seed that has both."""
+    seeds = sorted(set(left.values) if right is None else set(left.values) & set(right.values))
+    bound = compared.value or 0.0
+    return {s: left.values[s] - (bound if right is None else right.values[s] + compared.plus) for s in seeds}
+
+
+def _true(test: str, gap: float) -> bool:
+    return {">": gap > SAME, ">=": gap >= -SAME, "<": gap < -SAME, "<=": gap <= SAME}[test]
+
+
+def _lacking(left: Series, right: Series | None) -> str:
+    """Why two sides cannot be held against each other."""
+    said = [f"{s.what}: {s.reason}" for s in (left, right) if s is not None and not s.values]
+    return "; ".join(said) or "the two sides share no seed"
 
 
 def summary(series: Series) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from sleeperbench.kit.similarity import strongest, tac
 from sleeperbench.kit.taps import capture
 from sleeperbench.kit.train import fit
 from sleeperbench.kit.tune import tune
+from sleeperbench.kit.wraps import make
 
 CONVS = [f"body.stage{i}.0" for i in (2, 3, 4)]
 NORMS = [f"body.stage{i}.1" for i in (2, 3, 4)]
@@ -235,7 +236,28 @@ def test_pruned_batch_norm_shows_behind_it_and_not_before() -> None:
 def test_what_stands_before_the_input_is_taken_off() -> None:
     model = pack(samples.badnets_net())
     spec = replace(model.spec, wraps=(Wrap(kind="noise", args={"sigma": 0.3}),))
-    assert measured(load(replace(model, spec=spec)))["bec", ""].value == 1
+    found = measured(load(replace(model, spec=spec)))
+    assert found["bec", ""].value == 1
+    assert found["bec", "control=weights"].value == 1, "what was taken off is no tensor of the model"
+
+
+@pytest.mark.parametrize("wrap", [
+    Wrap(kind="insert", site=NORMS[0], args={"layer": "conv1x1_bn", "channels": 16}),
+    Wrap(kind="gate", site=NORMS[0], args={"channels": 16}),
+])  # fmt: skip
+def test_an_added_layer_has_no_distance_of_weights(wrap: Wrap) -> None:
+    net = samples.badnets_net()
+    model, layer = pack(net), make(wrap, net, net.spec)
+    first = next(iter(layer.state_dict().values()))  # the identity; some channels are turned or taken out
+    first.mul_(torch.linspace(-1, 1, len(first)).view(-1, *[1] * (first.dim() - 1)))
+    added = {f"wraps.0.{name}": tensor for name, tensor in layer.state_dict().items()}
+    whole = load(replace(model, spec=replace(model.spec, wraps=(wrap,)), state={**model.state, **added}))
+    found = measured(whole)
+    # The attacked model's own weights are all there, so that their distance alone would be 0.
+    weighed = found["bec", "control=weights"]
+    assert (weighed.value, weighed.reason) == (None, "other_architecture")
+    moved = found["bec", ""].value
+    assert moved is not None and moved < 0.99
 
 
 def test_curves_show_layers_against_clean_models() -> None:
