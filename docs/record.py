@@ -132,7 +132,8 @@ def _page(name: str, out: dict, cells: list[dict], rows: list[dict]) -> str:
     if "tasks" in out:
         took = f"{out['task_core_seconds']} core-seconds, {out['task_wall_seconds']} seconds from the first to the last"
         text[-1] += f" The {out['tasks']} tasks that it computed took {took}."
-    versions = ", ".join(f"{m.partition('/')[2]} {v}" for m, v in sorted(out["methods"].items()))
+    named = {m.partition("/")[2]: v for m, v in sorted(out["methods"].items())}  # `none` is of both kinds
+    versions = ", ".join(f"{name} {v}" for name, v in named.items())
     text.append(f"Versions of attacks and defenses: {versions}.")
     for n, d in out["datasets"].items():
         if not d["canonical"]:
