@@ -203,10 +203,10 @@ def _pooled(
         )
         right = _pool(filled, *_ground(than, dataset, arch), results, undefined, woken)
     line = _verdict(name, ours, claim.compared, right)
-    table = _table(claim, dataset, arch, rate, paper)
+    unit = Unit(dataset, arch, "", rate, "")
+    table = _table(claim, unit, paper)
     if table is None:
         return line
-    unit = Unit(dataset, arch, "", rate, "")
     return replace(
         line,
         published={"table": table.id, "unconfirmed": table.unconfirmed},
@@ -246,9 +246,9 @@ def _correlated(
             if absent and line.verdict != NOT_RUN:
                 line = replace(line, reason=f"without {', '.join(absent)}")
             quoted = [(x, y) for x, y in printed if x is not None and y is not None]
-            table = _table(claim, dataset, arch, rate, paper)
+            unit = Unit(dataset, arch, "", rate, "")
+            table = _table(claim, unit, paper)
             if table is not None:
-                unit = Unit(dataset, arch, "", rate, "")
                 told = {"table": ", ".join(claim.tables), "unconfirmed": table.unconfirmed, "left": spearman(quoted)}
                 differs = tuple(differences(table.setting, unit, results, about))
                 line = replace(line, published=told, differs=differs)
@@ -537,20 +537,25 @@ def _estimate(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": found.value, "lower": found.low, "upper": found.high, "interval": found.kind}
 
 
-def _table(claim: Claim, dataset: str, arch: str, rate: float, paper: Paper) -> Table | None:
-    """The claim's table of this setting, else its first one."""
-    tables = [paper.tables[t] for t in claim.tables]
-    own = [
-        t
-        for t in tables
-        if (t.setting["dataset"], t.setting["arch"], t.setting.get("rate", rate)) == (dataset, arch, rate)
-    ]
-    return next(iter(own or tables), None)
+def _table(claim: Claim, unit: Unit, paper: Paper) -> Table | None:
+    """The claim's table whose setting is nearest: by data set, then architecture, then rate; the first of equals."""
+
+    def fit(table: Table) -> tuple[bool, bool, bool]:
+        s = table.setting
+        return s["dataset"] == unit.dataset, s["arch"] == unit.arch, _rate(s, unit.attack) in (None, unit.rate)
+
+    return max((paper.tables[t] for t in claim.tables), key=fit, default=None)
+
+
+def _rate(setting: Mapping[str, Any], attack: str) -> float | None:
+    """The rate that a table is printed for; an attack may have one of its own."""
+    rate: float | None = setting.get("rates", {}).get(attack.partition("~")[0], setting.get("rate"))
+    return rate
 
 
 def _with_paper(line: Line, claim: Claim, unit: Unit, paper: Paper, results: Results, about: Mapping[str, Any]) -> Line:
     """The printed figures of both sides, and how their setting differs from the run's."""
-    table = _table(claim, unit.dataset, unit.arch, unit.rate, paper)
+    table = _table(claim, unit, paper)
     if table is None:
         return line
     left, than = claim.compared.left, claim.compared.than
@@ -597,10 +602,12 @@ def differences(setting: Mapping[str, Any], unit: Unit, results: Results, about:
     rows = suite.get("dataset_rows", {}).get(unit.dataset, {}).get("train")
     if rows is None:
         rows = about.get("datasets", {}).get(unit.dataset, {}).get("rows", {}).get("train")
-    ours = {"dataset": unit.dataset, "arch": unit.arch, "rate": unit.rate, "rows": rows}
+    ours = {"dataset": unit.dataset, "arch": unit.arch, "rows": rows}
     ours |= {"seeds": len(suite.get("seeds", ())), "clean": access.get("clean")}
     ours |= {"clean_source": access.get("clean_source")}
     for key, wanted in setting.items():
+        if key == "rates":
+            continue
         if key == "note":
             yield from wanted
         elif key in ("attack", "defense"):
@@ -615,8 +622,9 @@ def differences(setting: Mapping[str, Any], unit: Unit, results: Results, about:
                 for name, printed in params.items() if plugin in have else ():
                     if have[plugin].get(name) != printed:
                         yield f"{plugin}: {name} {have[plugin].get(name)} instead of {printed}"
-        elif key == "rate" and unit.attack in RATELESS:
-            continue
+        elif key == "rate":
+            if unit.attack not in RATELESS and unit.rate != (printed := _rate(setting, unit.attack)):
+                yield f"rate {unit.rate} instead of {printed}"
         else:
             value = ours[key] if key in ours else recipe.get(key)
             if value != wanted:

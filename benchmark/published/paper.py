@@ -23,6 +23,7 @@ SETTING = (
         "dataset",
         "arch",
         "rate",
+        "rates",
         "rows",
         "epochs",
         "lr",
@@ -255,6 +256,10 @@ def _table(name: str, raw: Mapping[str, Any]) -> Table:
     _need(where, raw, ("id", "what", "row", "column", "columns", "unit", "setting", "rows"))
     _keys(f"{where}: setting", raw["setting"], SETTING)
     _need(f"{where}: setting", raw["setting"], ("dataset", "arch"))
+    if "rates" in raw["setting"]:
+        _need(f"{where}: setting", raw["setting"], ("rate",))
+        for attack in raw["setting"]["rates"]:
+            _number(f"{where}: rates", raw["setting"]["rates"], attack)
     axes = (raw["row"], raw["column"])
     if axes not in (("attack", "defense"), ("defense", "attack"), ("attack", "metric"), ("defense", "metric")):
         raise Faulty(f"{where}: rows are {axes[0]} and columns {axes[1]}; that is no table")

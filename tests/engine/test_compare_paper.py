@@ -573,6 +573,8 @@ def test_a_claim_without_form_is_refused(text: str, said: str) -> None:
         ('ft = ["2/80", "-/60.5"]', 'ft = ["2/80"]', "1 cells for 2 columns"),
         ('unit = "%"', 'unit = "points"', "unit is 'points'"),
         ("epochs = 100", "epoch = 100", "unknown key `epoch`"),
+        ("rate = 0.1", "rates = { badnets = 0.1 }", "`rate` is missing"),
+        ("rate = 0.1", 'rate = 0.1\nrates = { badnets = "0.2" }', "is no number"),
         ('arch = "net"\n', "", "`arch` is missing"),
         ('metrics = ["asr", "p_asr_ra"]\n', "", "`metrics` belong"),
         ('what = "w"\n', "", "`what` is missing"),
@@ -622,7 +624,9 @@ def test_shipped_papers_name_what_there_is() -> None:
     [
         ("paper-safety", "3", "blended", "anp", "p_asr_ra", 0.5493),
         ("paper-safety", "6", "badnets", "clean_model", "p_asr_ra", 0.0211),
-        ("paper-safety", "9", "ssba", "pam", "p_asr_ra", 0.1426),
+        ("paper-safety", "9", "ssba", "pam{rho=0.4}", "p_asr_ra", 0.1426),
+        ("paper-safety", "3", "ssba", "pam{rho=0.5}", "p_asr_ra", 0.0331),
+        ("paper-safety", "3", "lc", "pam{rho=0.9}", "p_asr_ra", 0.0831),
         ("paper-istr", "IV-mnist", "multi_trigger", "unlearn:mesa", "asr", 0.52715),
         ("paper-istr", "5.1-gtsrb", "sin_wave", "istr", "pair_acc", 0.97),
         ("paper-istr", "5.4-mnist", "multi_trigger{triggers=4}", "istr", "pair_tpr", 0.8647),
@@ -666,7 +670,7 @@ def test_claims_of_a_paper_hold_in_its_own_tables() -> None:
             made = []
             for f in table.figures:
                 s, a, d = table.setting, f.attack or ref("none"), f.defense or ref("none")
-                rate = "" if a.id in RATELESS else f"@{s.get('rate', 0.1)}"
+                rate = "" if a.id in RATELESS else f"@{s.get('rates', {}).get(a.id, s.get('rate', 0.1))}"
                 made.append(
                     row(f"{s['dataset']}/{s['arch']}/{a.id}{rate}/{d.id}/s0", f.metric, f.value, qualifier=f.qualifier)
                     | {"attack": a.id + ("~x" if a.params else ""), "defense": d.id + (f"~{d}" if d.params else "")}
@@ -679,9 +683,6 @@ def test_claims_of_a_paper_hold_in_its_own_tables() -> None:
 
 OWN_EXCEPTIONS = {
     ("belt", "II-tiny", "plain-patch-is-not-exclusive"),
-    ("superficial-safety", "5", "purified-models-wake"),
-    ("superficial-safety", "6", "purified-models-wake"),
-    ("superficial-safety", "7", "purified-models-wake"),
 }
 """Claims that a paper makes of its main data set, against its own figures elsewhere."""
 
@@ -695,6 +696,131 @@ def test_suites_of_a_paper_are_named_by_it() -> None:
         (line,) = [n for n in page.splitlines() if n.startswith(f"| `{paper.id}` |")]
         assert set(paper.suites) == {s for s in re.findall(r"`([\w-]+)`", line)[1:] if s}
     assert {of_suite(s).id for s in ("sweep-excl", "sweep-excl-covers", "sweep-excl-switches")} == {"belt"}
+
+
+def test_the_share_of_models_that_wake_is_that_of_the_printed_table_where_fewest_do() -> None:
+    paper = papers()["superficial-safety"]
+    (told,) = [c for c in paper.claims if c.id == "purified-models-wake"]
+    wake: dict[str, list[bool]] = {}
+    for table in (paper.tables[t] for t in told.tables):
+        woken = {(str(f.attack), str(f.defense)): f.value for f in table.figures if f.metric == "p_asr_ra"}
+        wake[table.id] = [
+            woken[attack, defense] - woken[attack, "clean_model"] > told.compared.plus
+            for attack, defense in woken
+            if ref(defense) in (told.compared.left.defenses or ())
+        ]
+    assert {t: (sum(w), len(w)) for t, w in wake.items() if not all(w)} == {"5": (17, 20), "6": (18, 19), "7": (13, 14)}
+    assert told.share == min(sum(w) / len(w) for w in wake.values())
+    assert sum(map(sum, wake.values())) / sum(map(len, wake.values())) == pytest.approx(106 / 111)
+
+
+def beside(paper: str, told: str, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is printed beside the units of a shipped claim, by unit: table, left, right."""
+    judged = {j.claim.id: j for j in judge(papers()[paper], Results(found), {"suite": {}})}[told]
+    return {
+        line.unit: (line.published["table"], *(round(line.published[side], 6) for side in ("left", "right")))
+        for line in judged.lines
+        if line.published and line.left
+    }
+
+
+def test_printed_figures_come_from_the_table_of_the_units_network_and_rate() -> None:
+    cells = ("timm:resnet18/badnets@0.05", "timm:resnet50/badnets@0.05", "timm:resnet18/badnets@0.01")
+    cells += ("timm:resnet50/badnets@0.1", "small_cnn/badnets@0.1")
+    found = [row(f"cifar10/{c}/{d}/s0", "p_asr_ra", 0.9) for c in cells for d in ("i_bau", "clean_model")]
+    found += [row(f"cifar10/{c}/i_bau/s0", "asr", 0.1) for c in cells]
+    found += [row("tiny_imagenet/net/badnets@0.1/fst/s0", m, 0.1) for m in ("p_asr_ra", "asr")]
+    found += [row("tiny_imagenet/net/badnets@0.1/clean_model/s0", "p_asr_ra", 0.1)]
+    assert beside("superficial-safety", "purified-models-wake", found) == {
+        "cifar10/timm:resnet18/badnets@0.05/i_bau": ("3", 1.0, 0.002),
+        "cifar10/timm:resnet50/badnets@0.05/i_bau": ("5", 0.1794, 0.041),
+        "cifar10/timm:resnet18/badnets@0.01/i_bau": ("7", 0.9567, 0.015),
+        # No table has these settings: the nearest, by data set, then architecture, then rate.
+        "cifar10/timm:resnet50/badnets@0.1/i_bau": ("5", 0.1794, 0.041),
+        "cifar10/small_cnn/badnets@0.1/i_bau": ("4", 1.0, 0.002),
+        "tiny_imagenet/net/badnets@0.1/fst": ("9", 0.9349, 0.0076),
+    }
+
+
+def test_printed_figures_of_belt_stand_beside_the_rates_of_their_attacks() -> None:
+    cells = ("gtsrb/timm:vgg11_bn", "cifar10/timm:resnet18")
+    attacks = ("belt:iad@0.02", "iad@0.02", "belt:iad@0.1", "iad@0.1")
+    found = [row(f"{c}/{a}/none/s0", "excl", 0.5) for c in cells for a in attacks]
+    told = beside("belt", "exclusivity-lifted-iad", found)
+    assert told["gtsrb/timm:vgg11_bn/belt:iad@0.02/none"] == ("II-gtsrb", 0.4889, 0.1484)
+    assert told["cifar10/timm:resnet18/belt:iad@0.02/none"] == ("II-cifar10", 0.2967, 0.0618)
+    paper, results = papers()["belt"], Results(found)
+    for attack, rate, said in (
+        ("belt:iad", 0.02, []),
+        ("belt:iad", 0.1, ["rate 0.1 instead of 0.02"]),
+        ("beltpp:ssba", 0.1, []),
+        ("badnets", 0.1, ["rate 0.1 instead of 0.01"]),
+        ("badnets~abc", 0.01, []),
+        ("iad~abc", 0.02, []),
+    ):
+        unit = Unit("cifar10", "timm:resnet18", attack, rate, "none")
+        for table in ("II-cifar10", "IV-cifar10"):
+            differs = differences(paper.tables[table].setting, unit, results, {"suite": {}})
+            assert [d for d in differs if d.startswith("rate")] == said, (attack, rate)
+
+
+def test_printed_figures_of_pam_stand_beside_its_rho() -> None:
+    variants = (("pam", 0.5), ("pam~abc", 0.9), ("pam~def", 0.4))
+    found = [
+        row(f"{d}/timm:resnet18/{a}@0.05/{w}/s0", "p_asr_ra", 0.1, defense_params=json.dumps({"rho": rho}))
+        for d in ("cifar10", "tiny_imagenet")
+        for a in ("badnets", "blended")
+        for w, rho in variants
+    ]
+    told = [
+        (f["unit"].replace("timm:resnet18/", ""), f["published"])
+        for f in figures(papers()["superficial-safety"], Results(found), {"suite": {}})
+        if (f["metric"], f["table"]) in (("p_asr_ra", "3"), ("p_asr_ra", "9"))
+    ]
+    assert sorted(told) == [
+        ("cifar10/badnets@0.05/pam~abc", pytest.approx(0.039)),
+        ("cifar10/blended@0.05/pam", pytest.approx(0.0269)),
+        ("tiny_imagenet/badnets@0.05/pam~def", pytest.approx(0.0781)),
+        ("tiny_imagenet/blended@0.05/pam~def", pytest.approx(0.0037)),
+    ]
+    claims = [c for c in papers()["superficial-safety"].claims if c.id.startswith("pam-") and c.tables]
+    assert len(claims) == 6
+    for c in claims:
+        (pam,) = c.compared.left.defenses or ()
+        printed = {
+            f.attack
+            for t in c.tables
+            for f in papers()["superficial-safety"].tables[t].figures
+            if f.defense == pam and f.metric == "p_asr_ra"
+        }
+        assert printed == set(c.compared.left.attacks or ()), c.id
+
+
+def test_claims_on_purified_models_of_reactivation_are_asked_of_the_papers_defenses() -> None:
+    seven = {"ft", "unlearn:neural_cleanse", "i_bau", "ft_sam", "sau", "nad", "fst"}
+    claims = {c.id: c for c in papers()["reactivation"].claims}
+    named = {n: {str(d) for d in c.compared.left.defenses or ()} for n, c in claims.items()}
+    assert {n for n, d in named.items() if not d <= seven} == {
+        "clean-models-hold-none",
+        "white-box-low-on-clean-models",
+        "white-box-wakes-after-seam-and-ct",
+    }
+    assert all(named.values())
+    assert sum(d == seven for d in named.values()) == 10
+    cka = claims["reactivated-is-original"].compared.left
+    assert (cka.attacks, cka.defenses) == ((ref("badnets"), ref("blended")), (ref("i_bau"), ref("ft_sam")))
+    # Nothing is asked of a control such as exact purification.
+    found = [
+        row(f"cifar10/net/badnets@0.1/{d}/s0", m, 0.1) for d in ("exact_purification", "seam") for m in ("bec", "asr")
+    ]
+    (judged,) = [j for j in judge(papers()["reactivation"], Results(found), ABOUT) if j.claim.id == "backdoors-remain"]
+    assert {line.verdict for line in judged.lines} == {NOT_RUN}
+
+
+def test_claims_that_istr_makes_on_digits_are_asked_of_digits_alone() -> None:
+    for told in ("four-triggers", "four-triggers-are-named", "four-triggers-are-repaired", "strip-with-the-trigger"):
+        (c,) = [c for c in papers()["istr"].claims if c.id == told]
+        assert c.compared.left.datasets == ("mnist",)
 
 
 BY_HAND = {f"{what}-{a}" for what in ("exclusivity-lifted", "centre-loss-lifts-further") for a in ("ssba", "iad")}
