@@ -130,9 +130,14 @@ def missing(cell: Mapping[str, Any]) -> str:
 
 
 def differing(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Attacks of a sweep -> their parameters that differ from the plain one's, as `key=value`."""
+    """Attacks of a sweep -> their parameters that differ from the plain one's, as `key=value`.
+
+    Where no plain one ran, or it ran before it had a parameter, the default stands for it.
+    """
     settings = {c["attack"]: json.loads(c["attack_params"]) for c in cells}
-    bare = {plain(a): p for a, p in settings.items() if "~" not in a}
+    registry = Registry.discover("none")
+    fields = {n: registry.chain("attack", n)[0].blueprint.fields for n in {plain(a) for a in settings if "~" in a}}
+    bare = {n: {k: f.default for k, f in of.items()} | settings.get(n, {}) for n, of in fields.items()}
     return {
         a: [f"{k}={v}" for k, v in p.items() if v != bare.get(plain(a), {}).get(k)]
         for a, p in settings.items()
@@ -171,7 +176,7 @@ def smallest(parts: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
     return {s: min(v[s] for v in parts.values() if s in v) for s in seeds}
 
 
-def sparing(found: Figures) -> list[str]:
+def sparing(found: Figures, other: Mapping[str, Sequence[str]]) -> list[str]:
     """Attacks that work on some images only: success where it is meant, and the leak on the images that they spare."""
     body = []
     for attack, of in sorted(found.items()):
@@ -180,25 +185,26 @@ def sparing(found: Figures) -> list[str]:
         worst = largest(qualified(of, "asr_leak", "class"))
         covers = [span(of.get((m, ""), {}), 100, 1) for m in ("cover_asr", "cover_acc")]
         body.append(
-            [attack, span(of["asr", ""], 100, 1), span(of["asr_leak", ""], 100, 1), span(worst, 100, 1), *covers]
+            [told(attack, other), *(span(v, 100, 1) for v in (of["asr", ""], of["asr_leak", ""], worst)), *covers]
         )
     head = ["attack", "ASR where it counts", "leak", "leak, worst class", "covers: to the target", "covers: own label"]
     return table(head, body) if body else []
 
 
-def triggers(found: Figures, members: Mapping[str, Sequence[str]]) -> list[str]:
+def triggers(found: Figures, members: Mapping[str, Sequence[str]], other: Mapping[str, Sequence[str]]) -> list[str]:
     """Attacks with several triggers: the mean, the worst and each, with the leak of those that spare some images."""
     body = []
     for attack, of in sorted(found.items()):
         each, leaks = qualified(of, "asr", "trigger"), qualified(of, "asr_leak", "trigger")
         if not each:
             continue
-        body.append([attack, "mean", span(of["asr", ""], 100, 1), span(of.get(("asr_leak", ""), {}), 100, 1)])
-        body.append([attack, "worst", span(smallest(each), 100, 1), span(largest(leaks), 100, 1)])
+        label = told(attack, other)
+        body.append([label, "mean", span(of["asr", ""], 100, 1), span(of.get(("asr_leak", ""), {}), 100, 1)])
+        body.append([label, "worst", span(smallest(each), 100, 1), span(largest(leaks), 100, 1)])
         for i, values in sorted(each.items(), key=lambda x: int(x[0])):
             name = members[attack][int(i)] if attack in members else ""
             leak = span(leaks.get(i, {}), 100, 1)
-            body.append([attack, f"{i}{f': {name}' if name else ''}", span(values, 100, 1), leak])
+            body.append([label, f"{i}{f': {name}' if name else ''}", span(values, 100, 1), leak])
     return table(["attack", "trigger", "ASR", "leak"], body) if body else []
 
 
@@ -462,12 +468,12 @@ def page(name: str, parts: Sequence[Mapping[str, Any]], registry: Registry) -> l
             "A source-specific attack (tact, cassock) counts on images of its source classes; *leak* is the share of "
             "the other classes' triggered images that get the target all the same. hcb counts on images with feature "
             "and patch; its leak is that of the patch without the feature, its covers have the feature without it.",
-            sparing(found),
+            sparing(found, differing(cells)),
         ),
         *section(
             "Several triggers",
             "The headline ASR, which the bar is held against, is the mean over triggers; a dead one hides in it.",
-            triggers(found, members),
+            triggers(found, members, differing(cells)),
         ),
         *(x for p in prose(found, members) for x in ("", p)),
         *section(

@@ -327,6 +327,11 @@ def test_an_attack_s_page_shows_its_lines_of_every_run(tmp_path: Path, monkeypat
     settings = {"badnets": {"size": 3, "targets": "all_to_one"}, "badnets~abc": {"size": 3, "targets": "all_to_all"}}
     cells = [{"attack": a, "attack_params": json.dumps(p)} for a, p in settings.items()]
     assert attacks.differing(cells) == {"badnets~abc": ["targets=all_to_all"]}
+    # Without a plain one, or one from before there was the parameter, its default stands for it.
+    alone = [cells[1] | {"attack_params": json.dumps({"include_target": True, "targets": "all_to_all"})}]
+    assert attacks.differing(alone) == {"badnets~abc": ["targets=all_to_all"]}
+    old = [cells[0] | {"attack_params": '{"size": 3}'}, cells[1]]
+    assert attacks.differing(old) == {"badnets~abc": ["targets=all_to_all"]}
 
 
 def test_an_attack_s_figures_are_those_of_the_first_part_that_has_its_cell() -> None:
@@ -418,8 +423,8 @@ def test_attacks_keep_success_apart_by_images_triggers_covers_and_classes() -> N
         of("badnets~1a", "asr", 0.9, "class=2"),
     ]
     found = attacks.figures(rows)
-    assert attacks.sparing(found)[2:] == ["| tact | 100.0, 90.0 | 1.0, 2.0 | 3.0, 5.0 |  |  |"]
-    assert attacks.triggers(found, {"hybrid": ["cassock", "hcb"]})[2:] == [
+    assert attacks.sparing(found, {})[2:] == ["| tact | 100.0, 90.0 | 1.0, 2.0 | 3.0, 5.0 |  |  |"]
+    assert attacks.triggers(found, {"hybrid": ["cassock", "hcb"]}, {})[2:] == [
         "| hybrid | mean | 75.0 | 20.0 |",
         "| hybrid | worst | 50.0 | 20.0 |",
         "| hybrid | 0: cassock | 100.0 |  |",
