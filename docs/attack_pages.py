@@ -330,13 +330,27 @@ def part(run: Path, command: str) -> dict[str, Any]:
     rows = read_table(run / "measurements.parquet")
     cells = [c for c in read_table(run / "cells.parquet") if c["defense"] == "none"]
     params = {c["attack"]: json.loads(c["attack_params"]) for c in cells}
+    suite = json.loads((run / "run.json").read_text())["suite"]
+    ways = {k: suite[k] for k in ("injection", "append") if suite.get(k)}
     return {
         "command": command,
         **provenance(run, rows),
+        **ways,
         "cells": [{k: c[k] for k in CELL} for c in cells],
         "members": {a: p["members"] for a, p in params.items() if "members" in p},
         "rows": [{k: r[k] for k in FIELDS} for r in rows if r["defense"] == "none"],
     }
+
+
+def way(part: Mapping[str, Any]) -> list[str]:
+    """How the attacks came into the models, where they were not trained on poisoned rows in place from the start."""
+    said = []
+    if how := part.get("injection"):
+        epochs, lr = how["epochs"], how["lr"]
+        said.append(f"Injected into benignly trained models by {epochs} epochs of fine-tuning at a rate of {lr:g}.")
+    if part.get("append"):
+        said.append("Poisoned rows stand beside their clean ones.")
+    return said
 
 
 def together(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -449,7 +463,7 @@ def page(name: str, parts: Sequence[Mapping[str, Any]], registry: Registry) -> l
             for n, d in one.get("datasets", {}).items()
             if d.get("note")
         ]
-        made.append(" ".join([f"- `{one['command']}`", f"({machine(one)}).", *notes, *old]))
+        made.append(" ".join([f"- `{one['command']}`", f"({machine(one)}).", *way(one), *notes, *old]))
     bare = {a: of for a, of in found.items() if "~" not in a}
     return [
         *("# Attacks: declared, published, measured", "", "Written by `docs/attack_pages.py` from the tables of:", ""),

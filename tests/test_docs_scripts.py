@@ -334,6 +334,15 @@ def test_an_attack_s_page_shows_its_lines_of_every_run(tmp_path: Path, monkeypat
     assert attacks.differing(old) == {"badnets~abc": ["targets=all_to_all"]}
 
 
+def test_the_page_says_how_attacks_came_into_the_models() -> None:
+    attacks = script("attack_pages")
+    assert attacks.way({}) == []
+    assert attacks.way({"injection": {"epochs": 10, "lr": 0.01}, "append": True}) == [
+        "Injected into benignly trained models by 10 epochs of fine-tuning at a rate of 0.01.",
+        "Poisoned rows stand beside their clean ones.",
+    ]
+
+
 def test_an_attack_s_figures_are_those_of_the_first_part_that_has_its_cell() -> None:
     attacks = script("attack_pages")
 
