@@ -32,12 +32,13 @@ INPUTS = {"input_auroc": "AUROC", "input_tpr_fpr5": "TPR at 5 % FPR"}
 
 
 def detectors(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[tuple[str, str], Mapping[str, Any]]]:
-    """(data set, detector) -> its figures over the zoo, by (metric, qualifier)."""
+    """(data set, detector) -> its figures over the zoo, by (metric, qualifier), of those that judge models."""
     found: dict[tuple[str, str], dict[tuple[str, str], Mapping[str, Any]]] = {}
     for r in rows:
         if r["scope"] == "zoo" and r["metric"].startswith("det_"):
             found.setdefault((r["dataset"], r["defense"]), {})[r["metric"], r["qualifier"]] = r
-    return {k: v for k, v in sorted(found.items()) if any(r["value"] is not None for r in v.values())}
+    judged = (kv for kv in sorted(found.items()) if (row := kv[1].get(("det_tpr", ""))) and row["value"] is not None)
+    return dict(judged)
 
 
 def share(row: Mapping[str, Any] | None) -> str:
