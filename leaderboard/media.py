@@ -7,7 +7,7 @@ import json
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ MOST_VALUES = 5000
 MOST_BARS = 200
 MOST_SERIES = 40
 LARGEST_VALUE = 1e30
-NOT_ORDERED = frozenset({"draw", "trigger", "seed", "label", "class", "source"})
-"""Keys of qualifiers whose numbers only tell rows apart."""
+NOT_ORDERED = frozenset({"draw", "trigger", "seed", "label", "class", "source", "model", "image"})
+"""What numbers only tell apart: keys of qualifiers, and names of axes, there also as `image id`."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,120}\.png")
 
 
@@ -63,9 +63,15 @@ class Curve:
         """About how many bytes it takes on a page, on the safe side."""
         c = self.chart
         if isinstance(c, Bars):
-            return 4000 + 420 * len(c.bars)
+            return 4000 + 420 * len(c.bars) + _keys(c.legend)
         points = sum(len(s.points) + len(s.band) + sum(90 + 6 * len(t) for _, _, t in s.dots) for s in c.lines)
-        return 4000 + points + (0 if self.measured else sum(200 * len(s.values) for s in c.lines))
+        listed = 0 if self.measured else sum(200 * len(s.values) for s in c.lines)
+        return 4000 + points + listed + _keys([s.label for s in c.lines])
+
+
+def _keys(labels: Sequence[str]) -> int:
+    """About how many bytes a legend takes, on the safe side."""
+    return sum(320 + 6 * len(t) for t in labels)
 
 
 @dataclass(frozen=True)
@@ -137,9 +143,28 @@ def _curve(raw: Any) -> Curve | None:
     if re.fullmatch(r"(.*-)?roc", name):
         title = f"ROC curve. {title}"
     rule = _numbers([raw.get("threshold")])
-    draw = bars if named == {True} else lines
-    chart = draw(good, _text(raw.get("x_label")), _text(raw.get("y_label")), rule[0] if rule else None)
-    return Curve(title, chart, name)
+    x_label, y_label, cut = _text(raw.get("x_label")), _text(raw.get("y_label")), rule[0] if rule else None
+    if named == {True}:
+        return Curve(title, bars(good, x_label, y_label, cut), name)
+    if _at_one_x(good):
+        at = f"{x_label or 'x'} {words.number(good[0].x[0], False)}"
+        return Curve(f"{title}, {at}", bars([_upright(good, at)], "series", y_label, cut), name)
+    if x_label.removesuffix(" id") in NOT_ORDERED:
+        good = [replace(s, scattered=True) for s in good]
+    return Curve(title, lines(good, x_label, y_label, cut), name)
+
+
+def _at_one_x(series: Sequence[Series]) -> bool:
+    """Whether all there is stands at one number, where an axis would say nothing, and can be told apart by labels."""
+    at_one = {(len(s.x), s.x[0]) for s in series} == {(1, series[0].x[0])}
+    return at_one and len({s.label for s in series}) == len(series) and len({bool(s.low) for s in series}) == 1
+
+
+def _upright(series: Sequence[Series], at: str) -> Series:
+    """Series of one value each as a single one, whose names are their labels."""
+    names, values = tuple(s.label or at for s in series), tuple(s.y[0] for s in series)
+    low, high = tuple(v for s in series for v in s.low), tuple(v for s in series for v in s.high)
+    return Series("", names, values, low, high)
 
 
 def measured_curves(rows: Iterable[Mapping[str, Any]], drawn: Sequence[Curve]) -> list[Curve]:
@@ -170,7 +195,9 @@ def measured_curves(rows: Iterable[Mapping[str, Any]], drawn: Sequence[Curve]) -
         ends = [(by[v]["lower"], by[v]["upper"]) for v in x]
         whole = all(_finite(a) and _finite(b) for a, b in ends)
         low, high = (tuple(a for a, _ in ends), tuple(b for _, b in ends)) if whole else ((), ())
-        pictures.setdefault((evaluator, metric, key), []).append(Series(rest or metric, tuple(x), y, low, high))
+        pictures.setdefault((evaluator, metric, key), []).append(
+            Series(rest or words.label(metric), tuple(x), y, low, high)
+        )
     made = []
     for (evaluator, metric, key), series in pictures.items():
         draw = bars if key == "layer" else lines

@@ -18,7 +18,12 @@ LABELS = {
     "asr_bba": "ASR (BBA)",
     "asr_tba": "ASR (TBA)",
     "bba_queries": "Queries of BBA",
+    "r_acc_wba": "R-Acc (WBA)",
+    "r_acc_guaa": "R-Acc (gUAA)",
+    "wba_moved": "Way of WBA's perturbation",
+    "p_asr_qra_net": "P-ASR (QRA) net",
     "asr_noise": "ASR under noise",
+    "cka": "CKA to the attacked model",
     "cka_triggers": "CKA of triggers",
     "asr_wake": "ASR by retuning effort",
     "wake_cost": "Wake cost",
@@ -39,6 +44,7 @@ LABELS = {
     "lmc_bd_auc": "ASR on the straight path",
     "lmc_t20": "Last point above 20 % ASR",
     "lmc_barrier_clean": "Barrier of clean error",
+    "lmc_barrier_bd": "Barrier of backdoor error",
     "tac": "TAC of chosen channels",
     "tac_agreement": "Agreement of TAC's kinds",
     "tac_contrast": "TAC of the top channels",
@@ -47,15 +53,22 @@ LABELS = {
     "apd": "APD",
     "apd_rel": "APD rel.",
     "excl": "Excl",
+    "excl_last": "Excl, last change",
+    "excl_eligible": "Excl, images that count",
+    "bound": "Largest change that works",
     "der": "DER",
     "p_der": "P-DER",
     "reasr_net": "REASR net",
     "reasr_any": "REASR, any label",
     "reasr_before": "REASR before repair",
     "reasr_after": "REASR after repair",
+    "reasr_repaired": "REASR, sought anew",
+    "reasr_repaired_clean": "REASR clean, sought anew",
+    "flag_repaired": "Flagged after repair",
     "apd_raw": "APD of masks",
     "mask_iou": "Mask IoU",
     "rir": "RIR",
+    "asr_source": "ASR, images meant",
     "asr_leak": "ASR leak",
     "cover_acc": "Cover accuracy",
     "cover_asr": "Cover ASR",
@@ -120,6 +133,9 @@ READING = {
     "reasr_clean": "What the same trigger does to models that never had the backdoor.",
     "reasr_after": "Held against REASR before repair: the same triggers, those that the repair was made with. Low says "
     "that these triggers are gone, not that no other one would be found.",
+    "reasr_repaired": "The method searches the repaired model again. It counts only beside the clean figure.",
+    "reasr_repaired_clean": "What the triggers found in the repaired model do to models that never had a backdoor.",
+    "flag_repaired": "A mean over cells is the share of repaired models that the method still calls backdoored.",
     "apd_rel": "1 is the distance of an empty answer, which changes no pixel.",
     "mask_iou": "1 is the true place, 0 another one. Empty for triggers that differ from image to image.",
     "shift_target_net": "0 is what the trigger does to models that never had a backdoor, 1 the whole way to the target "
@@ -127,6 +143,31 @@ READING = {
     "say, and it ranks nothing.",
     "shift_target": "0: the trigger moves the features nowhere towards the target class; 1: the whole way.",
     "shift_target_clean": "What the same trigger does to independent clean models, each in its own features.",
+    "bec": "From CKA to the attacked model on triggered images, in the channels that the trigger excites most: 1 where "
+    "the defended model answers there as the attacked one, 0 where it is as like it as a clean model. It follows "
+    "closeness of the weights, so it is read beside its controls and ranks nothing.",
+    "bec_layerwise": "Read as BEC; a layer in which clean models are near the attacked one weighs as much as others.",
+    "bec_debiased": "Read as BEC; few images raise the plain estimator of CKA, not this one.",
+    "cka": "1 where two models' activations on the same images agree. Models of one task are alike without any "
+    "backdoor: BEC holds it against clean models.",
+    "tac": "1: these channels change with the trigger no more than the others.",
+    "tac_contrast": "1: all channels of a layer change alike under the trigger; large: a few carry it.",
+    "tac_agreement": "100 %: both ways to compute TAC choose the same channels.",
+    "excl": "100 %: only the attacker's very trigger works; 0 %: any trigger of its family does. It is of the "
+    "undefended model, over the images on which the trigger works. Compare an attack with its own variants.",
+    "excl_last": "Never below Excl: of the last change that worked, as the released code prints, not the largest.",
+    "excl_eligible": "Few images make Excl uncertain.",
+    "bound": "In Euclidean norm, beside the largest change that the trigger's family admits (control=boundary).",
+    "lmc_bd_auc": "High: the backdoor is there on most of the straight path from the weights before repair to these.",
+    "lmc_t20": "100 %: the defended model itself still answers; low: a small step of the repair is enough.",
+    "lmc_barrier_clean": "Near 0: clean accuracy holds all along the path, so both models lie in one basin.",
+    "lmc_barrier_bd": "Near 0: nowhere on the path is the backdoor weaker than at its two ends on average.",
+    "asr_source": "Of an attack that spares classes or images: success on those that the trigger is meant for.",
+    "p_asr_qra_net": "What QRA gets from this backdoor beyond what it gets where this backdoor is not.",
+    "asr_guaa": "WBA's control: what it reaches needs no trigger, and so is an adversarial perturbation.",
+    "r_acc_wba": "With ASR it adds up to at most 1; the rest goes to other wrong classes.",
+    "r_acc_guaa": "With ASR it adds up to at most 1; the rest goes to other wrong classes.",
+    "wba_moved": "Near 0: gradients were too small to move the perturbation, so a low ASR says little.",
     "c_asr_qra": "What the perturbation does without the trigger is an attack and no re-activation.",
     "r_acc_bba": "With ASR it adds up to at most 1; the rest goes to other wrong classes.",
     "r_acc_tba": "With ASR it adds up to at most 1; the rest goes to other wrong classes.",
@@ -175,6 +216,8 @@ FRACTIONS = frozenset(
     }
 )
 """Fractions that no column of the tables has a unit for; an evaluator's own word goes before."""
+NO_SHARES = frozenset({"linf"})
+"""Fractions that are no share of anything, and so are printed as they are."""
 SIGNED = frozenset({"reasr_net"})
 """Fractions that may lie below 0."""
 
@@ -236,6 +279,12 @@ REASONS = {
     "wrong_shape": "the method returned something of the wrong shape",
     "undeclared_access": "the method asked for something that it had not declared",
 }
+
+OF_SOURCE = {
+    "not_purified": "the model that the qualifier names answers to more than 20 % of triggered images, so it is no "
+    "surrogate to transfer from",
+}
+"""Meanings of reasons in rows whose qualifier names another model, as `source=`: they are about that one."""
 
 STATUS_WORDS = {
     "ok": "measured",

@@ -31,19 +31,26 @@ def label(metric: str) -> str:
 
 def is_share(metric: str, units: Mapping[str, str]) -> bool:
     """Whether a metric is a fraction that the site prints as per cent."""
+    if metric in terms.NO_SHARES:
+        return False
     if metric in units:
         return units[metric] == "fraction"
     return metric == "excl" or metric in terms.FRACTIONS or (metric in COLUMNS and COLUMNS[metric].unit == "fraction")
 
 
 def number(value: float, share: bool) -> str:
-    """A figure as text: shares in per cent with one decimal, others with four significant digits."""
+    """A figure as text: shares in per cent with one decimal, others with four significant digits.
+
+    From 10,000 to a billion it is a whole number with commas.
+    """
     if not math.isfinite(value):
         return "not finite"
     if share:
         return f"{100 * value:.1f} %"
-    if value and not 1e-3 <= abs(value) < 1e5:
+    if value and not 1e-3 <= abs(value) < 1e9:
         return f"{value:.3e}"
+    if abs(value) >= 9999.5:  # below, four digits hold all of it
+        return f"{value:,.0f}"
     return f"{value:.4g}"
 
 
@@ -71,17 +78,21 @@ MEANINGS: Mapping[str, str] = {
 """Words that stand in empty fields and on badges -> what they mean."""
 
 
-def reason_text(reason: str) -> str:
-    """A reason in full: its word, what that means, and its detail."""
+def reason_text(reason: str, qualifier: str = "") -> str:
+    """A reason in full: its word, what that means in a row of this qualifier, and its detail."""
     word, _, detail = reason.partition(":")
-    parts = [word.strip().replace("_", " "), terms.REASONS.get(word.strip(), ""), detail.strip()]
+    of_source = any(p.startswith("source=") for p in qualifier.split(";"))
+    meanings = {**terms.REASONS, **terms.OF_SOURCE} if of_source else terms.REASONS
+    parts = [word.strip().replace("_", " "), meanings.get(word.strip(), ""), detail.strip()]
     return ": ".join(p for p in parts if p) or "no reason was recorded"
 
 
 def status_text(row: Mapping[str, Any]) -> str:
-    """A row's status in words, with its reason when it has no figures."""
+    """A row's status in words, with its reason when it has no figures. Rows are cells or measurements."""
     words = terms.STATUS_WORDS.get(row["status"], row["status"])
-    return words if row["status"] == "ok" else f"{words}: {reason_text(row['reason'] or '')}"
+    if row["status"] == "ok":
+        return words
+    return f"{words}: {reason_text(row['reason'] or '', row.get('qualifier') or '')}"
 
 
 def status_short(row: Mapping[str, Any]) -> str:
@@ -92,7 +103,9 @@ def status_short(row: Mapping[str, Any]) -> str:
 
 @lru_cache(maxsize=100_000)
 def missing(metric: str, reason: str) -> Shown:
-    """An empty field: the reason's word, with the whole of it in the title."""
+    """An empty field: the reason's word, with the whole of it in the title. Without a verdict that is the reason."""
+    if metric == "verdict":
+        reason = reason or "no_verdict"
     return Shown(metric, reason_word(reason), title=f"no figure: {reason_text(reason)}", empty=True)
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from page_reader import Page, read
+from page_reader import Page, Tag, read
 from synthetic import SCRIPT, cell_row, measurement, png, write_media, write_run
 
-from sleeperbench.leaderboard import charts, figures, media
-from sleeperbench.leaderboard.build import build
+from sleeperbench.leaderboard import charts, figures, media, words
+from sleeperbench.leaderboard.build import _environment, build
 from sleeperbench.leaderboard.tables import load
 from sleeperbench.leaderboard.views import Views, href
 
@@ -203,13 +203,14 @@ def test_figures_by_layer_are_drawn_from_the_measurements() -> None:
     assert curve.title == "BEC, layers' own ratios by layer"
     assert isinstance(curve.chart, charts.Bars)
     assert [n for _, n in curve.chart.names] == ["layer1", "layer2", "layer10"], "numbers within names count as numbers"
-    assert curve.chart.legend == ("bec_layerwise", "variant=post")
-    assert {(b.group, b.label): b.text for b in curve.chart.bars}["layer10", "bec_layerwise"] == "1"
+    assert curve.chart.legend == ("BEC, layers' own ratios", "variant=post")
+    assert {(b.group, b.label): b.text for b in curve.chart.bars}["layer10", "BEC, layers' own ratios"] == "1"
 
 
 def test_figures_by_a_number_are_drawn_as_a_curve_with_its_band() -> None:
     rows = [row("asr_wake", f"k={k}", k / 50, evaluator="wake", lower=k / 60, upper=k / 40) for k in (25, 1, 10)]
-    rows += [row("p_asr_ra", f"draw={k}", 0.5, evaluator="ra") for k in range(5)]
+    for key in ("draw", "model", "image", "class", "trigger"):
+        rows += [row("p_asr_ra", f"{key}={k}", 0.5, evaluator="ra") for k in range(5)]
     rows += [row("asr_few", f"k={k}", 0.5, evaluator="few") for k in (1, 2)]
     (curve,) = media.measured_curves(rows, [])
     assert isinstance(curve.chart, charts.Lines)
@@ -254,8 +255,7 @@ def test_scattered_marks_are_drawn_unjoined_each_with_its_values(pages: dict[str
     assert names == ["polyline"], "of four series one is a line"
     dots = [t for t in (*plane.all("circle"), *plane.all("rect"), *plane.all("path")) if "dot" in t.attrs["class"]]
     titles = [t.all("title")[0].text for t in dots]
-    # Two marks, one and one, the ends of the line, and one in the legend of each scattered series.
-    assert len(dots) == 9
+    assert len(dots) == 6, "two marks, one and one, and the ends of the line"
     assert {"b: 0.5, 0.5", "c: 0.25, 1", "curve: 0, 0"} <= set(titles)
     left, right = charts.LEFT, charts.WIDTH - charts.RIGHT
     (cut,) = (t for t in plane.all("path") if t.attrs["class"] == "rule")
@@ -266,6 +266,62 @@ def test_scattered_marks_are_drawn_unjoined_each_with_its_values(pages: dict[str
     scale = {t.text: float(t.attrs["x"]) for t in index.all("text") if t.attrs.get("text-anchor") == "middle"}
     assert cut.attrs["d"].startswith(f"M{scale['2']} {top}V")
     assert not page.wrong
+
+
+def test_a_legend_has_whole_labels_and_a_key_of_its_own_for_each(tmp_path: Path) -> None:
+    labels = [f"{what} pictures, trained on {by}" for what in ("triggered", "clean") for by in ("these", "the others")]
+    labels += [f"more {i}" for i in range(14)]
+    series = [{"label": t, "x": [0, 1], "y": [i, i]} for i, t in enumerate(labels)]
+    curve = media._curve({"title": "t", "series": series})
+    layers = media._curve({"title": "t", "series": [s | {"x": ["a", "b"]} for s in series[:7]]})
+    template = _environment().from_string(
+        '{% import "macros.html.j2" as m with context %}{{ m.curves("a", curve) }}{{ m.bars("b", layers) }}'
+    )
+    (tmp_path / "a.html").write_text(template.render(curve=curve, layers=layers, charts=charts, root="", words=words))
+    page = read(tmp_path / "a.html")
+    lines, bars = (t for t in page.root.all("ul") if t.attrs["class"] == "legend")
+    assert [li.text for li in lines.all("li")] == labels and [li.text for li in bars.all("li")] == labels[:7]
+
+    def look(t: Tag) -> tuple[str, str]:
+        (key,) = (d for n in ("circle", "rect", "path") for d in t.all(n) if "dot" in d.attrs["class"])
+        return key.name, key.attrs["class"]
+
+    assert len({look(li) for li in lines.all("li")}) == len(labels) == 3 * charts.LOOKS
+    plane, _ = (t for t in page.root.all("svg") if "chart" in t.attrs["class"])
+    drawn = {d.all("title")[0].text.partition(":")[0]: (d.name, d.attrs["class"]) for d in plane_dots(plane)}
+    assert drawn == {li.text: look(li) for li in lines.all("li")}, "a key looks as the marks of its series"
+    assert not page.wrong and not any("..." in t.text for t in page.root.all("svg"))
+
+
+def plane_dots(plane: Tag) -> list[Tag]:
+    return [d for n in ("circle", "rect", "path") for d in plane.all(n) if "dot" in d.attrs["class"]]
+
+
+def test_what_stands_at_one_number_is_drawn_as_bars_by_series() -> None:
+    raw = {"title": "ASR after retuning", "x_label": "draw", "y_label": "ASR"}
+    series = [{"label": t, "x": [0], "y": [v]} for t, v in (("this model", 0.75), ("clean_model, mean", 0.25))]
+    curve = media._curve({**raw, "series": series, "threshold": 0.5})
+    assert curve is not None and isinstance(curve.chart, charts.Bars)
+    assert curve.title == "ASR after retuning, draw 0"
+    first, second = curve.chart.bars
+    assert (first.group, first.text) == ("this model", "0.75") and second.group == "clean_model, mean"
+    assert first.width == pytest.approx(3 * second.width, abs=0.3) and curve.chart.rule is not None
+    (alone,) = media._curve(
+        {**raw, "series": [{"label": "", "x": [2], "y": [0.5], "low": [0.25], "high": [1]}]}
+    ).chart.bars
+    assert (alone.group, alone.between) == ("draw 2", "0.25 to 1") and alone.low < alone.x0 + alone.width < alone.high
+    other = [series[0], series[1] | {"x": [1]}]
+    for odd in (other, [*series, series[0]], [series[0], series[1] | {"low": [0], "high": [1]}]):
+        kept = media._curve({**raw, "series": odd})
+        assert kept is not None and isinstance(kept.chart, charts.Lines), "these cannot be told apart as bars"
+
+
+@pytest.mark.parametrize(("axis", "joined"), [("image id", False), ("draw", False), ("iteration", True), ("k", True)])
+def test_what_has_no_order_is_not_joined(axis: str, joined: bool) -> None:
+    curve = media._curve({"x_label": axis, "series": [{"label": "a", "x": [3, 7, 9], "y": [1, 0, 1]}]})
+    assert curve is not None and isinstance(curve.chart, charts.Lines)
+    (line,) = curve.chart.lines
+    assert bool(line.points) == joined and len(line.dots) == 3
 
 
 def test_only_truth_makes_marks_of_a_series_and_only_a_number_a_threshold() -> None:
