@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import statistics
 import sys
 from collections import defaultdict
@@ -124,6 +125,16 @@ def weighed(of: Sequence[Cell], version: int | list[int]) -> Sequence[Cell]:
     for c in of:
         if first < SEES_ALL and c["defense"].partition("~")[0] in BESIDE:
             c["figures"].pop(WEIGHTS, None)
+    return of
+
+
+def plainly_named(of: Sequence[Cell]) -> Sequence[Cell]:
+    """The cells, without the digest of settings in the label of a defense that stands here in one form alone."""
+    forms = {c["defense"] for c in of}
+    for c in of:
+        plugin = c["defense"].partition("~")[0]
+        if sum(plugin == f.partition("~")[0] for f in forms) == 1:
+            c["defense"] = plugin
     return of
 
 
@@ -485,7 +496,8 @@ def about_attack(attack: str, of: Sequence[Cell], clean: Sequence[Cell]) -> str:
 
 def why(c: Cell) -> str:
     """Why a cell has no P-ASR."""
-    return str(c["reasons"].get("p_asr_ra", "not measured"))
+    # Of a step whose input failed, the reason of that input: it is the same over seeds, its name is not.
+    return re.sub(r"^input_failed: \S+ \S+: ", "", str(c["reasons"].get("p_asr_ra", "not measured")))
 
 
 def about_placebos(all_cells: Sequence[Cell]) -> list[str]:
@@ -595,7 +607,7 @@ def about_shift(all_cells: Sequence[Cell]) -> list[str]:
 
 def page(name: str, about: Mapping[str, Any]) -> list[str]:
     """The page, from what the JSON holds."""
-    all_cells = weighed(restored(about["cells"]), about.get("methods", {}).get("evaluator/bec", 0))
+    all_cells = plainly_named(weighed(restored(about["cells"]), about.get("methods", {}).get("evaluator/bec", 0)))
     tuned = sorted({c["attack"] for c in all_cells if "tuned" in c["flags"]})
     reduced = sorted({c["defense"] for c in all_cells if "reduced" in c["flags"]})
     sets, archs = (", ".join(sorted({c[k] for c in all_cells})) for k in ("dataset", "arch"))
@@ -682,7 +694,10 @@ def written(name: str, command: str, runs: Sequence[Path]) -> None:
             c["figures"] = {k: v for k, v in c["figures"].items() if k in needed}
     rows = [r for run in runs for r in read_table(run / "measurements.parquet")]
     out = {"command": command} | combined(runs, rows, {k[0] for k in USED}) | more
-    (DOCS / "measured" / f"{name}.json").write_text(json.dumps(out | {"cells": stored(of)}, indent=1) + "\n")
+    # A cell on a line: a page's JSON stays below the 1 MB that a file here may have.
+    lines = ",\n".join(json.dumps(c) for c in stored(of))
+    head = json.dumps(out, indent=1).removesuffix("\n}")
+    (DOCS / "measured" / f"{name}.json").write_text(f'{head},\n "cells": [\n{lines}\n ]\n}}\n')
 
 
 def main() -> int:
