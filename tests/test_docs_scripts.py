@@ -476,11 +476,12 @@ def test_the_zoo_takes_a_detectors_time_from_its_cost() -> None:
         {"kind": "defense", "status": "ok", "name": "digits/x", "plugin": p, "result": {"cpu_seconds": 1.0}}
         for p in ("mntd", "strip")
     ]
+    done.append(done[0] | {"kind": "prepare", "result": {"cpu_seconds": 30.0}})
     rows = [
         row("cost_forwards", 9.0, dataset="digits", defense="mntd", cpu_seconds=50.0),
         row("cost_forwards", 9.0, "phase=run", dataset="digits", defense="mntd", cpu_seconds=1.0),
     ]
-    assert zoo.took(rows, done) == {("digits", "mntd"): [50.0], ("digits", "strip"): [1.0]}
+    assert zoo.took(rows, done) == {("digits", "mntd"): (20.0, 30.0), ("digits", "strip"): (1.0, 0.0)}
 
 
 def test_the_zoo_names_kinds_of_clean_models_and_what_was_left_out() -> None:
@@ -493,10 +494,21 @@ def test_the_zoo_names_kinds_of_clean_models_and_what_was_left_out() -> None:
             "dataset": "d",
             "reason": "",
         },
-        {"attack": "wanet", "dataset": "digits", "reason": "attack_did_not_implant: mean ASR 0.80 below 0.9"},
+        *(
+            {"attack": a, "dataset": "digits", "suite": s, "seed": seed, "reason": reason, "attack_params": "{}"}
+            for a, s, seed, reason in (
+                ("wanet", "zoo", 0, "attack_did_not_implant: mean ASR 0.80 below 0.9"),
+                ("wanet", "zoo", 1, "attack_did_not_implant: mean ASR 0.80 below 0.9"),
+                ("wanet", "zoo-inputs", 0, ""),
+                ("lf", "zoo", 0, "attack_did_not_implant: mean ASR 0.50 below 0.9"),
+            )
+        ),
     ]
     assert zoo.kinds(cells) == {"none": "plain", "none~1a": "stamped 10 %"}
-    assert zoo.absent(cells) == "wanet on digits (mean ASR 0.80 below 0.9)"
+    assert zoo.absent(cells) == (
+        "lf on digits in suite `zoo` (mean ASR 0.50 below 0.9 over 1 seeds); wanet on digits in suite `zoo` (mean ASR "
+        "0.80 below 0.9 over 2 seeds; over the seeds of `zoo-inputs` it implanted, and stands there)"
+    )
     assert zoo.share(row("det_tpr", 0.5, lower=0.1, upper=0.9)) == "50.0 (10 to 90)"
     assert zoo.share(row("det_tpr", None)) == zoo.share(None) == ""
 

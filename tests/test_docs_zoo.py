@@ -59,11 +59,11 @@ def test_detectors_of_inputs_stand_by_attack() -> None:
     rows += [row("input_tpr_fpr5", 0.25, "sig", 0), row("input_auroc", None, "lf", 1), row("asr", 1.0, "lf", 0)]
     used = zoo.inputs(rows)
     assert len(used) == 4
-    head, _, line = zoo.by_model(used, {("digits", "strip"): [1.0, 3.0]})
+    head, _, line = zoo.by_model(used, {("digits", "strip"): (1.0, 3.0)})
     assert head == (
         "| data set | detector | models | AUROC | TPR at 5 % FPR | AUROC, lf | AUROC, sig | TPR at 5 % FPR, lf | "
         "TPR at 5 % FPR, sig | core-seconds a model |"
     )
     assert (
-        line == "| digits | strip | 3 | 80.0 | 25.0 | 100.0 (100 to 100) | 70.0 (50 to 90) |  | 25.0 (25 to 25) | 2.0 |"
+        line == "| digits | strip | 3 | 80.0 | 25.0 | 100.0 (100 to 100) | 70.0 (50 to 90) |  | 25.0 (25 to 25) | 1.0 + 3.0 |"
     )

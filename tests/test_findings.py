@@ -272,8 +272,13 @@ def test_what_the_pages_of_bec_and_target_shift_say_of_every_data_set(findings: 
     _, used = findings.ranking(of)
     moved = [c for c in used if findings.changed(c)]
     for mine in (used, moved):
-        assert findings.rank(mine, findings.O_ASR) > findings.rank(mine, findings.NET_SHIFT)
-        assert findings.rank(mine, findings.NET_SHIFT) > findings.rank(mine, findings.BEC)
+        for key in (findings.NET_SHIFT, findings.BEC):
+            assert findings.rank(mine, findings.O_ASR) > findings.rank(mine, key)
+    assert findings.rank(moved, findings.NET_SHIFT) > findings.rank(moved, findings.BEC)
+    better = findings.rank(used, findings.NET_SHIFT) > findings.rank(used, findings.BEC)
+    assert better is (name != "paper-safety-cpu")
+    if not better:
+        assert (len(used) - len(moved), len(used)) == (21, 84)
     few = [c for c in moved if findings.purified(c)]
     woken, quiet = ([c for c in few if (c["figures"][findings.P_ASR] >= 0.5) is s] for s in (True, False))
     for key in (findings.BEC, findings.NET_SHIFT):
