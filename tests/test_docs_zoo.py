@@ -64,6 +64,5 @@ def test_detectors_of_inputs_stand_by_attack() -> None:
         "| data set | detector | models | AUROC | TPR at 5 % FPR | AUROC, lf | AUROC, sig | TPR at 5 % FPR, lf | "
         "TPR at 5 % FPR, sig | core-seconds a model |"
     )
-    assert (
-        line == "| digits | strip | 3 | 80.0 | 25.0 | 100.0 (100 to 100) | 70.0 (50 to 90) |  | 25.0 (25 to 25) | 1.0 + 3.0 |"
-    )
+    tprs = "|  | 25.0 (25 to 25) | 1.0 + 3.0 |"
+    assert line == f"| digits | strip | 3 | 80.0 | 25.0 | 100.0 (100 to 100) | 70.0 (50 to 90) {tprs}"
