@@ -63,8 +63,11 @@ USED = (("c_acc", ""), O_ASR, P_ASR, NET, TWIN, SHIFT, *PREDICTORS.values())
 TIMES = 5.0
 BESIDE = frozenset({"fine_pruning", "npd"})
 """Defenses whose models hold tensors beside the attacked one's: bec gives them no distance of weights."""
-SEES_ALL = 3
-"""Version of bec from which that holds; earlier ones took the distance of the tensors that both have."""
+SEES_ALL, SEES_GATES = 3, 4
+"""Versions of bec from which that holds, and from which it sees a gate behind the last layer that it looks at. Earlier
+ones took the distance of the tensors that both have, and 1 for whatever such a gate removed."""
+GATED = frozenset({"fine_pruning"})
+"""Defenses that leave such a gate."""
 ORACLE, AWARE = "exact_purification", "pam"
 """What other defenses are held against: purification with the true trigger, and the defense made against retuning."""
 
@@ -80,6 +83,12 @@ def cells(runs: Sequence[Path]) -> list[Cell]:
             cell = found.setdefault(r["cell"], own | {"figures": {}, "flags": set(), "reasons": {}, "room": 0.0})
             # A row may be `reduced` for its evaluator; a cell is so for its method.
             cell["flags"] |= set(filter(None, r["flag"].split(";"))) - {"reduced"}
+            if r.get("evaluator") == "bec" and r["method_version"] is not None:
+                if cell.get("bec", 0) < r["method_version"]:  # a later run's figures stand for all of them
+                    cell["figures"] = {k: v for k, v in cell["figures"].items() if not k[0].startswith("bec")}
+                    cell["bec"] = r["method_version"]
+                elif cell["bec"] > r["method_version"]:
+                    continue
             if r["value"] is not None:
                 cell["figures"][r["metric"], r["qualifier"]] = r["value"]
                 if (r["metric"], r["qualifier"]) in (O_ASR, ("c_acc", "")) and r["lower"] is not None:
@@ -120,11 +129,19 @@ def restored(of: Sequence[Mapping[str, Any]]) -> list[Cell]:
 
 
 def weighed(of: Sequence[Cell], version: int | list[int]) -> Sequence[Cell]:
-    """Cells of runs with this version of bec, without distances of weights that did not see all of the model."""
+    """Cells without figures of bec that its version did not see all of the model for.
+
+    Args:
+        of: Cells; those that know the version of their bec have it under `bec`.
+        version: That of the others.
+    """
     first = min(version) if isinstance(version, list) else version
     for c in of:
-        if first < SEES_ALL and c["defense"].partition("~")[0] in BESIDE:
+        plugin, own = c["defense"].partition("~")[0], c.get("bec", first)
+        if own < SEES_ALL and plugin in BESIDE:
             c["figures"].pop(WEIGHTS, None)
+        if own < SEES_GATES and plugin in GATED:
+            c["figures"] = {k: v for k, v in c["figures"].items() if not k[0].startswith("bec")}
     return of
 
 
@@ -713,7 +730,7 @@ def main() -> int:
             continue
         lines, sources = page(name, about), [name]
         if i == 0 and (found := _stored(signals.SUITE)) is not None:
-            all_cells = restored(found["cells"])
+            all_cells = list(weighed(restored(found["cells"]), found.get("methods", {}).get("evaluator/bec", 0)))
             lines += ["", *signals.section(found, all_cells, about_shift(signals.both(all_cells)))]
             sources.append(signals.SUITE)
         (DOCS / f"{target}.md").write_text("\n".join(lines) + "\n")

@@ -108,7 +108,8 @@ def older(versions: Mapping[str, int | list[int]], registry: Registry) -> list[s
         now = {p.id: p.blueprint.info["version"] for p in registry.of(kind) if p.id == outer}
         had = version if isinstance(version, list) else [version]
         if outer in now and had != [now[outer]]:
-            found.append(f"`{name}` ({' and '.join(map(str, had))}, now {now[outer]})")
+            told = " and ".join(filter(None, (", ".join(map(str, had[:-1])), str(had[-1]))))
+            found.append(f"`{name}` ({told}, now {now[outer]})")
     return found
 
 

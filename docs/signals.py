@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,18 @@ def repaired(of: Sequence[Cell]) -> list[Cell]:
 
 
 def moved(of: Sequence[Cell]) -> list[Cell]:
-    """Those that descend from the attacked model, have BEC and its placebos, and other weights than it."""
-    there = (c for c in repaired(of) if all(k in c["figures"] for k in REFERENCES.values()))
-    return [c for c in there if c["figures"][WEIGHTS] < NEAR]
+    """Those that descend from the attacked model, have BEC and its placebos, and other weights than it.
+
+    A model with tensors beside the attacked one's, such as a gate, is another one; it has no distance of weights.
+    """
+    there = having(repaired(of), [k for k in REFERENCES.values() if k != WEIGHTS])
+    return [c for c in there if c["figures"].get(WEIGHTS, 0.0) < NEAR]
+
+
+def having(of: Sequence[Cell], keys: Iterable[Key]) -> list[Cell]:
+    """Those that have all of these figures."""
+    wanted = list(keys)
+    return [c for c in of if all(k in c["figures"] for k in wanted)]
 
 
 def purified(of: Sequence[Cell]) -> list[Cell]:
@@ -148,7 +157,7 @@ def drawn(of: Sequence[Cell], keys: Sequence[Key]) -> tuple[float, np.ndarray]:
 
     No draws are made where fewer than `FEWEST` attacked models have repaired ones that differ in both figures.
     """
-    parts = sums(sides(of, keys))
+    parts = sums(sides(having(of, keys), keys))
     telling = int((parts[:, 1:] > 0).all(1).sum())
     own = float(correlation(parts.sum(0))) if len(parts) else math.nan
     again = correlation(parts[picks(len(parts))].sum(1)) if telling >= FEWEST else np.array([])
@@ -178,6 +187,7 @@ def chosen(of: Sequence[Cell]) -> str:
 
 def apart(of: Sequence[Cell], first: Sequence[Key], second: Sequence[Key]) -> tuple[float, float, float]:
     """The difference of two measures' correlations and its 95 % interval, over the same draws."""
+    of = having(of, (*first, *second))
     (a, draws_a), (b, draws_b) = drawn(of, first), drawn(of, second)
     return a - b, *room(draws_a - draws_b if len(draws_a) == len(draws_b) else np.array([]))
 
@@ -340,7 +350,9 @@ def section(about: Mapping[str, Any], all_cells: Sequence[Cell], recognised: Seq
         f"Fixed beforehand, in `docs/signals.py`: a variant of [target shift](methods/target_shift.md) is chosen on "
         f"{first[0]} under seed {first[1]} and judged once on {second[0]} under seeds {second[1]}. The variants are "
         "net of clean models; combinations are means of ranks. Models that look safe are purified (O-ASR of at most "
-        "20 %), did not collapse, and were made by no oracle.",
+        "20 %), did not collapse, and were made by no oracle. Changed after figures had been read, because BEC did not "
+        "see what Fine-pruning's gate removes: `bec` sees it from version 4 on, and models with added tensors, which "
+        "have no distance of weights, stand in all rows but that one's.",
         *("", *counts(cells), "", *(x for line in without(cells) for x in (line, ""))),
         "Spearman's rank correlation with P-ASR under the retuning attack, within attacked models: figures are ranked "
         "among the models that come from one attacked model, so that attacks whose triggers are easier to learn do not "

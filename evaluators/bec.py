@@ -17,7 +17,7 @@ from sleeperbench.evaluators.accuracy import answers
 from sleeperbench.evaluators.tba import same
 from sleeperbench.kit import wraps
 from sleeperbench.kit.classifier import Classifier
-from sleeperbench.kit.similarity import Layers, compare, sites, strongest, tac
+from sleeperbench.kit.similarity import Layers, compare, held_behind, sites, strongest, tac
 
 ROOM = 0.05
 """A layer in which clean models are nearer to the attacked one than 1 - ROOM has no coefficient of its own."""
@@ -52,6 +52,11 @@ class BackdoorExistence(Evaluator):
     stands as `control=no_lineage`; that of a clean model which is one of the three is held against the other two.
     Changes of the input (purification, stamps, noise) are taken off first.
 
+    A gate behind the last of these layers, as Fine-Pruning leaves one, shows in no layer's answer: its factors are
+    taken over to the last layer, so that what it removed is 0 there. Where it removes all that is looked at, and where
+    another change acts there, the figures are null (`removed_channels`, `unseen_change`), since the layers before would
+    give 1 whatever was removed. Draws of random channels that are all removed are left out of their mean.
+
     Differs: the released code takes the minimum and maximum over the defenses at hand for the anchors S_C and 1, and
     one clean model; it draws TAC and CKA images from one set, here they are disjoint. Layers in which a side is
     constant are left out of all means and have a row with `dead_channels`.
@@ -70,7 +75,7 @@ class BackdoorExistence(Evaluator):
         "through Re-Activation Attack}, author={Zhu, Mingli and Liang, Siyuan and Wu, Baoyuan}, "
         "booktitle={Advances in Neural Information Processing Systems}, year={2024}}",
         "kind": "existence",
-        "version": 3,
+        "version": 4,
         "api": 1,
         "micro": {"rows": 40, "pairs": 40, "draws": 2},
         "effort": ["rows", "pairs", "draws"],
@@ -155,30 +160,41 @@ class BackdoorExistence(Evaluator):
         top = {name: strongest(values, self.share) for name, values in change.items()}
         drawn = [self._random(top, change, places["conv"], i, ctx) for i in range(self.draws)]
         triggered = bd.data.images[seen]
-        conv = compare(attacked, models, triggered, places["conv"], [top, *drawn], ctx)
-        norms = compare(attacked, models, triggered, places["post_bn"], [top], ctx)
-        untriggered = compare(attacked, models, bd.clean.images[seen], places["conv"], [top], ctx)
+        last = {site: names[-1] for site, names in places.items() if names}
+        held = {site: held_behind(net, bd.data.images[:1], name) for site, name in last.items()}
+        why = {site: unseen(factors, top[last[site]]) for site, factors in held.items()}
+        conv, untriggered = (
+            compare(attacked, models, images, places["conv"], cuts, ctx, {"own": {last["conv"]: held["conv"]}})
+            for images, cuts in ((triggered, [top, *drawn]), (bd.clean.images[seen], [top]))
+        )
+        own = {"own": {last["post_bn"]: held["post_bn"]}} if places["post_bn"] else {}
+        norms = compare(attacked, models, triggered, places["post_bn"], [top], ctx, own)
 
         everyone = Readings(biased=conv[0][0], debiased=conv[0][1])
         itself = {f"clean{i}" for i, c in enumerate(clean) if same(c, net)}
         found, heir = everyone.without(itself), case.descends
-        rows = self._headlines(found, heir, "") + self._sites(found, places["conv"], "", heir)
+        rows = self._headlines(found, heir, "", why["conv"]) + self._sites(found, places["conv"], "", heir)
         if places["post_bn"]:
             behind = Readings(biased=norms[0][0], debiased=norms[0][1]).without(itself)
-            rows += self._headlines(behind, heir, "post_bn") + self._sites(behind, places["post_bn"], "post_bn", heir)
+            rows += self._headlines(behind, heir, "post_bn", why["post_bn"])
+            rows += self._sites(behind, places["post_bn"], "post_bn", heir)
         else:
             rows += [_row(m, math.nan, "needs_bn", site="post_bn") for m in ("bec", "bec_layerwise", "bec_debiased")]
         rows += _repeated(leave_one_out(everyone.clean()), "model", control="clean")
+        lost = why["conv"]
         if heir:
-            by_draw = [ratio(biased) for biased, _ in conv[1:]]
+            cuts = [unseen(held["conv"], cut[last["conv"]]) for cut in drawn]
+            by_draw = [math.nan if gone else ratio(biased) for (biased, _), gone in zip(conv[1:], cuts, strict=True)]
+            untouched = math.nan if lost else ratio(untriggered[0][0])
             rows += [
-                _row("bec", ratio(untriggered[0][0]), "dead_channels", control="clean_inputs"),
+                _row("bec", untouched, lost or "dead_channels", control="clean_inputs"),
                 _weighed(net, attacked, clean),
-                _row("bec", _mean(by_draw), "dead_channels", control="random"),
+                _row("bec", _mean(list(filter(math.isfinite, by_draw))), lost or "dead_channels", control="random"),
                 *_repeated(by_draw, "draw", control="random"),
             ]
         else:
-            rows.append(_row("bec", ratio(found.biased), "dead_channels", control="no_lineage"))
+            figure = math.nan if lost else ratio(found.biased)
+            rows.append(_row("bec", figure, lost or "dead_channels", control="no_lineage"))
         if twin is not None:
             again = {**found.biased, "own": found.biased["twin"]}
             hit = answers(twin, bd.data.images, ctx) == bd.targets.cpu()
@@ -187,17 +203,16 @@ class BackdoorExistence(Evaluator):
         rows += self._stand_out(change, top, places["conv"])
         return Findings(rows=tuple(rows), curves=curves(found, heir))
 
-    def _headlines(self, found: Readings, heir: bool, site: str) -> list[Measurement]:
+    def _headlines(self, found: Readings, heir: bool, site: str, lost: str) -> list[Measurement]:
         figures = {
             "bec": ratio(found.biased),
             "bec_layerwise": _mean([v for v in ratios(found.biased) if math.isfinite(v)]),
             "bec_debiased": ratio(found.debiased),
         }
-        missing = "dead_channels" if heir else "not_a_descendant"
-        rows = [
-            _row(m, v if heir else math.nan, "no_room" if heir and m == "bec_layerwise" else missing, site=site)
-            for m, v in figures.items()
-        ]
+        why = dict.fromkeys(figures, (lost or "dead_channels") if heir else "not_a_descendant")
+        if heir and not lost:
+            why["bec_layerwise"] = "no_room"
+        rows = [_row(m, v if heir and not lost else math.nan, why[m], site=site) for m, v in figures.items()]
         for estimator, by_model in (("", found.biased), ("debiased", found.debiased)):
             own, mean = averages(by_model)
             rows.append(_row("cka", own, "dead_channels", site=site, estimator=estimator))
@@ -277,6 +292,13 @@ def leave_one_out(clean: Sequence[Layers]) -> list[float]:
         rest = {f"clean{j}": layers for j, layers in enumerate(clean) if j != i}
         found.append(ratio({"own": own, **rest}))
     return found
+
+
+def unseen(held: Tensor, cut: Tensor) -> str:
+    """Why the layers say nothing of what holds the channels behind the last of them; empty where they do."""
+    if not bool(held.isfinite().all()):
+        return "unseen_change: behind the last layer acts what is no gate of its channels"
+    return "" if bool(held[cut].any()) else "removed_channels: behind the last layer a gate takes all chosen ones out"
 
 
 def split(bd: Rendered, rows: int, pairs: int, ctx: Ctx) -> tuple[Tensor, Tensor]:

@@ -193,12 +193,12 @@ def test_a_distance_that_saw_not_all_tensors_is_no_figure(findings: Any) -> None
         told = {"asr": 0.1, "p_asr_ra": 0.5, "bec__control_weights": 1.0}
         more = [
             model("badnets", d, 0, bec=b, bec__control_random=b, **told)
-            for d, b in (("npd", 0.6), ("fine_pruning~1", 0.5), ("bn_refresh", 0.9))
+            for d, b in (("npd", 0.6), ("npd~1", 0.5), ("bn_refresh", 0.9))
         ]
         return list(findings.weighed(family(0, 0.1) + more, version))
 
     old, new = run(2), run(3)
-    assert [c["defense"] for c in old if findings.WEIGHTS not in c["figures"]] == ["npd", "fine_pruning~1"]
+    assert [c["defense"] for c in old if findings.WEIGHTS not in c["figures"]] == ["npd", "npd~1"]
     assert all(findings.WEIGHTS in c["figures"] for c in new)
     assert run([2, 3]) == old, "runs of both versions"
     # They stand in every row but that of weights, and are told apart there.
@@ -209,9 +209,36 @@ def test_a_distance_that_saw_not_all_tensors_is_no_figure(findings: Any) -> None
     seen = [c for c in old if findings.WEIGHTS in c["figures"]]
     assert weights.split(" | ")[1] == f"{findings.rank(seen, findings.WEIGHTS):.2f}"
     assert len(findings.compared(old, findings.BEC)) == 5 and len(findings.compared(old, findings.WEIGHTS)) == 3
-    asleep = [line.split(" | ")[-2:] for line in findings.asleep(old) if "npd" in line]
+    asleep = [line.split(" | ")[-2:] for line in findings.asleep(old) if "npd |" in line]
     assert asleep == [["0.60", " |"]]
     assert "(of " not in "".join(findings.predictions(new))
+
+
+def test_bec_that_saw_no_gate_is_no_figure(findings: Any) -> None:
+    def run(version: int, **own: int) -> Any:
+        one = model("badnets", "fine_pruning~1", 0, asr=0.1, p_asr_ra=0.5, bec=0.9, bec__control_weights=1.0)
+        (c,) = findings.weighed([one | own], version)
+        return c["figures"]
+
+    assert set(run(3)) == {findings.O_ASR, findings.P_ASR}
+    assert set(run(4)) == set(run(3, bec=4)) == {findings.O_ASR, findings.P_ASR, findings.BEC, findings.WEIGHTS}
+    assert set(run(4, bec=3)) == set(run(3)), "a cell's own version goes before that of its run"
+
+
+def test_a_later_version_of_bec_stands_for_all_of_its_figures(findings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(qualifier: str, value: float | None, version: int) -> dict[str, Any]:
+        own = {"cell": "x", "dataset": "d", "arch": "a", "attack": "badnets", "defense": "fine_pruning", "seed": 0}
+        figure = {"metric": "bec", "qualifier": qualifier, "value": value, "reason": "", "flag": "", "scope": "cell"}
+        return own | figure | {"lower": None, "upper": None, "evaluator": "bec", "method_version": version}
+
+    runs = {
+        "old": [row("", 1.0, 3), row("control=weights", 0.9, 3)],
+        "new": [row("", 0.4, 4), row("control=weights", None, 4)],
+    }
+    monkeypatch.setattr(findings, "read_table", lambda p: runs[p.parent.name] if p.stem == "measurements" else [])
+    for order in (("old", "new"), ("new", "old")):
+        (c,) = findings.cells([Path(name) for name in order])
+        assert (c["figures"], c["bec"]) == ({("bec", ""): 0.4}, 4)
 
 
 def test_intervals_leave_out_models_without_the_figure(findings: Any) -> None:

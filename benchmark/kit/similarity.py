@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from sleeperbench.kit.classifier import Classifier
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.predict import device_of, evaluating
 from sleeperbench.kit.taps import capture, taps
+from sleeperbench.kit.wraps import SITE, Change, Gate
 
 HELD = 512 << 20
 """Bytes of answers that `compare` keeps per model; layers beyond it take a forward pass of their own."""
@@ -233,6 +236,39 @@ def sites(net: Classifier, image: Tensor) -> dict[str, list[str]]:
     return {"conv": convs, "post_bn": list(dict.fromkeys(behind))}
 
 
+def held_behind(net: Classifier, image: Tensor, last: str) -> Tensor:
+    """What holds the channels of a layer behind which no other is watched: (C,) factors, all 1 where nothing does.
+
+    Gates that act between this layer and the head keep its channels or take them out, and no answer of it or of a layer
+    before it shows that. Their factors are multiplied. Of a change that is no gate, or of other channels than the
+    layer's, nothing is known: all factors are not a number.
+
+    Args:
+        net: A classifier.
+        image: uint8 (1, C, H, W); layers are watched while it passes.
+        last: The last layer that is watched.
+    """
+    ran: list[tuple[str, int]] = []
+    at_site = [c for c in net.wraps if cast(Change, c).place == SITE]
+    watched = [(last, net.get_submodule(last)), *((f"wrap{i}", c) for i, c in enumerate(at_site))]
+    handles = [module.register_forward_hook(_note_width(ran, name, net, last)) for name, module in watched]
+    try:
+        with evaluating(net), torch.no_grad():
+            net(to_float(image.to(device_of(net))))
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = [name for name, _ in ran]
+    found = torch.ones(ran[names.index(last)][1])
+    for name, _ in ran[names.index(last) + 1 :]:
+        change = at_site[int(name.removeprefix("wrap"))]
+        if isinstance(change, Gate) and len(change.factor) == len(found):
+            found = found * change.factor.cpu()
+        else:
+            found = torch.full_like(found, torch.nan)
+    return found
+
+
 def compare(
     reference: Classifier,
     models: Mapping[str, Classifier],
@@ -240,6 +276,7 @@ def compare(
     names: Sequence[str],
     cuts: Sequence[Mapping[str, Tensor]],
     ctx: Ctx,
+    held: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({}),
 ) -> list[tuple[dict[str, Layers], dict[str, Layers]]]:
     """CKA of several models to one, layer by layer, in the same channels of both.
 
@@ -250,6 +287,7 @@ def compare(
         names: Layers.
         cuts: Choices of channels: layer -> their positions.
         ctx: Where the forward passes are counted.
+        held: Model label -> layer -> (C,) factors that its channels are multiplied with, see `held_behind`.
 
     Returns:
         For each choice (biased, debiased), each model label -> CKA per layer in the order of `names`.
@@ -263,6 +301,9 @@ def compare(
         del own
         for label, net in models.items():
             seen = activations(net, images, group, ctx=ctx)
+            for n, factors in held.get(label, {}).items():
+                if n in seen:
+                    seen[n] = seen[n] * factors.to(seen[n].device)[:, None]
             for cut, side, (biased, debiased) in zip(cuts, sides, found, strict=True):
                 for n in group:
                     other = centred(seen[n][:, cut[n]])
@@ -298,6 +339,13 @@ def _groups(net: Classifier, images: Tensor, names: Sequence[str]) -> list[list[
         groups[-1].append(name)
         room -= size
     return groups
+
+
+def _note_width(ran: list[tuple[str, int]], name: str, net: Classifier, last: str) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ran.append((name, by_channel(net, name, output).shape[1] if name == last else 0))
+
+    return hook
 
 
 def _note(ran: list[str], name: str) -> Callable[..., None]:

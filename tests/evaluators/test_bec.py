@@ -14,6 +14,7 @@ import torch
 
 from sleeperbench import Findings, Measurement, Role, Wrap
 from sleeperbench.attacks.badnets import BadNets
+from sleeperbench.defenses.fine_pruning import last_site
 from sleeperbench.evaluators import bec as module
 from sleeperbench.evaluators.bec import (
     BackdoorExistence,
@@ -26,7 +27,7 @@ from sleeperbench.kit.classifier import Classifier, build, load, pack
 from sleeperbench.kit.gates import pruned
 from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.similarity import strongest, tac
-from sleeperbench.kit.taps import capture
+from sleeperbench.kit.taps import capture, taps
 from sleeperbench.kit.train import fit
 from sleeperbench.kit.tune import tune
 from sleeperbench.kit.wraps import make
@@ -258,6 +259,57 @@ def test_an_added_layer_has_no_distance_of_weights(wrap: Wrap) -> None:
     assert (weighed.value, weighed.reason) == (None, "other_architecture")
     moved = found["bec", ""].value
     assert moved is not None and moved < 0.99
+
+
+def gated(site: str, factor: torch.Tensor) -> Classifier:
+    plain, wrap = pack(samples.badnets_net()), Wrap(kind="gate", site=site, args={"channels": len(factor)})
+    return load(
+        replace(plain, spec=replace(plain.spec, wraps=(wrap,)), state={**plain.state, "wraps.0.factor": factor})
+    )
+
+
+def test_what_a_gate_behind_the_last_layer_removed_is_zero_there() -> None:
+    attacked, bd = stored(samples.badnets_net()), samples.badnets_rendered("test", Role.TEST)
+    seen, pairs = split(bd, 500, 2200, samples.ctx(3))
+    with torch.no_grad():
+        x, y, z = (
+            capture(attacked, to_float(images), CONVS)[CONVS[-1]]
+            for images in (bd.clean.images[pairs], bd.data.images[pairs], bd.data.images[seen])
+        )
+    change = (x - y).flatten(2).norm(dim=2).mean(0)
+    cut = change.topk(len(change) // 10).indices
+    factor = torch.ones(len(change))
+    factor[cut[0]], factor[cut[1]] = 0.0, 0.5  # of three that are looked at
+    alike = slow_cka(z[:, cut], (z * factor[:, None, None])[:, cut])
+    found = measured(gated(last_site(attacked, samples.ctx()), factor))
+    assert found["cka", f"layer={CONVS[-1]}"].value == pytest.approx(alike, abs=1e-5)
+    s_c = found["cka", "model=clean"].value
+    assert s_c is not None and alike < 0.99
+    assert found["bec", ""].value == pytest.approx(((2 + alike) / 3 - s_c) / (1 - s_c), abs=1e-4)
+    for qualifier in ("site=post_bn", "control=clean_inputs"):
+        value = found["bec", qualifier].value
+        assert value is not None and value < 0.999
+
+
+@pytest.mark.parametrize("removed", [True, False])
+def test_a_change_that_no_layer_sees_leaves_no_figure(removed: bool) -> None:
+    net = samples.badnets_net()
+    at = last_site(net, samples.ctx())
+    channels = net.get_submodule(taps(net).head).in_features
+    if removed:
+        found = measured(gated(at, torch.zeros(channels)))
+    else:
+        plain, wrap = pack(net), Wrap(kind="insert", site=at, args={"layer": "conv1x1_bn", "channels": channels})
+        state = {f"wraps.0.{name}": tensor for name, tensor in make(wrap, net, net.spec).state_dict().items()}
+        found = measured(load(replace(plain, spec=replace(plain.spec, wraps=(wrap,)), state={**plain.state, **state})))
+    for metric in ("bec", "bec_layerwise", "bec_debiased"):
+        for qualifier in ("", "site=post_bn"):
+            row = found[metric, qualifier]
+            assert row.value is None
+            assert row.reason.partition(":")[0] == ("removed_channels" if removed else "unseen_change")
+    for control in ("clean_inputs", "random"):
+        assert found["bec", f"control={control}"].value is None
+    assert found["bec", "control=clean;model=0"].value is not None, "clean models are as they were"
 
 
 def test_curves_show_layers_against_clean_models() -> None:
