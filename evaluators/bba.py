@@ -70,10 +70,10 @@ class BlackBoxActivation(Evaluator):
         "through Re-Activation Attack}, author={Zhu, Mingli and Liang, Siyuan and Wu, Baoyuan}, booktitle={Advances "
         "in Neural Information Processing Systems}, year={2024}}",
         "kind": "reactivation",
-        "version": 2,
+        "version": 3,
         "api": 1,
         "micro": {"queries": [5, 20], "horizon": 40},
-        "effort": ["horizon"],
+        "effort": ["queries"],
     }
     NEEDS = Needs(controls=("clean_model",))
     METRICS = (

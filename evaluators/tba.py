@@ -37,11 +37,12 @@ class TransferActivation(Evaluator):
     3. Each batch gets one step d <- clamp(d - lr dL/dd, -rho, rho), the plain gradient of
        L = sum over surrogates of CE(f_s(clip(x_p + d, 0, 1)), t).
     4. `asr_tba`: share of triggered test images that go to the target of this model under the last d; `r_acc_tba`:
-       share of them that still get their true label. With several surrogates both also of the d that each makes alone,
-       as `source=<id>`.
+       share of them that still get their true label. Both also of the d that each surrogate makes alone, as
+       `source=<id>`; of one alone they are the same.
 
     Controls: the same on images without trigger (`control=guaa`), and on the independent clean model
-    (`control=clean_model`), which gets the same d.
+    (`control=clean_model`): its own figure, under the d of all surrogates; where this model is a peer itself, that d
+    has one surrogate more than this model's.
 
     What the attacker sees: the surrogates' weights (gradients through them), the target, the trigger (not under
     `control=guaa`), and images that no model was trained on. Of the model under attack it sees nothing.
@@ -65,7 +66,7 @@ class TransferActivation(Evaluator):
         "through Re-Activation Attack}, author={Zhu, Mingli and Liang, Siyuan and Wu, Baoyuan}, booktitle={Advances "
         "in Neural Information Processing Systems}, year={2024}}",
         "kind": "reactivation",
-        "version": 3,
+        "version": 4,
         "api": 1,
         "micro": {"steps": 5},
         "effort": ["steps"],
@@ -112,10 +113,11 @@ class TransferActivation(Evaluator):
         if not found:
             return Findings(rows=(*_nothing("no_surrogates: each is this model or not purified"), *rows))
         bare = replace(case.bd_test, data=case.bd_test.clean)
-        rows += self._tried(case, found, case.bd_probe.data, case.bd_test)
+        together = self._tried(case, found, case.bd_probe.data, case.bd_test)
+        rows += together
         rows += [tagged(m, control="guaa") for m in self._tried(case, found, case.bd_probe.clean, bare)]
-        for name, net in found.items() if len(found) > 1 else ():
-            alone = self._tried(case, {name: net}, case.bd_probe.data, case.bd_test)
+        for name, net in found.items():
+            alone = self._tried(case, {name: net}, case.bd_probe.data, case.bd_test) if len(found) > 1 else together
             rows += [tagged(m, source=name) for m in alone]
         if "clean_model" in case.controls:
             value = headline(case.controls["clean_model"]).get("asr_tba")

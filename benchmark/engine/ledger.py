@@ -132,7 +132,7 @@ class Ledger:
             b = plugin.blueprint
             given = ((params[n], b.fields[n].default) for n in b.info.get("effort", ()))
             # None leaves it to the method how much it does.
-            if any(value is not None and value < normal for value, normal in given):
+            if any(value is not None and _most(value) < _most(normal) for value, normal in given):
                 return True
             # A wrapped attack's parameters lie in the wrapper's task, a wrapped defense has a task of its own.
             if "inner" not in params:
@@ -140,3 +140,8 @@ class Ledger:
             params = params["inner"]
         told = [k for r, k in task.inputs.items() if r == "inner" or r.startswith("evaluator.")]
         return any(self._reduced(k) for k in told)
+
+
+def _most(effort: Any) -> Any:
+    """An effort as one number: of a tuple of them the largest."""
+    return max(effort) if isinstance(effort, list | tuple) else effort

@@ -79,8 +79,9 @@ def metadata(s: Subject) -> None:
     effort = b.info.get("effort", [])
     hold(isinstance(effort, list), f"INFO['effort'] is {effort!r}, not a list")
     for name in effort:
-        known = name in b.fields and type(b.fields[name].default) is int
-        hold(known, f"INFO['effort'] names {name!r}, which is no whole-number parameter")
+        normal = b.fields[name].default if name in b.fields else None
+        known = type(normal) is int or (isinstance(normal, tuple) and {int} == set(map(type, normal)))
+        hold(known, f"INFO['effort'] names {name!r}, which is no whole-number parameter, nor a tuple of such")
     _presets(b, effort)
     if s.kind == "defense" and b.info["kind"] in JUDGES:
         traverses, presumes = b.info.get("traverses"), b.info.get("presumes")

@@ -56,6 +56,19 @@ def test_an_evaluator_of_fewer_draws_marks_its_own_rows_alone(make_plan: Any, re
         assert {name for name, flag in flags.items() if "reduced" in flag} == reads_it, cell.name
 
 
+@pytest.mark.parametrize(
+    ("queries", "reduced"), [("[1000]", True), ("[2000, 5000]", True), ("[7000]", False), ("[500, 8000]", False)]
+)
+def test_of_several_efforts_the_largest_counts(
+    make_plan: Any, registry: Any, tmp_path: Path, queries: str, reduced: bool
+) -> None:
+    plan = make_plan(evaluators=["accuracy", "bba"], tail=f"[evaluator.bba]\nqueries = {queries}")
+    ledger = Ledger(plan, registry, Store(tmp_path / "store"), tmp_path, lambda rows: None)
+    cell = next(c for c in plan.cells if any(e.evaluator == "bba" and e.key in plan.tasks for e in c.evaluations))
+    flags = {e.evaluator: ledger._facts(cell, e)["flag"] for e in cell.evaluations if e.key in plan.tasks}
+    assert ("reduced" in flags["bba"]) is reduced
+
+
 def test_a_cell_is_reduced_where_its_method_is() -> None:
     def row(*flags: str) -> dict[str, str]:
         return {"flag": ";".join(flags)}

@@ -102,7 +102,7 @@ def test_surrogates_that_know_nothing_wake_nothing() -> None:
             return torch.stack([x[:, 0, 3, 3], 0 * x[:, 0, 3, 3]], 1)
 
     v = values(TransferActivation(surrogates=("a",), steps=20).measure(case(Gate(3.35), surrogates=named(a=Blind()))))
-    assert v == {"": 0.0, "control=guaa": 0.0}
+    assert v == {"": 0.0, "control=guaa": 0.0, "source=a": 0.0}
 
 
 def test_the_model_itself_and_what_is_not_purified_are_no_surrogates() -> None:
@@ -111,7 +111,9 @@ def test_the_model_itself_and_what_is_not_purified_are_no_surrogates() -> None:
     found = TransferActivation(peers=("itself", "awake", "good"), steps=5).measure(case(net, peers=peers))
     reasons = {m.qualifier: m.reason for m in found.rows if m.value is None}
     assert reasons["source=itself"].startswith("same_model") and reasons["source=awake"] == "not_purified"
-    assert set(values(found)) == {"", "control=guaa", "source=itself", "source=awake"}  # one is left: no row of its own
+    v = values(found)
+    assert set(v) == {"", "control=guaa", "source=itself", "source=awake", "source=good"}
+    assert v["source=good"] == v[""] is not None, "the one that is left makes the d of all"
     (row, *_) = TransferActivation(peers=("awake",)).measure(case(net, peers=peers[:2])).rows
     assert (row.value, row.reason.split(":")[0]) == (None, "no_surrogates")
     # An architecture stands for an attacked model, awake by its nature.
