@@ -53,13 +53,20 @@ UNMATCHED = {"ft", "ft_same_budget", "bn_refresh", "distil_fresh", "scratch_on_c
 """Repairs without fine-tuning of the same budget beside them: itself, other controls, and one that trains nothing."""
 LASTING = ("accuracy", "cost", "ra", "ra_budget", "selection")
 """What is measured of a repair."""
+UNDERNEATH = frozenset({"bec", "target_shift"})
+"""Evaluators whose figures of a defense stand in the findings, beside their controls."""
 
 
 def controls(kind: str, name: str) -> list[str]:
-    """What stands beside a method in its table: of a repair, new BatchNorm statistics and as much fine-tuning."""
+    """What stands beside a method in its table.
+
+    Of a repair new BatchNorm statistics and as much fine-tuning, of a cleansing the model trained on what it left.
+    """
     if kind != "defense" or name == "bn_refresh":
         return []
     outer = Registry.discover("none").chain("defense", name)[0]
+    if outer.blueprint.info["kind"] == "cleansing":
+        return [f"retrain:{name}"]
     if outer.blueprint.info["kind"] != "repair":
         return []
     # What knows the attack (track T4) is a control, whatever it costs.
@@ -113,6 +120,8 @@ def plugin(label: str | None) -> str:
 def collect(run: Path, kind: str, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Provenance, and the rows of a run that speak of the method."""
     rows = read_table(run / "measurements.parquet")
+    begun = {r["seed"] for r in rows if r["value"] is not None}
+    rows = [r for r in rows if r["seed"] in begun]  # a folder may have been planned with more
     if kind == "evaluator":
         rows = [r for r in rows if r["evaluator"] == name]
         told = {r["cell"] for r in rows if r["value"] is not None}
@@ -121,7 +130,9 @@ def collect(run: Path, kind: str, name: str) -> tuple[dict[str, Any], list[dict[
         rows = [r for r in rows if r["cell"] in told | attacked]
     else:
         known = {name, *controls(kind, name)}
-        rows = [r for r in rows if plugin(r[kind]) in known]
+        rows = [r for r in rows if plugin(r[kind]) in known and r["evaluator"] not in UNDERNEATH]
+        if not any(r["metric"] == "det_flag" and r["value"] is not None for r in rows):  # it judges no model
+            rows = [r for r in rows if r["scope"] != "zoo"]
     if repairs(kind, name):
         shown = [r for r in rows if not r["qualifier"] or r["metric"].endswith("_path")]
         rows = [r for r in shown if r["evaluator"] in LASTING]
@@ -202,18 +213,18 @@ def candidates(rows: list[dict[str, Any]]) -> list[str]:
             found.setdefault((r["cell"], r["qualifier"]), {})[r["metric"].removesuffix("_path")] = r["value"]
     if not found:
         return []
-    text = [
-        "",
-        "All candidates, on 2,000 test images each:",
-        "",
-        "| cell | candidate | c_acc | asr |",
-        "|---|---|---|---|",
-    ]
     place = common_place(cell for cell, _ in found)
+    by_cell: dict[str, list[str]] = {}
     for (cell, name), v in sorted(found.items()):
-        short = cell.removeprefix(place)
-        text.append(f"| {short} | {name} | {_shown('c_acc', v.get('c_acc'))} | {_shown('asr', v.get('asr'))} |")
-    return text
+        figures = [_shown(m, v[m]) for m in ("c_acc", "asr") if m in v]
+        by_cell.setdefault(cell.removeprefix(place), []).append(f"{name}: {' / '.join(figures)}")
+    return [
+        "",
+        "All candidates, on 2,000 test images each, C-Acc / ASR:",
+        "",
+        *("| cell | candidates |", "|---|---|"),
+        *(f"| {cell} | {', '.join(told)} |" for cell, told in by_cell.items()),
+    ]
 
 
 def _shown(metric: str, value: float | None) -> str:

@@ -99,10 +99,7 @@ def test_measure_takes_of_a_repair_its_headlines_and_what_it_chose_among(
     measure = script("measure")
     kinds = (("accuracy", "asr", ""), ("accuracy", "asr", "class=1"), ("bec", "bec", ""), ("ra", "p_asr_ra", "k=5"))
     kinds += (("selection", "asr_path", "t=0.20"), ("ra", "p_asr_ra", ""))
-    found = [
-        {"cell": "c", "defense": "fst", "evaluator": e, "metric": m, "qualifier": q, "value": 0.5, "flag": ""}
-        for e, m, q in kinds
-    ]
+    found = [row(m, 0.5, q, cell="c", defense="fst", evaluator=e) for e, m, q in kinds]
     monkeypatch.setattr(measure, "read_table", lambda path: [] if path.stem == "cells" else found)
     monkeypatch.setattr(measure, "provenance", lambda run, rows: {})
     rows = measure.collect(tmp_path, "defense", "fst")[1]
@@ -150,6 +147,24 @@ def test_measure_takes_the_rows_of_the_method_and_of_its_controls(
     assert [r["defense"] for r in measure.collect(tmp_path, "defense", "none")[1]] == ["none"]
     with pytest.raises(SystemExit, match="no rows of defense `fst`"):
         measure.collect(tmp_path, "defense", "fst")
+
+
+def test_measure_leaves_out_what_lies_underneath_seeds_not_begun_and_the_zoo_of_what_judges_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = script("measure")
+    found = [
+        row("c_acc", 0.5, defense="scan", cell="a", evaluator="accuracy"),
+        row("c_acc", 0.4, defense="retrain:scan", cell="b", evaluator="accuracy"),
+        row("bec", 0.5, defense="scan", cell="a", evaluator="bec"),
+        row("c_acc", None, defense="scan", cell="c", evaluator="accuracy", seed=1),
+        row("det_missing", 1.0, defense="scan", cell="zoo", evaluator="detection_zoo", scope="zoo"),
+    ]
+    monkeypatch.setattr(measure, "read_table", lambda path: [] if path.stem == "cells" else found)
+    monkeypatch.setattr(measure, "provenance", lambda run, rows: {})
+    assert [r["value"] for r in measure.collect(tmp_path, "defense", "scan")[1]] == [0.5, 0.4]
+    found.append(row("det_flag", 1.0, defense="scan", cell="a", evaluator="detection"))
+    assert [r["value"] for r in measure.collect(tmp_path, "defense", "scan")[1]] == [0.5, 0.4, 1.0, 1.0]
 
 
 def test_measure_says_what_its_runs_were_made_of_and_why_a_cell_has_no_figure() -> None:
@@ -227,7 +242,7 @@ def test_figures_of_cells_that_are_not_measured_now_stay_with_their_version(
 def test_measure_lists_every_candidate() -> None:
     measure = script("measure")
     rows = [row("asr_path", 0.25, "t=0.20"), row("c_acc_path", 0.75, "t=0.20"), row("asr_path", None, "t=0.30")]
-    assert measure.candidates(rows)[-1] == "| badnets@0.05/ft/s0 | t=0.20 | 75.0 | 25.0 |"
+    assert measure.candidates(rows)[-1] == "| badnets@0.05/ft/s0 | t=0.20: 75.0 / 25.0 |"
     assert measure.candidates(rows[2:]) == []
 
 
