@@ -41,9 +41,15 @@ SHARES = (
 """Shown in %."""
 PLAIN = (
     *("det_score", "apd", "apd_raw", "apd_rel", "psnr", "ssim", "linf", "ra_k"),
-    *("cost_forwards", "cost_backwards", "cost_queries", "cpu_seconds"),
+    *("cost_forwards", "cost_backwards", "cost_queries", "cpu_seconds", "wake_cost"),
 )
 ATTACKED = ("c_acc_attacked", "asr_attacked")
+DEFENDED = ("c_acc", "asr")
+"""What an evaluator's table has of its cells beside its own figures."""
+KEPT = ("cell", "scope", "evaluator", "metric", "qualifier", "value", "count", "total", "status", "reason", "flag")
+KEPT += ("cpu_seconds",)  # the time of a defense, on its cost
+USUAL = {"qualifier": "", "reason": "", "flag": "", "status": "ok", "scope": "cell"}
+"""What a row of a JSON has where it does not say."""
 HEAD = "## Measured"
 SUPPLIERS = {"model": "ft", "verdict": "neural_cleanse", "inverted": "neural_cleanse", "scores": "strip"}
 """Part of an outcome -> a defense that has it, for an evaluator that measures it."""
@@ -117,6 +123,12 @@ def plugin(label: str | None) -> str:
     return (label or "").partition("~")[0]
 
 
+def draw(row: Mapping[str, Any]) -> str:
+    """Which repetition a row is of; empty for a figure over all."""
+    found = re.search(r"\bdraw=(\d+)", row["qualifier"])
+    return found[1] if found else ""
+
+
 def collect(run: Path, kind: str, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Provenance, and the rows of a run that speak of the method."""
     rows = read_table(run / "measurements.parquet")
@@ -128,6 +140,8 @@ def collect(run: Path, kind: str, name: str) -> tuple[dict[str, Any], list[dict[
         # Why a repaired model has no figure is told, unless nothing was attacked.
         attacked = {r["cell"] for r in rows if r["defense"] != "none" and plugin(r["attack"]) != "none"}
         rows = [r for r in rows if r["cell"] in told | attacked]
+        if len({d for r in rows if (d := draw(r))}) == 1:  # one draw alone is its mean, which has a row
+            rows = [r for r in rows if not draw(r)]
     else:
         known = {name, *controls(kind, name)}
         rows = [r for r in rows if plugin(r[kind]) in known and r["evaluator"] not in UNDERNEATH]
@@ -243,18 +257,17 @@ def write(runs: list[Path], kind: str, name: str, said: str, *, keep: bool) -> N
         said: The command that made the runs.
         keep: Keep what the JSON has of cells that these runs do not, under `earlier`.
     """
-    kept = ("cell", "scope", "evaluator", "metric", "qualifier", "value", "count", "total", "status", "reason", "flag")
-    kept = (*kept, "cpu_seconds")  # the time of a defense, on its cost
     file = f"{kind}-{name.replace(':', '-')}"
     target = DOCS / "measured" / f"{file}.json"
     collected = [collect(run, kind, name) for run in runs]
-    about, rows = collected[0][0], [{k: r[k] for k in kept} for _, rows in collected for r in rows]
+    about, rows = collected[0][0], [{k: r[k] for k in KEPT} for _, rows in collected for r in rows]
     cells = [c for run in runs for c in read_table(run / "cells.parquet") if c["defense"] != "none"]
-    attacked = {c["cell"]: {k: c[k] for k in ATTACKED if c[k] is not None} for c in cells}
+    beside = (*ATTACKED, *(DEFENDED if kind == "evaluator" else ()))
+    attacked = {c["cell"]: {k: c[k] for k in beside if c.get(k) is not None} for c in cells}
     about["attacked"] = {r["cell"]: attacked[r["cell"]] for r in rows if attacked.get(r["cell"])}
     earlier: list[dict[str, Any]] = []
     if keep and target.exists():
-        before = json.loads(target.read_text())
+        before = stored(target)
         known = {r["cell"] for r in rows}
         for part in (before, *before.pop("earlier", [])):
             part["measurements"] = [r for r in part["measurements"] if r["cell"] not in known]
@@ -262,14 +275,40 @@ def write(runs: list[Path], kind: str, name: str, said: str, *, keep: bool) -> N
             if part["measurements"]:
                 earlier.append(part)
     out = {"command": said} | about | {"measurements": rows} | ({"earlier": earlier} if earlier else {})
-    target.write_text(json.dumps(out, indent=1) + "\n")
+    for part in (out, *earlier):
+        part["measurements"] = [dense(r, kind) for r in part["measurements"]]
+    # A row is a line, without what is usual in it, so that a file stays below the megabyte that it may have here.
+    text = json.dumps(out, indent=1)
+    target.write_text(re.sub(r"\n +\{(\n [^{}]*)\}", lambda m: "\n  " + _one_line(m[0]), text) + "\n")
     show(kind, name)
+
+
+def _one_line(row: str) -> str:
+    return json.dumps(json.loads(row), separators=(",", ":"))
+
+
+def dense(row: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """A row without what `USUAL` says, figures to nine digits; seconds where they are a defense's own."""
+    known = {"evaluator"} if kind == "evaluator" else set()
+    if not row["metric"].startswith("cost_"):
+        known.add("cpu_seconds")
+    row = {k: v for k, v in row.items() if k not in known}
+    told = {k: float(f"{v:.9g}") if isinstance(v, float) else v for k, v in row.items()}
+    return {k: v for k, v in told.items() if v != USUAL.get(k)}
+
+
+def stored(file: Path) -> dict[str, Any]:
+    """What `write` wrote, with what `dense` left out of a row."""
+    found: dict[str, Any] = json.loads(file.read_text())
+    for part in (found, *found.get("earlier", [])):
+        part["measurements"] = [dict.fromkeys(KEPT) | USUAL | r for r in part["measurements"]]
+    return found
 
 
 def show(kind: str, name: str) -> None:
     """The section of the method's page, from its JSON."""
     file = f"{kind}-{name.replace(':', '-')}"
-    out = json.loads((DOCS / "measured" / f"{file}.json").read_text())
+    out = stored(DOCS / "measured" / f"{file}.json")
     parts = [out, *out.get("earlier", [])]
     page = DOCS / "methods" / f"{name.replace(':', '-')}.md"
     if not page.exists() and ":" in name:

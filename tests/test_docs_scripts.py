@@ -167,6 +167,31 @@ def test_measure_leaves_out_what_lies_underneath_seeds_not_begun_and_the_zoo_of_
     assert [r["value"] for r in measure.collect(tmp_path, "defense", "scan")[1]] == [0.5, 0.4, 1.0, 1.0]
 
 
+def test_measure_stores_rows_in_lines_without_what_is_usual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = script("measure")
+    rows = [
+        row("asr_wake", 1 / 3, "k=5", evaluator="wake", method_version=1, status="ok", count=1, total=3),
+        row("asr_wake", 1 / 3, "draw=0;k=5", evaluator="wake", method_version=1, status="ok", count=1, total=3),
+        row("asr_wake", None, "k=0", evaluator="wake", method_version=1, status="failed", count=None, total=None),
+    ]
+    rows = [r | {"flag": "reduced"} for r in rows]
+    cells = [{"cell": rows[0]["cell"], "defense": "ft", "flag": "reduced", "c_acc": 0.5, "asr": 0.25}]
+    cells[0] |= dict.fromkeys(measure.ATTACKED)
+    monkeypatch.setattr(measure, "read_table", lambda path: cells if path.stem == "cells" else rows)
+    monkeypatch.setattr(measure, "provenance", lambda run, rows: {"methods": {}})
+    monkeypatch.setattr(measure, "show", lambda kind, name: None)
+    monkeypatch.setattr(measure, "DOCS", tmp_path)
+    (tmp_path / "measured").mkdir()
+    measure.write([tmp_path], "evaluator", "wake", "run", keep=False)
+    file = tmp_path / "measured" / "evaluator-wake.json"
+    assert len([line for line in file.read_text().splitlines() if '"metric"' in line]) == 2, "one draw is its mean"
+    found = measure.stored(file)
+    assert found["attacked"] == {rows[0]["cell"]: {"c_acc": 0.5, "asr": 0.25}}
+    first, last = found["measurements"]
+    assert (first["value"], first["status"], first["flag"], first["scope"]) == (0.333333333, "ok", "reduced", "cell")
+    assert (last["value"], last["status"], last["count"]) == (None, "failed", None)
+
+
 def test_measure_says_what_its_runs_were_made_of_and_why_a_cell_has_no_figure() -> None:
     measure = script("measure")
     rows = [row("asr", 0.5), row("reasr", None, cell="none@0/ft/s0") | {"reason": "no_claim: nothing", "flag": "tuned"}]
