@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from sleeperbench import Access, Defense, Outcome
 from sleeperbench.contracts import Case, NotApplicable
@@ -32,16 +34,19 @@ class IBDPSC(Defense):
        model itself. Where fewer layers are left, the model with all of them amplified counts for each k beyond.
     4. Inputs whose PSC exceeds `threshold` are called triggered.
 
-    Scores are PSC. Layers are counted in the order in which the architecture holds them, those of shortcuts among them.
+    Scores are the log-odds of PSC, ln(PSC / (1 - PSC)): the same order, but PSC itself is 1 in floating point for all
+    inputs that the amplified models are sure enough of. Layers are counted in the order in which the architecture holds
+    them, those of shortcuts among them.
 
     Differs: released code looks for k_0 as in step 2, but then takes F_k for k_0 + 1 ... k_0 + n. It does not try to
-    amplify all layers and ends with an error where no k is found; here k_0 is then the number of layers.
+    amplify all layers, which here may be k_0, and ends with an error where no k is found; here it declines. It scores
+    by PSC in float32 and calls equality triggered too.
 
     Args:
         factor: What weights and biases are multiplied by, above 1; the paper's omega.
         models: Amplified models that PSC is the mean over; the paper's n.
         error: Share of clean rows that the first of them must get wrong, 0 to below 1; the paper's xi.
-        threshold: PSC above which an input is called triggered.
+        threshold: PSC above which an input is called triggered, between 0 and 1.
     """
 
     INFO = {
@@ -52,9 +57,9 @@ class IBDPSC(Defense):
         "and Li, Yiming}, booktitle={International Conference on Machine Learning}, pages={18992--19022}, "
         "year={2024}}",
         "kind": "detection",
-        "version": 2,
+        "version": 3,
         "api": 1,
-        "micro": {},
+        "micro": {"factor": 3.0, "error": 0.2},
         "effort": ["models"],
         "scores": True,
         "traverses": False,
@@ -73,12 +78,15 @@ class IBDPSC(Defense):
             raise ValueError(f"factor is {self.factor}, models {self.models}: give more than 1, and at least 1")
         if not 0 <= self.error < 1:
             raise ValueError(f"error is {self.error}: give a share from 0 to below 1")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold is {self.threshold}: give a probability between 0 and 1")
 
     def run(self, case: Case) -> Outcome:
         """The number k_0 of layers to begin with, as the second phase needs it.
 
         Raises:
-            NotApplicable: no BatchNorm layer with a weight, or no clean rows.
+            NotApplicable: no BatchNorm layer with a weight, no clean rows, or too few of them are wrong, however many
+                layers are amplified.
         """
         net, rows, ctx = case.net, len(case.clean), case.ctx
         names = list(channels(net))
@@ -87,47 +95,54 @@ class IBDPSC(Defense):
         x, labels = to_float(case.clean.images.to(device_of(net))), case.clean.labels.cpu()
         errors: list[float] = []
         for k in range(1, len(names) + 1):
-            answers = self.probabilities(net, names[-k:], x).argmax(1).cpu()
+            answers = self.logits(net, names[-k:], x).argmax(1).cpu()
             errors.append(float((answers != labels).double().mean()))
             ctx.cost.forwards += rows
             if errors[-1] > self.error:
                 break
+        else:
+            worst = f"{max(errors):.3f} of the clean rows wrong with up to {len(names)} layers amplified"
+            raise NotApplicable(f"error_not_reached: at most {worst}, not above {self.error:g}")
         first = len(errors)
-        psc = self.consistency(net, first, x)
+        odds, alarm = self.consistency(net, first, x), math.log(self.threshold / (1 - self.threshold))
         ctx.cost.forwards += rows * (1 + len(self.amplified(first, len(names))))
         return Outcome(
             state=({}, {"first": first}),
-            alarm=self.threshold,
+            alarm=alarm,
             chosen={
                 "layers": len(names),
                 "first": first,
                 "clean_error": round(errors[-1], 4),
-                "clean_psc": round(float(psc.mean()), 4),
-                "clean_flagged": round(float((psc > self.threshold).double().mean()), 4),
+                "clean_psc": round(float(odds.sigmoid().mean()), 4),
+                "clean_flagged": round(float((odds > alarm).double().mean()), 4),
             },
         )
 
     def score(self, state: tuple[Mapping[str, Tensor], Any], net: Classifier, x: Tensor) -> Tensor:
-        """PSC (N,), 0 to 1; above the threshold is an alarm."""
+        """Log-odds of PSC (N,), float64; above those of the threshold is an alarm."""
         return self.consistency(net, state[1]["first"], x)
 
     def consistency(self, net: Classifier, first: int, x: Tensor) -> Tensor:
-        """PSC (N,) of images (N, C, H, W) in [0, 1], beginning with the last `first` layers."""
+        """Log-odds of PSC (N,), float64, of images (N, C, H, W) in [0, 1], beginning with the last `first` layers."""
         names = list(channels(net))
-        label = self.probabilities(net, [], x).argmax(1, keepdim=True)
-        total = torch.zeros(len(x), device=x.device)
+        label = self.logits(net, [], x).argmax(1, keepdim=True)
+        sure, unsure = [], []
         for k, times in self.amplified(first, len(names)).items():
-            total += times * self.probabilities(net, names[-k:], x).gather(1, label).squeeze(1)
-        return total / self.models
+            z = self.logits(net, names[-k:], x)
+            margin = z.gather(1, label).squeeze(1) - z.scatter(1, label, -torch.inf).logsumexp(1)
+            # Shares of the label and of the others, both as logarithms: their quotient needs no 1 - PSC.
+            sure.append(F.logsigmoid(margin) + math.log(times))
+            unsure.append(F.logsigmoid(-margin) + math.log(times))
+        return torch.stack(sure).logsumexp(0) - torch.stack(unsure).logsumexp(0)
 
     def amplified(self, first: int, layers: int) -> Counter[int]:
         """How many layers each of the models amplifies, and how often that number occurs."""
         return Counter(min(k, layers) for k in range(first, first + self.models))
 
-    def probabilities(self, net: nn.Module, names: Sequence[str], x: Tensor) -> Tensor:
-        """Probabilities (N, K) that the model gives with the named layers amplified; the net itself stays."""
+    def logits(self, net: nn.Module, names: Sequence[str], x: Tensor) -> Tensor:
+        """Logits (N, K), float64, of the model with the named layers amplified; the net itself stays."""
         tensors = {f"{n}.{t}": net.get_submodule(n).get_parameter(t) for n in names for t in ("weight", "bias")}
         with evaluating(net), torch.no_grad():
             louder = {name: self.factor * t for name, t in tensors.items()}
-            parts = [functional_call(net, louder, (part,)).float().softmax(1) for part in x.split(_BATCH)]
+            parts = [functional_call(net, louder, (part,)).double() for part in x.split(_BATCH)]
         return torch.cat(parts)

@@ -352,7 +352,9 @@ def section(about: Mapping[str, Any], all_cells: Sequence[Cell], recognised: Seq
         "net of clean models; combinations are means of ranks. Models that look safe are purified (O-ASR of at most "
         "20 %), did not collapse, and were made by no oracle. Changed after figures had been read, because BEC did not "
         "see what Fine-pruning's gate removes: `bec` sees it from version 4 on, and models with added tensors, which "
-        "have no distance of weights, stand in all rows but that one's.",
+        "have no distance of weights, stand in all rows but that one's. So the suite ran a second time, with the "
+        "methods' later versions: the held-out attacks and seeds are no longer unseen, and what is chosen and judged "
+        "below is no fresh test. The first time `stages` was chosen and no ranking by it was shown.",
         *("", *counts(cells), "", *(x for line in without(cells) for x in (line, ""))),
         "Spearman's rank correlation with P-ASR under the retuning attack, within attacked models: figures are ranked "
         "among the models that come from one attacked model, so that attacks whose triggers are easier to learn do not "

@@ -121,6 +121,24 @@ def timed(seconds: tuple[float, float] | None) -> str:
     return f"{seconds[0]:.1f}" + (f" + {seconds[1]:.1f}" if seconds[1] else "")
 
 
+def latest(tables: Sequence[Sequence[Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
+    """The rows of all runs; of a suite's cell that several have those of the last."""
+    of = {(r["suite"], r["cell"]): i for i, table in enumerate(tables) for r in table}
+    return [r for i, table in enumerate(tables) for r in table if of[r["suite"], r["cell"]] == i]
+
+
+def declined(cells: Sequence[Mapping[str, Any]], names: Iterable[str]) -> str:
+    """Detectors among `names` that had nothing to say of a backdoored model, with how often and why."""
+    told: dict[tuple[str, str], int] = {}
+    known = set(names)
+    attacked = (c for c in cells if c["attack"].partition("~")[0] != "none" and c["status"] != "ok")
+    for c in (c for c in attacked if c["defense"] in known):
+        reason = c["reason"].partition(":")[0]
+        if reason != "attack_did_not_implant":
+            told[c["defense"], reason] = told.get((c["defense"], reason), 0) + 1
+    return ", ".join(f"{d} on {n} models (`{reason}`)" for (d, reason), n in sorted(told.items()))
+
+
 def inputs(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The figures of detectors of inputs, one per model."""
     return [r for r in rows if r["metric"] in INPUTS and not r["qualifier"] and r["value"] is not None]
@@ -154,8 +172,9 @@ def main() -> int:
     """Write both files."""
     name, command, *folders = sys.argv[1:]
     runs = [Path(f) for f in folders]
-    rows = [r for run in runs for r in read_table(run / "measurements.parquet")]
-    cells = [c for run in runs for c in read_table(run / "cells.parquet")]
+    rows, cells = (
+        latest([read_table(run / f"{table}.parquet") for run in runs]) for table in ("measurements", "cells")
+    )
     found, clean, seen = detectors(rows), kinds(cells), inputs(rows)
     about = combined(runs, rows, {metric for figures in found.values() for metric, _ in figures} | INPUTS.keys())
     flags: dict[tuple[str, str], set[str]] = {}
@@ -209,7 +228,7 @@ def main() -> int:
         f"Backdoored models are those whose attack implanted. Left out: {absent(cells) or 'none'}.",
         *aged(about.get("methods", {}), Registry.discover("none")),
         *("", *text, "", "AUROC of each attack against all clean models:", "", *by_attack),
-        *_of_inputs(seen, seconds),
+        *_of_inputs(seen, seconds, cells),
         *("", f"All rows: [{name}.json](measured/{name}.json)."),
     ]
     (DOCS / "zoo.md").write_text("\n".join(page) + "\n")
@@ -217,7 +236,11 @@ def main() -> int:
     return 0
 
 
-def _of_inputs(rows: Sequence[Mapping[str, Any]], seconds: Mapping[tuple[str, str], tuple[float, float]]) -> list[str]:
+def _of_inputs(
+    rows: Sequence[Mapping[str, Any]],
+    seconds: Mapping[tuple[str, str], tuple[float, float]],
+    cells: Sequence[Mapping[str, Any]],
+) -> list[str]:
     """The section on detectors of inputs; nothing where none ran."""
     if not rows:
         return []
@@ -225,7 +248,9 @@ def _of_inputs(rows: Sequence[Mapping[str, Any]], seconds: Mapping[tuple[str, st
         "Clean and triggered test images, shuffled and unlabelled, on models whose attack implanted. Means over "
         "models, of each attack in brackets the lowest and the highest model. 50 is chance for AUROC, 5 for the other."
     )
-    return ["", "## Detectors of inputs", "", said, "", *by_model(rows, seconds)]
+    without = declined(cells, {r["defense"] for r in rows})
+    more = ["", f"Without figures: {without}."] if without else []
+    return ["", "## Detectors of inputs", "", said, "", *by_model(rows, seconds), *more]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,13 @@ from scripts import script
 
 
 def figure(metric: str, value: float | None, qualifier: str = "", defense: str = "abs") -> dict[str, Any]:
-    known = {"scope": "zoo", "dataset": "digits", "defense": defense, "cell": f"digits/a/zoo/{defense}/s0"}
+    known = {
+        "suite": "zoo",
+        "scope": "zoo",
+        "dataset": "digits",
+        "defense": defense,
+        "cell": f"digits/a/zoo/{defense}/s0",
+    }
     ends = {"lower": None, "upper": None, "count": 1, "total": 4, "reason": ""}
     return known | ends | {"metric": metric, "value": value, "qualifier": qualifier}
 
@@ -66,3 +72,27 @@ def test_detectors_of_inputs_stand_by_attack() -> None:
     )
     tprs = "|  | 25.0 (25 to 25) | 1.0 + 3.0 |"
     assert line == f"| digits | strip | 3 | 80.0 | 25.0 | 100.0 (100 to 100) | 70.0 (50 to 90) {tprs}"
+
+
+def test_of_a_cell_that_several_runs_have_the_last_counts() -> None:
+    zoo = script("zoo")
+    first = [{"suite": "zoo", "cell": c, "value": 1} for c in "ab"]
+    last = [{"suite": "zoo", "cell": "b", "value": 2}, {"suite": "zoo-inputs", "cell": "a", "value": 3}]
+    assert [r["value"] for r in zoo.latest([first, last])] == [1, 2, 3]
+
+
+def test_what_declined_is_told_with_its_reason() -> None:
+    zoo = script("zoo")
+    found = [
+        {"defense": d, "attack": a, "status": s, "reason": r}
+        for d, a, s, r in (
+            ("ibd_psc", "badnets", "not_applicable", "error_not_reached: at most 0.2"),
+            ("ibd_psc", "lf", "not_applicable", "error_not_reached: at most 0.3"),
+            ("ibd_psc", "sig", "ok", ""),
+            ("ibd_psc", "none", "not_applicable", "error_not_reached: at most 0.1"),
+            ("ibd_psc", "wanet", "not_run", "attack_did_not_implant: mean ASR"),
+            ("strip", "lf", "failed", "nan: x"),
+        )
+    ]
+    assert zoo.declined(found, ["ibd_psc"]) == "ibd_psc on 2 models (`error_not_reached`)"
+    assert zoo.declined(found, []) == ""

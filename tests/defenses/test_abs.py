@@ -198,12 +198,32 @@ def test_a_planted_neuron_is_found_with_its_trigger() -> None:
 def test_without_a_candidate_nothing_is_claimed() -> None:
     net = small()
     with torch.no_grad():
+        net.body.head.weight.zero_()  # no channel moves any label
+    c = case(net)
+    found = ABS(steps=2, per_class=4).run(c)
+    assert found.chosen == {"claimed": [], "candidates": []}
+    assert found.inverted == ()
+    v = found.verdict
+    assert v is not None and v.label_scores is not None
+    assert (v.score, v.label_scores.tolist()) == (0, [0] * 4)
+    assert c.ctx.cost.backwards == 0
+
+
+def test_candidates_that_no_image_follows_are_not_claimed() -> None:
+    net = small()
+    with torch.no_grad():
         net.body.head.weight.zero_()
-    net.body.head.weight[0, 0] = net.body.head.weight[1, 1] = 1e-3
-    found = ABS(steps=2, per_class=4).run(case(net))
-    assert not found.inverted
-    assert found.verdict is not None and found.verdict.score <= 1
-    assert found.chosen["claimed"] == []
+        net.body.head.weight[0, 0] = net.body.head.weight[1, 1] = 1e-3  # moves two labels, not the answer
+        net.body.head.bias.copy_(torch.tensor([0.0, 0.0, 0.0, 1.0]))
+    c = case(net)
+    found = ABS(steps=2, per_class=4).run(c)
+    assert {label for _, _, label, _ in found.chosen["candidates"]} == {0, 1}
+    assert {share for *_, share in found.chosen["candidates"]} == {0}
+    assert found.inverted == () and found.chosen["claimed"] == []
+    v = found.verdict
+    assert v is not None and v.label_scores is not None
+    assert (v.score, v.label_scores.tolist()) == (0, [0] * 4)
+    assert c.ctx.cost.backwards > 0
 
 
 def test_it_declines(monkeypatch: pytest.MonkeyPatch) -> None:
