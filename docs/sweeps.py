@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -112,12 +113,13 @@ def entry(of: Sequence[Mapping[str, Any]], metric: str) -> str:
     """One field: the figure over seeds, what it is marked for, or why there is none."""
     if not of:
         return ""
-    told = counted(of, metric)
-    if not told:
+    figures = counted(of, metric)
+    if not figures:
         if metric == "p_asr" and any(c["asr"] is not None and c["asr"] > PURIFIED for c in of):
             return "not purified"
-        return next((str(c["reason"]).partition(":")[0] for c in of if c["reason"]), "")
-    text = shown(told) + (f" ({len(told)} of {len(of)})" if metric == "p_asr" and len(told) < len(of) else "")
+        return next((told.partition(":")[0] for c in of if (told := reason(c))), "")
+    few = metric == "p_asr" and len(figures) < len(of)
+    text = shown(figures) + (f" ({len(figures)} of {len(of)})" if few else "")
     marks = [(f, sum(f in c["flag"].split(";") for c in of)) for f in ("weak", "collapsed")]
     return text + "".join(f" [{n} {f}]" for f, n in marks if n and metric == "asr")
 
@@ -132,9 +134,26 @@ def tables(about: Mapping[str, Any]) -> list[str]:
         text += ["", f"{title}:", "", f"| attack | defense | {' | '.join(named)} |", "|---" * (2 + len(named)) + "|"]
         for (attack, defense), at in lines(about).items():
             fields = [entry(at.get(v, []), metric) for v in [*across, None]][: len(named)]
-            if any(fields):
+            if any(counted(of, metric) for of in at.values()):
                 text.append(f"| {attack} | {defense} | {' | '.join(fields)} |")
-    return text
+    return text + without(about)
+
+
+def without(about: Mapping[str, Any]) -> list[str]:
+    """What has no figure at all, with the reasons."""
+    told: dict[str, set[str]] = {}
+    for (_, defense), at in lines(about).items():
+        of = [c for cells in at.values() for c in cells]
+        if all(c[m] is None for c in of for m in METRICS):
+            told.setdefault(defense, set()).update(filter(None, map(reason, of)))
+    if not told:
+        return []
+    return ["", "Without figures: " + ", ".join(f"{d} ({'; '.join(sorted(r))})" for d, r in sorted(told.items())) + "."]
+
+
+def reason(c: Mapping[str, Any]) -> str:
+    """Why a cell has no figure; of a step whose input failed, why that did."""
+    return re.sub(r"^input_failed: \S+ \S+: ", "", str(c["reason"]))
 
 
 def spelt(about: Mapping[str, Any], value: Any) -> str:
@@ -153,6 +172,9 @@ def picture(name: str, about: Mapping[str, Any]) -> str:
     with plt.rc_context({"svg.hashsalt": name, "font.size": 9, "svg.fonttype": "none"}):
         fig, axes = plt.subplots(1, len(attacks), figsize=(3.6 * len(attacks) + 1.6, 3.4), sharey=True, squeeze=False)
         names = sorted({d for _, d in drawn if any(v is not None for v in drawn_values(drawn, d))})
+        names = [
+            d for d in names if any(counted(of, "asr") for (_, n), at in drawn.items() if n == d for of in at.values())
+        ]
         colours = {d: plt.get_cmap("tab10")(i % 10) for i, d in enumerate(names)}
         for ax, attack in zip(axes[0], attacks, strict=True):
             for (a, d), by_value in drawn.items():

@@ -84,3 +84,19 @@ def test_the_picture_is_the_same_each_time(sweeps: Any, tmp_path: Path, monkeypa
     pictures = [(tmp_path / sweeps.picture("x", about)).read_bytes() for _ in range(2)]
     assert pictures[0] == pictures[1]
     assert b"badnets" in pictures[0] and b"poison rate" in pictures[0]
+
+
+def test_what_has_no_figure_is_told_once(sweeps: Any) -> None:
+    failed = {
+        "c_acc": None,
+        "asr": None,
+        "reason": "input_failed: defense d/a/none@0/ft_same_budget:clp/s0: no_cost: none",
+    }
+    cells = [
+        cell(rate=r, defense=d) | {"value": r} | more for r in (0.1, 0.2) for d, more in (("ft", {}), ("x", failed))
+    ]
+    about = {"axis": {"kind": "rate", "plugin": "", "name": "poison rate"}, "cells": cells}
+    lines = sweeps.tables(about)
+    assert not any(line.startswith("| badnets | x") for line in lines)
+    assert lines[-1] == "Without figures: x (no_cost: none)."
+    assert sweeps.without(about | {"cells": cells[:1]}) == []
