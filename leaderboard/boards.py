@@ -22,6 +22,7 @@ from sleeperbench.leaderboard.summary import (
     Mean,
     attacked,
     benign,
+    lost,
     role,
     setting,
     tally,
@@ -53,10 +54,15 @@ def pictures(views: Views, board: Board) -> list[dict[str, Any]]:
         points, left_out = [], []
         for d in board.repairs:
             cells = attacked(board.of_defense[d])
-            x, y = views.overall(board, d, "o_asr"), views.overall(board, d, metric)
+            x, y = views.drawn(board, d, "o_asr"), views.drawn(board, d, metric)
+            ruined = sum(map(lost, cells))
+            if ruined:
+                of = f"{ruined} of {len(cells)}" if ruined < len(cells) else f"all {ruined}"
+                left_out.append((d, href("defenses", d), f"{of} cells failed or collapsed"))
             if x.estimate is None or y.estimate is None:
-                why = words.reason_word(x.reason if x.estimate is None else y.reason)
-                left_out.append((d, href("defenses", d), why))
+                if ruined < len(cells):
+                    why = words.reason_word(x.reason if x.estimate is None else y.reason)
+                    left_out.append((d, href("defenses", d), why))
                 continue
             a, b = mean_shown(x, True), mean_shown(y, views.share(metric))
             points.append(

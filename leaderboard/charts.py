@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from sleeperbench.leaderboard import words
 
 WIDTH, HEIGHT = 640, 440
 LEFT, RIGHT, TOP, BOTTOM = 62, 130, 16, 52
+HIGHEST = 12
+"""Where the top of a picture leaves room for a label's letters."""
 LOOKS = 6
 """Colours of series; further ones begin again."""
 
@@ -172,13 +175,17 @@ def _y(a: Axis, value: float) -> float:
 
 
 def spread(wanted: Sequence[tuple[float, float]]) -> list[float]:
-    """Heights of labels: as near to where they are wanted as 13 units between neighbours in reach allow."""
+    """Heights of labels: as near to where they are wanted as 13 units between neighbours in reach allow.
+
+    None is moved above `HIGHEST`, where the picture ends.
+    """
     placed: list[tuple[float, float]] = []
     heights = [0.0] * len(wanted)
     for i in sorted(range(len(wanted)), key=lambda i: (-wanted[i][1], wanted[i][0], i)):
-        x, y = wanted[i]
-        while any(abs(x - px) < 120 and abs(y - py) < 13 for px, py in placed):
-            y -= 1
+        x, at = wanted[i]
+        near = [py for px, py in placed if abs(x - px) < 120]
+        moves = (at + way * step for step in itertools.count() for way in (-1, 1))
+        y = next(m for m in moves if m >= min(at, HIGHEST) and all(abs(m - py) >= 13 for py in near))
         placed.append((x, y))
         heights[i] = round(y, 1)
     return heights

@@ -57,11 +57,11 @@ class _Mark:
 
 
 def _marks(views: Views, board: Board, metric: str) -> list[_Mark]:
-    """(value, low, high) of both axes of every defense that has the two means."""
+    """(value, low, high) of both axes of every defense that has the two means over cells that are whole."""
     marks = []
     for d in board.repairs:
         cells = attacked(board.of_defense[d])
-        x, y = (views.overall(board, d, m).estimate for m in ("o_asr", metric))
+        x, y = (views.drawn(board, d, m).estimate for m in ("o_asr", metric))
         if x is not None and y is not None:
             marks.append(_Mark(clean(d), role(cells[0]), (x.value, x.low, x.high), (y.value, y.low, y.high)))
     return marks
@@ -73,7 +73,7 @@ def _draw(marks: Sequence[_Mark], metric: str, *, share: bool) -> Canvas:
     from matplotlib.ticker import PercentFormatter
 
     canvas = Canvas(figsize=(WIDTH, HEIGHT))
-    axes = canvas.add_axes((0.11, 0.13, 0.86, 0.84))
+    axes = canvas.add_axes((0.11, 0.13, 0.69, 0.84))  # room at the right for names of marks near 100 %
     for kind, (shape, colour) in LOOKS.items():
         mine = [m for m in marks if m.role == kind]
         if not mine:
@@ -102,16 +102,17 @@ def _draw(marks: Sequence[_Mark], metric: str, *, share: bool) -> Canvas:
 def _label(axes: Axes, marks: Sequence[_Mark]) -> None:
     """The names beside their marks, moved up where they would cover each other, and then with a line to their mark."""
     from matplotlib.collections import LineCollection
+    from matplotlib.patheffects import withStroke
 
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     wide, tall = (right - left) / charts.WIDTH, (high - low) / charts.HEIGHT
     lines = []
     wanted = [((m.x[0] - left) / wide + 8, (high - m.y[0]) / tall - 4) for m in marks]
     for m, (x, y), height in zip(marks, wanted, charts.spread(wanted), strict=True):
-        name = m.name if len(m.name) <= 28 else m.name[:27] + "…"
+        name = m.name if len(m.name) <= 22 else m.name[:21] + "…"
         at = left + x * wide, high - height * tall
-        axes.text(*at, name, fontsize=6)
-        if y - height > 6:
+        axes.text(*at, name, fontsize=6, path_effects=[withStroke(linewidth=1.5, foreground="white")])
+        if abs(y - height) > 6:
             lines.append(((m.x[0], m.y[0]), at))
     axes.add_collection(LineCollection(lines, colors="#8a939c", linewidths=0.4, zorder=1.5), autolim=False)
 
@@ -140,8 +141,8 @@ def figures(views: Views, write: Callable[[str, bytes], None]) -> list[Figure]:
             write(path, svg.getvalue())
             title = f"{board.title}: O-ASR against {words.label(metric)}"
             caption = (
-                f"Means of {len(marks)} defenses, controls and oracles over attack settings, with the intervals of the "
-                "tables: circles are defenses, squares controls, triangles oracles."
+                f"Means of {len(marks)} defenses, controls and oracles over attack settings, with their intervals, "
+                "without cells that failed or collapsed: circles are defenses, squares controls, triangles oracles."
             )
             made.append(Figure(path, n + 1, title, caption))
     write(PDF, pdf.getvalue())

@@ -387,6 +387,13 @@ class Views:
             self._overall[key] = board.mean(attacked(board.of_defense[defense]), metric, self.units)
         return self._overall[key]
 
+    def drawn(self, board: Board, defense: str, metric: str) -> Mean:
+        """A defense's mean over the cells that a picture shows: those that neither failed nor collapsed.
+
+        What a ranking counts such a cell with is no measurement: a picture of it would show an undefended model.
+        """
+        return board.mean([c for c in attacked(board.of_defense[defense]) if not lost(c)], metric, self.units)
+
     def mean_row(
         self,
         board: Board,

@@ -452,3 +452,10 @@ def test_target_shift_stands_beside_bec(carried: dict[str, Page]) -> None:
     assert "needs no attacked model" in picture.text and "BEC" not in picture.text
     (headline,) = [t for t in carried["ft"].by_id("headline").all("td") if t.attrs.get("data-metric") == metric]
     assert headline.text == "0.25"
+
+
+def test_labels_stand_apart_and_none_above_the_picture() -> None:
+    heights = charts.spread([(500.0, 20.0)] * 6)
+    assert min(heights) >= charts.HIGHEST
+    assert all(b - a >= 13 for a, b in itertools.pairwise(sorted(heights)))
+    assert charts.spread([(0.0, 100.0), (300.0, 100.0)]) == [100.0, 100.0], "far apart, so where they are wanted"

@@ -130,6 +130,28 @@ def test_a_lost_cell_scores_as_no_defense_does_at_most(tmp_path: Path, bad: dict
     assert worst.worst.startswith("warp: ")
 
 
+def test_a_picture_shows_what_was_measured_of_whole_models(tmp_path: Path) -> None:
+    """What a ranking counts a ruined model with is no mark: it would stand where no defense does."""
+    cells = tables()
+    for x in cells:
+        x["p_asr"] = x["o_asr"] and 0.5
+    of(cells, "bend", "best", 1).update({"flag": "collapsed", "c_acc": 0.1, "o_asr": 0.0})
+    for x in cells:
+        if x["defense"] == "good" and x["attack"] != "none":
+            x.update({"flag": "collapsed", "c_acc": 0.1, "o_asr": 0.0})
+    views = Views(load([write_run(tmp_path / "r", cells, [], plugins())]))
+    (board,) = views.boards
+    assert views.overall(board, "good", "o_asr").estimate.value == 1.0  # type: ignore[union-attr]
+    (picture, *_) = boards.pictures(views, board)
+    marks = {m.point.name: m.point.x for m in picture["chart"].marks}
+    seeds = {a: [s for s in range(3) if (a, s) != ("bend", 1)] for a in FAMILIES}
+    means = [sum(of(cells, a, "best", s)["o_asr"] for s in s_) / len(s_) for a, s_ in seeds.items()]
+    assert marks["best"] == pytest.approx(sum(means) / 3)
+    assert "good" not in marks and "alike" not in marks, "all ruined; never purified, so that none woke"
+    told = [(name, why) for name, _, why in picture["left_out"] if name in ("best", "good")]
+    assert told == [("best", "1 of 9 cells failed or collapsed"), ("good", "all 9 cells failed or collapsed")]
+
+
 def test_ruin_wins_no_rank_and_no_duel(tmp_path: Path) -> None:
     """A defense that ruins every model stands below one that does nothing, whatever its own figures are."""
     cells = tables()
