@@ -16,8 +16,8 @@ from sleeperbench.leaderboard.stats import mean_over_attacks
 from sleeperbench.leaderboard.summary import WOKEN, Board, Cell, Mean, attacked, not_purified, setting, why_empty
 from sleeperbench.leaderboard.views import Views, href, mean_shown
 
-SHOWN = ("c_acc", "o_asr", "p_asr")
-"""What is drawn, a picture each."""
+SHOWN = ("c_acc", "o_asr", "p_asr", "excl")
+"""What is drawn, a picture each, of what has figures."""
 ARCH = 1
 """Place of the architecture in a board's key."""
 RATE = "poison rate"
@@ -27,7 +27,7 @@ DEEPEST = 8
 
 @dataclass(frozen=True)
 class Dot:
-    """The cells of one line at one value (a number, or an architecture's name), one per seed."""
+    """The cells of one line at one value (a number, or a word such as an architecture's name), one per seed."""
 
     line: str
     x: Any
@@ -43,6 +43,11 @@ class Sweep:
     share: bool
     fixed: str
     dots: tuple[Dot, ...]
+
+    @property
+    def named(self) -> bool:
+        """Its values are words, which stand side by side as bars."""
+        return any(isinstance(d.x, str) for d in self.dots)
 
 
 def flat(text: str) -> dict[str, Any]:
@@ -65,11 +70,22 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def varied(variants: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any], dict[float, str]]]:
-    """Of a plugin's variants (label -> parameters) those that differ in one number.
+def _value(raw: Any) -> float | str | None:
+    """A parameter as a place on an axis: a number, or a word; None of anything else."""
+    if _number(raw):
+        return float(raw)
+    if isinstance(raw, bool):
+        return "on" if raw else "off"
+    return raw if isinstance(raw, str) and raw else None
+
+
+def varied(
+    variants: Mapping[str, Mapping[str, Any]],
+) -> Iterator[tuple[str, dict[str, Any], dict[float | str, str]]]:
+    """Of a plugin's variants (label -> parameters) those that differ in one number, or in one word.
 
     Yields:
-        The number's name, the other parameters in which variants of this plugin differ, and value -> label.
+        The parameter's name, the others in which variants of this plugin differ, and value -> label.
     """
     names = sorted({k for p in variants.values() for k in p})
 
@@ -77,15 +93,15 @@ def varied(variants: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, dic
         return json.dumps(value, sort_keys=True, default=str)
 
     differing = [k for k in names if len({told(p.get(k)) for p in variants.values()}) > 1]
-    for key in differing:
-        groups: dict[str, dict[float, str]] = {}
+    for key, form in itertools.product(differing, (float, str)):
+        groups: dict[str, dict[float | str, str]] = {}
         fixed: dict[str, dict[str, Any]] = {}
         for label in sorted(variants):
             p = variants[label]
-            if _number(p.get(key)):
+            if isinstance(x := _value(p.get(key)), form):
                 rest = {k: p.get(k) for k in differing if k != key}
                 fixed[told(rest)] = rest
-                groups.setdefault(told(rest), {}).setdefault(float(p[key]), label)
+                groups.setdefault(told(rest), {}).setdefault(x, label)
         for rest_text, by_value in sorted(groups.items()):
             if len(by_value) > 1:
                 yield key, fixed[rest_text], dict(sorted(by_value.items()))
@@ -195,7 +211,7 @@ def _panel(views: Views, sweep: Sweep, metric: str) -> dict[str, Any] | None:
         return None
     y_name = words.label(metric) + (", %" if share else "")
     x_name = sweep.over + (", %" if sweep.share else "")
-    if sweep.over == "architecture":
+    if sweep.named:
         bars = charts.bars(series, x_name, y_name)
         return {"metric": metric, "bars": list(zip(bars.bars, itertools.chain(*links), strict=True)), "chart": bars}
     drawn = charts.lines(series, x_name, y_name)

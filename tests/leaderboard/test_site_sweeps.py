@@ -111,14 +111,17 @@ def test_poison_rates_and_parameters_of_attacks(tmp_path: Path) -> None:
     assert [r.all("td")[0].text for r in rows] == ["5 %", "10 %", "5 %", "10 %"]
 
 
-def test_what_differs_in_more_than_one_number_is_no_sweep() -> None:
-    def keys(*params: dict[str, Any]) -> list[tuple[str, list[float]]]:
+def test_what_differs_in_more_than_one_value_is_no_sweep() -> None:
+    def keys(*params: dict[str, Any]) -> list[tuple[str, list[float | str]]]:
         variants = {f"p~{i}": p for i, p in enumerate(params)}
         return [(key, list(by_value)) for key, _, by_value in sweeps.varied(variants)]
 
     assert keys({"a": 1, "b": 1}, {"a": 2, "b": 2}) == []
     assert keys({"a": 1, "b": "x"}, {"a": 2, "b": "x"}) == [("a", [1.0, 2.0])]
-    assert keys({"a": True}, {"a": False}) == keys({"a": None}, {"a": 1}) == keys({"a": "1"}, {"a": "2"}) == []
+    assert keys({"a": None}, {"a": 1}) == keys({"a": "1"}, {"a": 1}) == keys({"a": [1]}, {"a": [2]}) == []
+    assert keys({"a": True}, {"a": False}) == [("a", ["off", "on"])]
+    assert keys({"a": "noise"}, {"a": "mask"}, {"a": None}) == [("a", ["mask", "noise"])]
+    assert keys({"a": 1}, {"a": 2}, {"a": "auto"}, {"a": "most"}) == [("a", [1.0, 2.0]), ("a", ["auto", "most"])]
     grid = [{"a": a, "b": b} for a in (1, 2) for b in (3, 4)]
     assert keys(*grid) == [("a", [1.0, 2.0]), ("a", [1.0, 2.0]), ("b", [3.0, 4.0]), ("b", [3.0, 4.0])]
 
@@ -134,6 +137,24 @@ def test_what_differs_in_more_than_one_number_is_no_sweep() -> None:
 )
 def test_parameters_are_flattened(text: str, wanted: dict[str, Any]) -> None:
     assert sweeps.flat(text) == wanted
+
+
+def test_words_stand_side_by_side_too(tmp_path: Path) -> None:
+    """Kinds of BELT's covers: a bar each, with exclusivity where it was measured."""
+    kinds = {"belt:badnets": "mask", "belt:badnets~aaaaaa": "noise", "belt:badnets~bbbbbb": "sampling"}
+    cells = [
+        cell(label, "none", s, attack_params=json.dumps({"cover": kind}), excl=0.1 * i + 0.02 * s)
+        for i, (label, kind) in enumerate(kinds.items())
+        for s in (0, 1)
+    ]
+    _, page = built(tmp_path, cells)
+    rows = lines(page, "none over cover")
+    assert [[t.text for t in (*r.all("th"), *r.all("td"))][:2] for r in rows] == [
+        ["belt:badnets", kind] for kind in ("mask", "noise", "sampling")
+    ]
+    figure = next(f for f in page.root.all("figure") if "Excl of none" in f.text)
+    bars = [a.all("title")[0].text for a in figure.all("a")]
+    assert [b.split(":")[0].split(",")[0] for b in bars] == ["mask", "noise", "sampling"]
 
 
 def test_architectures_stand_side_by_side(tmp_path: Path) -> None:
