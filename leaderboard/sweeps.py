@@ -98,7 +98,8 @@ def varied(
         fixed: dict[str, dict[str, Any]] = {}
         for label in sorted(variants):
             p = variants[label]
-            if isinstance(x := _value(p.get(key)), form):
+            x = _value(p.get(key))
+            if x is not None and isinstance(x, form):
                 rest = {k: p.get(k) for k in differing if k != key}
                 fixed[told(rest)] = rest
                 groups.setdefault(told(rest), {}).setdefault(x, label)
