@@ -18,6 +18,12 @@ from sleeperbench.leaderboard.words import Shown
 Models = Mapping[tuple[str, str], Mapping[str, Any]]
 """(metric, qualifier) -> a measurement over many models."""
 
+WEAK_COUNTED = (
+    "the run kept attacks that did not implant: figures over many models count these models as backdoored, and a "
+    "detector that passes them over is not wrong"
+)
+"""Of models that means over attacks leave out."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -90,7 +96,9 @@ def _line(views: Views, board: Board, defense: str, track: Track, metrics: Seque
     asked = [m for m in track.metrics if m not in ZOO] + ["det_score"] * (track.id == "model")
     covered = {setting(c) for c in cells if not weak(c) and any(board.counted(c, m)[0] is not None for m in asked)}
     figures = tuple(shown(over, m) if m in ZOO else means[m] for m in metrics)
-    return replace(base, covered=len(covered), figures=figures)
+    kept = sum(weak(c) and c.get("det_score") is not None for c in cells) if over and set(ZOO) & set(metrics) else 0
+    badges = ((f"{kept} weak counted", WEAK_COUNTED),) if kept else ()
+    return replace(base, covered=len(covered), figures=figures, badges=(*base.badges, *badges))
 
 
 def tables(views: Views, board: Board, only: str = "") -> list[Table]:

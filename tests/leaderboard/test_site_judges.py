@@ -268,3 +268,20 @@ def test_a_judge_says_whether_it_traverses_classes_and_what_it_presumes(tmp_path
     assert retrained["Traverses classes"] == "yes: each in turn as a possible target"
     assert retrained["Presumes"] == "a share known beforehand"
     assert not {"Traverses classes", "Presumes"} & set(pairs("odd.html"))
+
+
+def test_weak_models_that_figures_over_many_models_count_are_told(tmp_path: Path) -> None:
+    """A run that keeps attacks that did not implant holds them against the clean models too."""
+    cells, rows = judging.tables()
+    for c in cells:
+        if c["attack"] == "blended":
+            c["flag"] = ";".join(filter(None, (c["flag"], "weak")))
+    page = read(build([write_run(tmp_path / "r", cells, rows)], tmp_path / "site").parent / "tracks.html")
+    line = lines(page, "board-1-model")["neural_cleanse"]
+    weak = sum(
+        c["attack"] == "blended" and c["defense"] == "neural_cleanse" and c["det_score"] is not None for c in cells
+    )
+    assert weak and f"{weak} weak counted" in line.text
+    again = judging.tables()
+    page = read(build([write_run(tmp_path / "s", *again)], tmp_path / "other").parent / "tracks.html")
+    assert "weak counted" not in page.root.text
