@@ -41,7 +41,7 @@ SHARES = (
 """Shown in %."""
 PLAIN = (
     *("det_score", "apd", "apd_raw", "apd_rel", "psnr", "ssim", "linf", "ra_k"),
-    *("cost_forwards", "cost_backwards", "cost_queries", "cpu_seconds", "wake_cost"),
+    *("cost_forwards", "cost_backwards", "cost_queries", "cpu_seconds", "wake_cost", "bba_queries"),
 )
 ATTACKED = ("c_acc_attacked", "asr_attacked")
 DEFENDED = ("c_acc", "asr")
