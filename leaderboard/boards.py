@@ -22,15 +22,14 @@ from sleeperbench.leaderboard.summary import (
     Mean,
     attacked,
     benign,
-    by_state,
-    failed,
+    lost,
     role,
     setting,
     tally,
     weak,
 )
 from sleeperbench.leaderboard.tracks import ANSWERS
-from sleeperbench.leaderboard.views import Views, estimate_note, href, void_words, mean_shown
+from sleeperbench.leaderboard.views import Views, estimate_note, href, lost_words, mean_shown
 from sleeperbench.leaderboard.words import Shown
 
 MAIN = ("c_acc", "o_asr", "p_asr", "p_asr_net", "p_der", "r_acc", "bec", "shift_target_net")
@@ -49,40 +48,35 @@ CHOSEN = 5
 
 
 def pictures(views: Views, board: Board) -> list[dict[str, Any]]:
-    """The headline pictures of a board: O-ASR against P-ASR, BEC and target shift; each names what it cannot draw.
-
-    A defense has a mark of its whole models and one of those that it ruined, both as they were measured.
-    """
+    """The headline pictures of a board: O-ASR against P-ASR, BEC and target shift; each names what it cannot draw."""
     made = []
     for metric in ("p_asr", "bec", "shift_target_net"):
         points, left_out = [], []
         for d in board.repairs:
             cells = attacked(board.of_defense[d])
-            if dead := sum(map(failed, cells)):
-                of = f"{dead} of {len(cells)}" if dead < len(cells) else f"all {dead}"
-                left_out.append((d, href("defenses", d), f"{of} cells failed"))
-            for ruined, some in by_state(cells).items():
-                x, y = views.drawn(some, "o_asr"), views.drawn(some, metric)
-                name = f"{d}, collapsed" if ruined else d
-                if x.estimate is None or y.estimate is None:
+            x, y = views.drawn(board, d, "o_asr"), views.drawn(board, d, metric)
+            ruined = sum(map(lost, cells))
+            if ruined:
+                of = f"{ruined} of {len(cells)}" if ruined < len(cells) else f"all {ruined}"
+                left_out.append((d, href("defenses", d), f"{of} cells failed or collapsed"))
+            if x.estimate is None or y.estimate is None:
+                if ruined < len(cells):
                     why = words.reason_word(x.reason if x.estimate is None else y.reason)
-                    left_out.append((name, href("defenses", d), why))
-                    continue
-                a, b = mean_shown(x, True), mean_shown(y, views.share(metric))
-                title = f"{name}: O-ASR {a.text} ({a.note}), {words.label(metric)} {b.text} ({b.note})"
-                points.append(
-                    charts.Point(
-                        d,
-                        href("defenses", d),
-                        role(cells[0]),
-                        x.estimate.value,
-                        y.estimate.value,
-                        (x.estimate.low, x.estimate.high),
-                        (y.estimate.low, y.estimate.high),
-                        f"{title}; {len(some)} of {len(cells)} cells, as measured" if ruined else title,
-                        ruined,
-                    )
+                    left_out.append((d, href("defenses", d), why))
+                continue
+            a, b = mean_shown(x, True), mean_shown(y, views.share(metric))
+            points.append(
+                charts.Point(
+                    d,
+                    href("defenses", d),
+                    role(cells[0]),
+                    x.estimate.value,
+                    y.estimate.value,
+                    (x.estimate.low, x.estimate.high),
+                    (y.estimate.low, y.estimate.high),
+                    f"{d}: O-ASR {a.text} ({a.note}), {words.label(metric)} {b.text} ({b.note})",
                 )
+            )
         chart = charts.scatter(points, "O-ASR", words.label(metric), y_share=views.share(metric))
         if chart or metric == "p_asr":
             made.append({"metric": metric, "chart": chart, "left_out": left_out, "open": metric == "p_asr"})
@@ -288,7 +282,7 @@ def _heat_field(views: Views, mean: Mean, cells: Sequence[Cell]) -> Shown:
     else:
         note = estimate_note(e, share)
         title = f"{e.cells} of {len(cells)} seeds; {'95 % t interval over seeds ' * (e.kind == 't')}{note}"
-    brief, full = void_words(mean)
+    brief, full = lost_words(mean)
     return Shown(mean.metric, words.number(e.value, share), repr(e.value), f"{title}; {full}" if full else title, brief)
 
 
@@ -306,15 +300,13 @@ def _scale(values: Sequence[float], share: bool) -> tuple[Callable[[float], int]
 def _heat_section(views: Views, n: int, board: Board, metric: str, anchors: Mapping[tuple[Any, ...], str]) -> Section:
     """One metric as attacks by defenses, means over seeds, shaded by where they lie among the map's figures.
 
-    A field all of whose cells failed or collapsed, or of an attack that did not implant, has no shade and is no end of
-    the range: it is grey.
+    A field all of whose cells failed or collapsed has no shade and is no end of the range: it is grey.
     """
     defenses = board.having(metric)
     attacks = [*board.settings, *sorted({setting(c) for c in board.cells if benign(c)})]
     means = {(s, d): views.field(board, s, d, metric) for s in attacks for d in defenses}
     shade, legend = _scale(
-        [m.estimate.value for m in means.values() if m and m.estimate and not m.lost and not m.weak],
-        views.share(metric),
+        [m.estimate.value for m in means.values() if m and m.estimate and not m.lost], views.share(metric)
     )
     lines, weights = [], []
     for s in attacks:
@@ -326,7 +318,7 @@ def _heat_section(views: Views, n: int, board: Board, metric: str, anchors: Mapp
                 continue
             css = "empty"
             if mean.estimate:
-                css = "lost" if mean.lost or mean.weak else f"h{shade(mean.estimate.value)}"
+                css = "lost" if mean.lost else f"h{shade(mean.estimate.value)}"
             cells = board.of_field[s, d]
             many = anchors.get(("defense", board.key, s, d), href("defenses", d))
             link = href("cells", cells[0]["cell"]) if len(cells) == 1 else many

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -25,7 +25,6 @@ from sleeperbench.leaderboard.summary import (
     benign,
     boards,
     lost,
-    measured,
     not_purified,
     role,
     setting,
@@ -112,10 +111,8 @@ def estimate_note(e: Estimate, share: bool) -> str:
     return f"{'range ' if e.kind == 'range' else ''}{words.span(e.low, e.high, share)}"
 
 
-def void_words(mean: Mean) -> tuple[str, str]:
-    """Why a mean or cells of it are no success, and whose figure these count with: in a few words, and in full."""
-    if mean.weak:
-        return "weak", f"{terms.FLAG_WORDS['weak']}, so this is what was measured and enters no mean over attacks"
+def lost_words(mean: Mean) -> tuple[str, str]:
+    """How many cells of a mean are no success and whose figure they count with: in a few words, and in full."""
     nothing = mean.metric in NOTHING
     what = "as an answer that says nothing" if nothing else "with the undefended model's figure"
     brief, full = [], []
@@ -135,7 +132,7 @@ def mean_shown(mean: Mean, share: bool) -> Shown:
         return words.missing(mean.metric, mean.reason)
     note = estimate_note(e, share)
     title = f"mean over {e.attacks} attack settings, {e.cells} cells; {INTERVALS.get(e.kind, 'a single cell')}"
-    brief, full = void_words(mean)
+    brief, full = lost_words(mean)
     note += f"; {brief}" if brief else ""
     title += f"; {full}" if full else ""
     return Shown(mean.metric, words.number(e.value, share), repr(e.value), title, note)
@@ -376,17 +373,11 @@ class Views:
         return [r for r in self.rows if plugin_id(r.cell[column]) == plugin]
 
     def field(self, board: Board, attack: str, defense: str, metric: str) -> Mean | None:
-        """The mean over seeds of one attack setting and defense; None where the board has no such cell.
-
-        Of an attack that did not implant it is what was measured, and says so: it enters no mean over attacks.
-        """
+        """The mean over seeds of one attack setting and defense; None where the board has no such cell."""
         key = board.key, attack, defense, metric
         if key not in self._fields:
             cells = board.of_field.get((attack, defense))
-            if cells and all(map(weak, cells)):
-                self._fields[key] = replace(measured(cells, metric, self.units), weak=True)
-            else:
-                self._fields[key] = board.mean(cells, metric, self.units) if cells else None
+            self._fields[key] = board.mean(cells, metric, self.units) if cells else None
         return self._fields[key]
 
     def overall(self, board: Board, defense: str, metric: str) -> Mean:
@@ -396,12 +387,12 @@ class Views:
             self._overall[key] = board.mean(attacked(board.of_defense[defense]), metric, self.units)
         return self._overall[key]
 
-    def drawn(self, cells: Sequence[Cell], metric: str) -> Mean:
-        """The mean that a picture shows of cells of one defense: what was measured where the attack implanted.
+    def drawn(self, board: Board, defense: str, metric: str) -> Mean:
+        """A defense's mean over the cells that a picture shows: those that neither failed nor collapsed.
 
-        What a ranking counts a ruined model with is no measurement: a picture of it would show an undefended model.
+        What a ranking counts such a cell with is no measurement: a picture of it would show an undefended model.
         """
-        return measured([c for c in cells if not weak(c)], metric, self.units)
+        return board.mean([c for c in attacked(board.of_defense[defense]) if not lost(c)], metric, self.units)
 
     def mean_row(
         self,
