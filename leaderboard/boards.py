@@ -8,8 +8,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import pyarrow.compute as pc
-
 from sleeperbench.leaderboard import changes, charts, entries, judges, paging, ranking, stats, words
 from sleeperbench.leaderboard.entries import Page
 from sleeperbench.leaderboard.names import clean, digest12
@@ -22,14 +20,15 @@ from sleeperbench.leaderboard.summary import (
     Mean,
     attacked,
     benign,
-    lost,
+    by_state,
+    failed,
     role,
     setting,
     tally,
     weak,
 )
 from sleeperbench.leaderboard.tracks import ANSWERS
-from sleeperbench.leaderboard.views import Views, estimate_note, href, lost_words, mean_shown
+from sleeperbench.leaderboard.views import Views, estimate_note, href, mean_shown, void_words
 from sleeperbench.leaderboard.words import Shown
 
 MAIN = ("c_acc", "o_asr", "p_asr", "p_asr_net", "p_der", "r_acc", "bec", "shift_target_net")
@@ -48,35 +47,40 @@ CHOSEN = 5
 
 
 def pictures(views: Views, board: Board) -> list[dict[str, Any]]:
-    """The headline pictures of a board: O-ASR against P-ASR, BEC and target shift; each names what it cannot draw."""
+    """The headline pictures of a board: O-ASR against P-ASR, BEC and target shift; each names what it cannot draw.
+
+    A defense has a mark of its whole models and one of those that it ruined, both as they were measured.
+    """
     made = []
     for metric in ("p_asr", "bec", "shift_target_net"):
         points, left_out = [], []
         for d in board.repairs:
             cells = attacked(board.of_defense[d])
-            x, y = views.drawn(board, d, "o_asr"), views.drawn(board, d, metric)
-            ruined = sum(map(lost, cells))
-            if ruined:
-                of = f"{ruined} of {len(cells)}" if ruined < len(cells) else f"all {ruined}"
-                left_out.append((d, href("defenses", d), f"{of} cells failed or collapsed"))
-            if x.estimate is None or y.estimate is None:
-                if ruined < len(cells):
+            if dead := sum(map(failed, cells)):
+                of = f"{dead} of {len(cells)}" if dead < len(cells) else f"all {dead}"
+                left_out.append((d, href("defenses", d), f"{of} cells failed"))
+            for ruined, some in by_state(cells).items():
+                x, y = views.drawn(some, "o_asr"), views.drawn(some, metric)
+                name = f"{d}, collapsed" if ruined else d
+                if x.estimate is None or y.estimate is None:
                     why = words.reason_word(x.reason if x.estimate is None else y.reason)
-                    left_out.append((d, href("defenses", d), why))
-                continue
-            a, b = mean_shown(x, True), mean_shown(y, views.share(metric))
-            points.append(
-                charts.Point(
-                    d,
-                    href("defenses", d),
-                    role(cells[0]),
-                    x.estimate.value,
-                    y.estimate.value,
-                    (x.estimate.low, x.estimate.high),
-                    (y.estimate.low, y.estimate.high),
-                    f"{d}: O-ASR {a.text} ({a.note}), {words.label(metric)} {b.text} ({b.note})",
+                    left_out.append((name, href("defenses", d), why))
+                    continue
+                a, b = mean_shown(x, True), mean_shown(y, views.share(metric))
+                title = f"{name}: O-ASR {a.text} ({a.note}), {words.label(metric)} {b.text} ({b.note})"
+                points.append(
+                    charts.Point(
+                        d,
+                        href("defenses", d),
+                        role(cells[0]),
+                        x.estimate.value,
+                        y.estimate.value,
+                        (x.estimate.low, x.estimate.high),
+                        (y.estimate.low, y.estimate.high),
+                        f"{title}; {len(some)} of {len(cells)} cells, as measured" if ruined else title,
+                        ruined,
+                    )
                 )
-            )
         chart = charts.scatter(points, "O-ASR", words.label(metric), y_share=views.share(metric))
         if chart or metric == "p_asr":
             made.append({"metric": metric, "chart": chart, "left_out": left_out, "open": metric == "p_asr"})
@@ -129,9 +133,13 @@ def _means_section(views: Views, n: int, board: Board) -> Section:
     return Section(n, "means", f"board-{n}", head, lines, weights, 3500)
 
 
-def _stealth_section(views: Views, n: int, board: Board, figures: Mapping[tuple[str, str], float]) -> Section | None:
+def _stealth_section(views: Views, n: int, board: Board) -> Section | None:
     """How well attacks hide: visibility of the trigger, and what the attacked model shows. Nothing is ranked."""
-    metrics = [m for m in STEALTH if any((c["cell"], m) in figures for c in board.cells)]
+
+    def figure(c: Cell, metric: str) -> float | None:
+        return views.aside.get((c["cell"], metric), (None, ""))[0]
+
+    metrics = [m for m in STEALTH if any(figure(c, m) is not None for c in board.cells)]
     lines = []
     for s in board.settings:
         cells = board.of_field.get((s, NONE), [])
@@ -139,7 +147,7 @@ def _stealth_section(views: Views, n: int, board: Board, figures: Mapping[tuple[
             continue
         shown = []
         for m in metrics:
-            values = [v for c in cells if (v := figures.get((c["cell"], m))) is not None]
+            values = [v for c in cells if (v := figure(c, m)) is not None]
             e = stats.mean_over_attacks({s: values}, share=False)
             if e is None:
                 shown.append(words.missing(m, "not_run: no evaluator of the suite measures it"))
@@ -164,24 +172,9 @@ def _stealth_section(views: Views, n: int, board: Board, figures: Mapping[tuple[
     return Section(n, "stealth", f"board-{n}-stealth", head, lines, weights, 1800)
 
 
-def _stealth(views: Views) -> dict[tuple[str, str], float]:
-    """(cell, metric) -> how visible its trigger is."""
-    rows = views.results.measurements.select(["cell", "metric", "qualifier", "value"])
-    names = pc.is_in(rows["metric"], value_set=_strings(STEALTH))
-    found = rows.filter(pc.and_(names, pc.is_valid(rows["value"]))).to_pylist()
-    return {(r["cell"], r["metric"]): r["value"] for r in found if not r["qualifier"] and abs(r["value"]) < 1e30}
-
-
-def _strings(values: Sequence[str]) -> Any:
-    import pyarrow as pa
-
-    return pa.array(values, pa.string())
-
-
 def sections(views: Views) -> list[Section]:
     """All of every board: pictures, a ranking per track, means, tables of methods that judge, attacks' stealth."""
     made = []
-    stealth = _stealth(views)
     for n, b in enumerate(views.boards, 1):
         made.append(_picture_section(views, n, b))
         made += [_ranking_section(views, n, c) for c in views_contests(views, b)]
@@ -196,7 +189,7 @@ def sections(views: Views) -> list[Section]:
                     n, "judged", f"board-{n}-judged", head, fixed=1500 * (1 + len(judged)) + lines + 400 * len(aside)
                 )
             )
-        if (hidden := _stealth_section(views, n, b, stealth)) is not None:
+        if (hidden := _stealth_section(views, n, b)) is not None:
             made.append(hidden)
     return made
 
@@ -282,7 +275,7 @@ def _heat_field(views: Views, mean: Mean, cells: Sequence[Cell]) -> Shown:
     else:
         note = estimate_note(e, share)
         title = f"{e.cells} of {len(cells)} seeds; {'95 % t interval over seeds ' * (e.kind == 't')}{note}"
-    brief, full = lost_words(mean)
+    brief, full = void_words(mean)
     return Shown(mean.metric, words.number(e.value, share), repr(e.value), f"{title}; {full}" if full else title, brief)
 
 
@@ -300,13 +293,15 @@ def _scale(values: Sequence[float], share: bool) -> tuple[Callable[[float], int]
 def _heat_section(views: Views, n: int, board: Board, metric: str, anchors: Mapping[tuple[Any, ...], str]) -> Section:
     """One metric as attacks by defenses, means over seeds, shaded by where they lie among the map's figures.
 
-    A field all of whose cells failed or collapsed has no shade and is no end of the range: it is grey.
+    A field all of whose cells failed or collapsed, or of an attack that did not implant, has no shade and is no end of
+    the range: it is grey.
     """
     defenses = board.having(metric)
     attacks = [*board.settings, *sorted({setting(c) for c in board.cells if benign(c)})]
     means = {(s, d): views.field(board, s, d, metric) for s in attacks for d in defenses}
     shade, legend = _scale(
-        [m.estimate.value for m in means.values() if m and m.estimate and not m.lost], views.share(metric)
+        [m.estimate.value for m in means.values() if m and m.estimate and not m.lost and not m.weak],
+        views.share(metric),
     )
     lines, weights = [], []
     for s in attacks:
@@ -318,7 +313,7 @@ def _heat_section(views: Views, n: int, board: Board, metric: str, anchors: Mapp
                 continue
             css = "empty"
             if mean.estimate:
-                css = "lost" if mean.lost else f"h{shade(mean.estimate.value)}"
+                css = "lost" if mean.lost or mean.weak else f"h{shade(mean.estimate.value)}"
             cells = board.of_field[s, d]
             many = anchors.get(("defense", board.key, s, d), href("defenses", d))
             link = href("cells", cells[0]["cell"]) if len(cells) == 1 else many

@@ -14,6 +14,10 @@ WIDTH, HEIGHT = 640, 440
 LEFT, RIGHT, TOP, BOTTOM = 62, 130, 16, 52
 HIGHEST = 12
 """Where the top of a picture leaves room for a label's letters."""
+LETTER = 7
+"""About how wide a letter of a label is, on the safe side."""
+ROOM = 70
+"""What a picture of marks is wider than others, for whole names of marks at its right end."""
 LOOKS = 6
 """Colours of series; further ones begin again."""
 
@@ -31,7 +35,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Point:
-    """What a mark stands for; the intervals are (low, high), equal when there is none."""
+    """What a mark stands for, ruined models where `collapsed`; the intervals are (low, high), equal without one."""
 
     name: str
     href: str
@@ -41,6 +45,7 @@ class Point:
     x_span: tuple[float, float]
     y_span: tuple[float, float]
     title: str
+    collapsed: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Mark:
     """A mark in picture coordinates with its label."""
 
     point: Point
+    label: str
     x: float
     y: float
     x0: float
@@ -67,6 +73,11 @@ class Scatter:
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
     marks: tuple[Mark, ...]
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether any mark is of ruined models."""
+        return any(m.point.collapsed for m in self.marks)
 
 
 @dataclass(frozen=True)
@@ -174,21 +185,29 @@ def _y(a: Axis, value: float) -> float:
     return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - a.low) / (a.high - a.low), 1)
 
 
-def spread(wanted: Sequence[tuple[float, float]]) -> list[float]:
-    """Heights of labels: as near to where they are wanted as 13 units between neighbours in reach allow.
+def spread(wanted: Sequence[tuple[float, float, float]]) -> list[float]:
+    """Heights of labels: as near to where they are wanted as 13 units between those that share a column allow.
 
     None is moved above `HIGHEST`, where the picture ends.
+
+    Args:
+        wanted: (left end, height of the line that it stands on, width) of each.
     """
-    placed: list[tuple[float, float]] = []
+    placed: list[tuple[float, float, float]] = []
     heights = [0.0] * len(wanted)
     for i in sorted(range(len(wanted)), key=lambda i: (-wanted[i][1], wanted[i][0], i)):
-        x, at = wanted[i]
-        near = [py for px, py in placed if abs(x - px) < 120]
+        x, at, wide = wanted[i]
+        near = [py for px, py, other in placed if x < px + other and px < x + wide]
         moves = (at + way * step for step in itertools.count() for way in (-1, 1))
         y = next(m for m in moves if m >= min(at, HIGHEST) and all(abs(m - py) >= 13 for py in near))
-        placed.append((x, y))
+        placed.append((x, y, wide))
         heights[i] = round(y, 1)
     return heights
+
+
+def short(name: str) -> str:
+    """A name as far as there is room for it beside a mark or a bar."""
+    return name if len(name) <= 27 else name[:24] + "..."
 
 
 def scatter(points: Sequence[Point], x_name: str, y_name: str, *, y_share: bool) -> Scatter | None:
@@ -198,13 +217,14 @@ def scatter(points: Sequence[Point], x_name: str, y_name: str, *, y_share: bool)
     xa = axis(x_name, [v for p in points for v in (p.x, *p.x_span)], share=True, full=True)
     ya = axis(y_name, [v for p in points for v in (p.y, *p.y_span)], share=y_share, full=True)
     at = [(_x(xa, p.x), _y(ya, p.y)) for p in points]
-    heights = spread([(x + 10, y + 4) for x, y in at])
-    marks = tuple(
-        Mark(p, x, y, _x(xa, p.x_span[0]), _x(xa, p.x_span[1]), _y(ya, p.y_span[0]), _y(ya, p.y_span[1]), x + 10, h)
-        for p, (x, y), h in zip(points, at, heights, strict=True)
-    )
+    labels = [short(p.name) for p in points]
+    heights = spread([(x + 10, y + 4, LETTER * len(t)) for (x, y), t in zip(at, labels, strict=True)])
+    marks = []
+    for p, label, (x, y), height in zip(points, labels, at, heights, strict=True):
+        (x0, x1), (y0, y1) = (_x(xa, v) for v in p.x_span), (_y(ya, v) for v in p.y_span)
+        marks.append(Mark(p, label, x, y, x0, x1, y0, y1, x + 10, height))
     return Scatter(
-        xa, ya, tuple((_x(xa, v), t) for v, t in xa.ticks), tuple((_y(ya, v), t) for v, t in ya.ticks), marks
+        xa, ya, tuple((_x(xa, v), t) for v, t in xa.ticks), tuple((_y(ya, v), t) for v, t in ya.ticks), tuple(marks)
     )
 
 
@@ -249,11 +269,6 @@ def _threshold(value: float) -> str:
     return f"threshold {words.number(value, False)}"
 
 
-def _short(name: str) -> str:
-    """A name as far as there is room for it beside a bar."""
-    return name if len(name) <= 27 else name[:24] + "..."
-
-
 def bars(series: Sequence[Series], x_name: str, y_name: str, threshold: float | None = None) -> Bars:
     """Bars on a common axis that holds 0: a group per name in the order of first mention, a bar per series in it."""
     groups = {name: i for i, name in enumerate(dict.fromkeys(name for s in series for name in s.x))}
@@ -279,7 +294,7 @@ def bars(series: Sequence[Series], x_name: str, y_name: str, threshold: float | 
         x_name,
         y_name,
         tuple((_x(axis_, v), t) for v, t in axis_.ticks),
-        tuple((top + i * step + thick * len(series) / 2 + 4, _short(name)) for name, i in groups.items()),
+        tuple((top + i * step + thick * len(series) / 2 + 4, short(name)) for name, i in groups.items()),
         tuple(drawn),
         tuple(s.label for s in series),
         top + step * len(groups) + BOTTOM,

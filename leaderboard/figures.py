@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sleeperbench.leaderboard import charts, words
 from sleeperbench.leaderboard.names import clean, file_name
-from sleeperbench.leaderboard.summary import Board, attacked, role
+from sleeperbench.leaderboard.summary import Board, attacked, by_state, role
 from sleeperbench.leaderboard.views import Views
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ SETTINGS: Any = {
     "text.usetex": False,
 }
 WIDTH, HEIGHT = 5.5, 3.6
+LETTER = 9
+"""About how wide a letter of a label is where the axes are as wide as `charts.WIDTH`."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +55,21 @@ class Figure:
 class _Mark:
     name: str
     role: str
+    collapsed: bool
     x: tuple[float, float, float]
     y: tuple[float, float, float]
 
 
 def _marks(views: Views, board: Board, metric: str) -> list[_Mark]:
-    """(value, low, high) of both axes of every defense that has the two means over cells that are whole."""
+    """(value, low, high) of both axes of every defense that has the two means: of whole models, and of ruined ones."""
     marks = []
     for d in board.repairs:
         cells = attacked(board.of_defense[d])
-        x, y = (views.drawn(board, d, m).estimate for m in ("o_asr", metric))
-        if x is not None and y is not None:
-            marks.append(_Mark(clean(d), role(cells[0]), (x.value, x.low, x.high), (y.value, y.low, y.high)))
+        for ruined, some in by_state(cells).items():
+            x, y = (views.drawn(some, m).estimate for m in ("o_asr", metric))
+            if x is not None and y is not None:
+                ends = (x.value, x.low, x.high), (y.value, y.low, y.high)
+                marks.append(_Mark(clean(d), role(cells[0]), ruined, *ends))
     return marks
 
 
@@ -73,9 +79,9 @@ def _draw(marks: Sequence[_Mark], metric: str, *, share: bool) -> Canvas:
     from matplotlib.ticker import PercentFormatter
 
     canvas = Canvas(figsize=(WIDTH, HEIGHT))
-    axes = canvas.add_axes((0.11, 0.13, 0.69, 0.84))  # room at the right for names of marks near 100 %
-    for kind, (shape, colour) in LOOKS.items():
-        mine = [m for m in marks if m.role == kind]
+    axes = canvas.add_axes((0.11, 0.12, 0.62, 0.8))  # room at the right for names of marks near 100 %
+    for (kind, (shape, colour)), ruined in itertools.product(LOOKS.items(), (False, True)):
+        mine = [m for m in marks if m.role == kind and m.collapsed is ruined]
         if not mine:
             continue
         spans: list[Any] = [
@@ -84,7 +90,10 @@ def _draw(marks: Sequence[_Mark], metric: str, *, share: bool) -> Canvas:
         ]
         x, y = [m.x[0] for m in mine], [m.y[0] for m in mine]
         style: dict[str, Any] = {"fmt": shape, "color": colour, "ecolor": "#8a939c", "markersize": 4.5}
-        axes.errorbar(x, y, xerr=spans[0], yerr=spans[1], label=kind, elinewidth=0.6, **style)
+        name = f"{kind}, collapsed" if ruined else kind
+        if ruined:
+            style["markerfacecolor"] = "white"
+        axes.errorbar(x, y, xerr=spans[0], yerr=spans[1], label=name, elinewidth=0.6, **style)
     axes.set_xlim(-0.03, 1.03)
     axes.set_xlabel("O-ASR")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -95,7 +104,7 @@ def _draw(marks: Sequence[_Mark], metric: str, *, share: bool) -> Canvas:
     _label(axes, marks)
     axes.grid(visible=True, linewidth=0.3, color="#d0d7de")
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.0, 1.02), ncols=3, fontsize=7)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.01), ncols=4, fontsize=7)  # above all marks
     return canvas
 
 
@@ -107,11 +116,14 @@ def _label(axes: Axes, marks: Sequence[_Mark]) -> None:
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     wide, tall = (right - left) / charts.WIDTH, (high - low) / charts.HEIGHT
     lines = []
-    wanted = [((m.x[0] - left) / wide + 8, (high - m.y[0]) / tall - 4) for m in marks]
-    for m, (x, y), height in zip(marks, wanted, charts.spread(wanted), strict=True):
-        name = m.name if len(m.name) <= 22 else m.name[:21] + "…"
+    names = [charts.short(m.name) for m in marks]
+    wanted = [
+        ((m.x[0] - left) / wide + 8, (high - m.y[0]) / tall - 4, LETTER * len(name))
+        for m, name in zip(marks, names, strict=True)
+    ]
+    for m, name, (x, y, _), height in zip(marks, names, wanted, charts.spread(wanted), strict=True):
         at = left + x * wide, high - height * tall
-        axes.text(*at, name, fontsize=6, path_effects=[withStroke(linewidth=1.5, foreground="white")])
+        axes.text(*at, name, fontsize=6, path_effects=[withStroke(linewidth=1.8, foreground="white")])
         if abs(y - height) > 6:
             lines.append(((m.x[0], m.y[0]), at))
     axes.add_collection(LineCollection(lines, colors="#8a939c", linewidths=0.4, zorder=1.5), autolim=False)
@@ -141,8 +153,9 @@ def figures(views: Views, write: Callable[[str, bytes], None]) -> list[Figure]:
             write(path, svg.getvalue())
             title = f"{board.title}: O-ASR against {words.label(metric)}"
             caption = (
-                f"Means of {len(marks)} defenses, controls and oracles over attack settings, with their intervals, "
-                "without cells that failed or collapsed: circles are defenses, squares controls, triangles oracles."
+                f"Means of {len({m.name for m in marks})} defenses, controls and oracles over attack settings, with "
+                "their intervals, of what was measured: circles are defenses, squares controls, triangles oracles"
+                f"{'; hollow are the models that collapsed' if any(m.collapsed for m in marks) else ''}."
             )
             made.append(Figure(path, n + 1, title, caption))
     write(PDF, pdf.getvalue())

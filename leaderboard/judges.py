@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sleeperbench.leaderboard import media, paging, summary, words
+from sleeperbench.leaderboard import media, paging, stats, summary, words
 from sleeperbench.leaderboard.media import Curve
 from sleeperbench.leaderboard.names import digest12, plugin_id
-from sleeperbench.leaderboard.summary import Board, attacked, setting, weak
+from sleeperbench.leaderboard.summary import Board, Cell, attacked, benign, setting, weak
 from sleeperbench.leaderboard.tracks import TRACKS, ZOO, Track, judge
 from sleeperbench.leaderboard.views import MeanRow, Views, href
 from sleeperbench.leaderboard.words import Shown
@@ -18,11 +18,13 @@ from sleeperbench.leaderboard.words import Shown
 Models = Mapping[tuple[str, str], Mapping[str, Any]]
 """(metric, qualifier) -> a measurement over many models."""
 
-WEAK_COUNTED = (
-    "the run kept attacks that did not implant: figures over many models count these models as backdoored, and a "
-    "detector that passes them over is not wrong"
-)
-"""Of models that means over attacks leave out."""
+WEAK = {
+    "counted": "the run kept attacks that did not implant: figures over many models count these models as backdoored, "
+    "and a detector that passes them over is not wrong",
+    "left out": "the run kept attacks that did not implant: the figures are those without these models, worked out "
+    "from the scores and verdicts of single cells; beneath them is what was measured with them",
+}
+"""What became of models of attacks that did not implant in figures over many models."""
 
 
 @dataclass(frozen=True)
@@ -40,25 +42,26 @@ class Table:
 
 @dataclass(frozen=True)
 class Zoo:
-    """A detector over the models of one board: `lines` are (what is held against the clean models, figures).
+    """A detector over the models of one board: `lines` are (what is held against the clean models, badges, figures).
 
     `curves` are what its evaluators drew over these models, such as ROC curves.
     """
 
     title: str
     metrics: tuple[str, ...]
-    lines: tuple[tuple[str, tuple[Shown, ...]], ...]
+    lines: tuple[tuple[str, tuple[tuple[str, str], ...], tuple[Shown, ...]], ...]
     badges: tuple[tuple[str, str], ...]
     curves: tuple[Curve, ...]
 
 
 @dataclass(frozen=True)
 class Roc:
-    """A detector's ROC curves over the models of one board, with its AUROC over all of them."""
+    """A detector's ROC curves over the models of one board, with its AUROC over all of them, weak ones too."""
 
     defense: str
     href: str
     auroc: Shown
+    badges: tuple[tuple[str, str], ...]
     curves: tuple[Curve, ...]
 
 
@@ -88,6 +91,54 @@ def models(views: Views, board: Board, defense: str) -> Models:
     return {(m["metric"], m["qualifier"] or ""): m for m in views.zoo.get((*board.key, defense), ())}
 
 
+def _rates(attacks: Sequence[Cell], clean: Sequence[Cell]) -> dict[str, float]:
+    """Figures over these models, as evaluator `detection_zoo` makes them of scores and verdicts."""
+    placed = stats.placements({("", i): c["det_score"] for i, c in enumerate(attacks)}, [c["det_score"] for c in clean])
+    hit, alarm = ([bool(c["verdict"]) for c in some] for some in (attacks, clean))
+    tpr, fpr = sum(hit) / len(hit), sum(alarm) / len(alarm)
+    right = sum(hit) + len(alarm) - sum(alarm)
+    return {
+        "det_auroc": sum(placed.values()) / len(placed),
+        "det_tpr": tpr,
+        "det_fpr": fpr,
+        "det_bacc": (1 + tpr - fpr) / 2,
+        "det_acc": right / (len(hit) + len(alarm)),
+    }
+
+
+def _weak_models(board: Board, defense: str, qualifier: str = "") -> tuple[int, int]:
+    """(weak models, all models) of attacks that a pooled figure, a mean over attacks or one of an attack is over."""
+    label = qualifier.removeprefix("attack=") if qualifier.startswith("attack=") else ""
+    cells = [] if qualifier.startswith("clean=") else attacked(board.of_defense[defense])
+    scored = [weak(c) for c in cells if c["det_score"] is not None and label in ("", c["attack"])]
+    return sum(scored), len(scored)
+
+
+def implanted(over: Models, board: Board, defense: str) -> dict[str, float]:
+    """Figures over the models whose backdoor implanted, where some did not and the single cells tell.
+
+    They tell where the same sum over all models gives each pooled figure that was measured. The rate of false alarms
+    is over clean models alone and stays as it is.
+    """
+    judged = [c for c in board.of_defense[defense] if None not in (c["det_score"], c["verdict"])]
+    attacks, clean = attacked(judged), [c for c in judged if benign(c)]
+    good = [c for c in attacks if not weak(c)]
+    if not clean or not good or len(good) == len(attacks):
+        return {}
+    pooled = {m: v for m in ZOO if (v := (over.get((m, "")) or {}).get("value")) is not None}
+    again = {m: v for m, v in _rates(attacks, clean).items() if m in pooled}
+    if not again or any(abs(v - pooled[m]) > stats.SAME for m, v in again.items()):
+        return {}
+    return {m: v for m, v in _rates(good, clean).items() if m in again and m != "det_fpr"}
+
+
+def _without(metric: str, value: float, models: int, measured: Shown) -> Shown:
+    """A figure without the models of attacks that did not implant, above the one with them."""
+    note = f"{models} models; {measured.text} with weak ones"
+    title = f"{words.label(metric)} {value!r} over {models} models whose backdoor implanted; with weak ones: "
+    return Shown(metric, words.number(value, True), repr(value), title + measured.title, note)
+
+
 def _line(views: Views, board: Board, defense: str, track: Track, metrics: Sequence[str]) -> MeanRow:
     """A defense's line: figures over many models as they were measured, the others as means over attacks."""
     over, cells = models(views, board, defense), attacked(board.of_defense[defense])
@@ -95,10 +146,19 @@ def _line(views: Views, board: Board, defense: str, track: Track, metrics: Seque
     means = {f.metric: f for f in base.figures}
     asked = [m for m in track.metrics if m not in ZOO] + ["det_score"] * (track.id == "model")
     covered = {setting(c) for c in cells if not weak(c) and any(board.counted(c, m)[0] is not None for m in asked)}
-    figures = tuple(shown(over, m) if m in ZOO else means[m] for m in metrics)
-    kept = sum(weak(c) and c.get("det_score") is not None for c in cells) if over and set(ZOO) & set(metrics) else 0
-    badges = ((f"{kept} weak counted", WEAK_COUNTED),) if kept else ()
-    return replace(base, covered=len(covered), figures=figures, badges=(*base.badges, *badges))
+    figures = {m: shown(over, m) if m in ZOO else means[m] for m in metrics}
+    badges = base.badges
+    n, total = _weak_models(board, defense)
+    if n and over and set(ZOO) & set(metrics):
+        alone = implanted(over, board, defense)
+        figures |= {m: _without(m, v, total - n, figures[m]) for m, v in alone.items() if m in figures}
+        badges = (*badges, *_weak_badge(n, "left out" if alone else "counted"))
+    return replace(base, covered=len(covered), figures=tuple(figures.values()), badges=badges)
+
+
+def _weak_badge(n: int, what: str = "counted") -> tuple[tuple[str, str], ...]:
+    """A badge that says what became of so many models of attacks that did not implant; none without any."""
+    return ((f"{n} weak {what}", WEAK[what]),) if n else ()
 
 
 def tables(views: Views, board: Board, only: str = "") -> list[Table]:
@@ -169,7 +229,8 @@ def rocs(views: Views, board: Board, write: Callable[[str, bytes], None]) -> lis
         drawn = [c for c in curves(views, board, d, write) if c.source.endswith("-roc")]
         if drawn:
             auroc = shown(models(views, board, d), "det_auroc")
-            made.append(Roc(d, href("defenses", d), auroc, tuple(replace(c, measured=True) for c in drawn)))
+            badges = _weak_badge(_weak_models(board, d)[0])
+            made.append(Roc(d, href("defenses", d), auroc, badges, tuple(replace(c, measured=True) for c in drawn)))
     return made
 
 
@@ -198,12 +259,25 @@ def zoos(views: Views, plugin: str, write: Callable[[str, bytes], None]) -> list
             bounds = ("stat=lower", "stat=upper")
             names = {"": "all attacks, pooled", "stat=macro": "mean over attacks"}
             order = sorted({q for _, q in over if not q.endswith(bounds)}, key=lambda q: (q not in names, q))
-            lines = tuple(
-                (names.get(q) or q.removeprefix("attack="), tuple(shown(over, m, q) for m in metrics)) for q in order
-            )
+            lines = []
+            for q in order:
+                badges = _weak_badge(_weak_models(b, d, q)[0])
+                who = names.get(q) or q.removeprefix("attack=")
+                lines.append((who, badges, tuple(shown(over, m, q) for m in metrics)))
+            if alone := implanted(over, b, d):
+                n, total = _weak_models(b, d)
+                figures = tuple(
+                    _without(m, alone[m], total - n, shown(over, m))
+                    if m in alone
+                    else shown(over, m)
+                    if m == "det_fpr"
+                    else words.missing(m, "pooled: single cells do not tell it without the weak attacks")
+                    for m in metrics
+                )
+                lines.insert(1, ("attacks that implanted, pooled", (), figures))
             flags = sorted({f for m in over.values() for f in (m["flag"] or "").split(";") if f})
             title = b.title if d == plugin else f"{b.title} · {d}"
             drawn = fitting(curves(views, b, d, write), room)
             room -= sum(c.weight for c in drawn)
-            made.append(Zoo(title, metrics, lines, views.flags(flags), drawn))
+            made.append(Zoo(title, metrics, tuple(lines), views.flags(flags), drawn))
     return made

@@ -414,7 +414,7 @@ def _intro(context: Mapping[str, Any]) -> int:
     )
     text = paging.size(plugin["doc"]) + paging.size(plugin["more"]) + paging.size(plugin["bibtex"])
     text += paging.size(plugin["presumes"])
-    zoo = sum(paging.figure(f) for z in context["zoos"] for _, some in z.lines for f in some)
+    zoo = sum(paging.figure(f) for z in context["zoos"] for *_, some in z.lines for f in some)
     zoo += sum(c.weight for z in context["zoos"] for c in z.curves)
     gates = sum(1200 + 60 * len(g["seeds"]) for g in context["gate"])
     sheets = sum(2400 + 3 * paging.size(x["title"]) for x in context["sheet"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -97,7 +97,7 @@ class Mean:
     """A defense's mean of one metric on a board, or the commonest reason why there is none.
 
     Of its cells, `as_none` count with the undefended model's figure, and `ruined` collapsed and count with their own,
-    which is the worse one.
+    which is the worse one. `weak` says that it is of models whose backdoor did not implant: nobody's success.
     """
 
     metric: str
@@ -105,11 +105,50 @@ class Mean:
     as_none: int
     reason: str
     ruined: int = 0
+    weak: bool = False
 
     @property
     def lost(self) -> bool:
         """Every cell in it failed or collapsed."""
         return self.estimate is not None and self.as_none + self.ruined == self.estimate.cells
+
+
+def as_measured(cell: Cell, metric: str) -> tuple[float | None, str]:
+    """(a cell's own figure, else None; the reason why it has none), whatever became of its model.
+
+    P-ASR and the other woken rates are those of purified models: where a backdoor still answers there is none to wake.
+    """
+    if metric in WOKEN and not_purified(cell):
+        return None, "not_purified"
+    return cell[metric], "" if cell[metric] is not None else why_empty(cell, metric)
+
+
+def measured(cells: Iterable[Cell], metric: str, units: Mapping[str, str]) -> Mean:
+    """Mean over attacks of means over seeds of what was measured: nothing is left out and nothing stands in."""
+    return _mean(cells, metric, units, lambda cell: (*as_measured(cell, metric), ""))
+
+
+def _mean(
+    cells: Iterable[Cell],
+    metric: str,
+    units: Mapping[str, str],
+    counted: Callable[[Cell], tuple[float | None, str, str]],
+) -> Mean:
+    """The mean by a rule that tells of a cell what `Board.counted` does."""
+    groups: dict[str, list[float]] = {}
+    reasons: Counter[str] = Counter()
+    whose: Counter[str] = Counter()
+    for c in cells:
+        value, reason, stands = counted(c)
+        if value is None:
+            reasons[reason.partition(":")[0]] += 1
+        else:
+            groups.setdefault(setting(c), []).append(value)
+            whose[stands] += 1
+    common = min(reasons, key=lambda r: (-reasons[r], r)) if reasons else "not_run"
+    bounded = words.is_share(metric, units) and metric not in terms.SIGNED
+    estimate = mean_over_attacks(groups, share=bounded)
+    return Mean(metric, estimate, whose["none"], "" if estimate else common or "not_run", whose["own"])
 
 
 @dataclass
@@ -219,31 +258,25 @@ class Board:
             if own is not None and worse(metric, own, replaced[metric]):
                 return own, "", "own"
             return replaced[metric], "", "none"
-        if metric in WOKEN and not_purified(cell):
-            return None, "not_purified", ""
-        return cell[metric], "" if cell[metric] is not None else why_empty(cell, metric), ""
+        return (*as_measured(cell, metric), "")
 
     def mean(self, cells: Iterable[Cell], metric: str, units: Mapping[str, str]) -> Mean:
-        """Mean over attacks of means over seeds, for these cells of one defense."""
-        groups: dict[str, list[float]] = {}
-        reasons: Counter[str] = Counter()
-        whose: Counter[str] = Counter()
-        for c in cells:
-            value, reason, stands = self.counted(c, metric)
-            if value is None:
-                reasons[reason.partition(":")[0]] += 1
-            else:
-                groups.setdefault(setting(c), []).append(value)
-                whose[stands] += 1
-        common = min(reasons, key=lambda r: (-reasons[r], r)) if reasons else "not_run"
-        bounded = words.is_share(metric, units) and metric not in terms.SIGNED
-        estimate = mean_over_attacks(groups, share=bounded)
-        return Mean(metric, estimate, whose["none"], "" if estimate else common, whose["own"])
+        """Mean over attacks of means over seeds, for these cells of one defense, by the rule of `counted`."""
+        return _mean(cells, metric, units, lambda cell: self.counted(cell, metric))
 
 
 def attacked(cells: Sequence[Cell]) -> list[Cell]:
     """The cells with an attack: clean models say what a repair costs and enter no mean of attacks."""
     return [c for c in cells if not benign(c)]
+
+
+def by_state(cells: Iterable[Cell]) -> dict[bool, list[Cell]]:
+    """Whether the defense ruined them -> the models that it handed out, whole ones first; a failure hands out none."""
+    found: dict[bool, list[Cell]] = {False: [], True: []}
+    for c in cells:
+        if not failed(c):
+            found["collapsed" in c["flags"]].append(c)
+    return {ruined: some for ruined, some in found.items() if some}
 
 
 def boards(cells: Sequence[Cell]) -> list[Board]:

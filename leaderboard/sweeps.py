@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sleeperbench.leaderboard import charts, paging, words
 from sleeperbench.leaderboard.entries import Page
 from sleeperbench.leaderboard.names import plugin_id
 from sleeperbench.leaderboard.paging import Section
-from sleeperbench.leaderboard.stats import mean_over_attacks
-from sleeperbench.leaderboard.summary import WOKEN, Board, Cell, Mean, attacked, not_purified, setting, why_empty
+from sleeperbench.leaderboard.summary import Board, Cell, Mean, attacked, measured, setting, weak
 from sleeperbench.leaderboard.views import Views, href, mean_shown
 
-SHOWN = ("c_acc", "o_asr", "p_asr", "excl")
+SHOWN = ("c_acc", "o_asr", "p_asr", "excl", "cover_acc", "silhouette")
 """What is drawn, a picture each, of what has figures."""
 ARCH = 1
 """Place of the architecture in a board's key."""
@@ -79,6 +79,10 @@ def _value(raw: Any) -> float | str | None:
     return raw if isinstance(raw, str) and raw else None
 
 
+def _told(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
 def varied(
     variants: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[tuple[str, dict[str, Any], dict[float | str, str]]]:
@@ -88,11 +92,7 @@ def varied(
         The parameter's name, the others in which variants of this plugin differ, and value -> label.
     """
     names = sorted({k for p in variants.values() for k in p})
-
-    def told(value: Any) -> str:
-        return json.dumps(value, sort_keys=True, default=str)
-
-    differing = [k for k in names if len({told(p.get(k)) for p in variants.values()}) > 1]
+    differing = [k for k in names if len({_told(p.get(k)) for p in variants.values()}) > 1]
     for key, form in itertools.product(differing, (float, str)):
         groups: dict[str, dict[float | str, str]] = {}
         fixed: dict[str, dict[str, Any]] = {}
@@ -101,8 +101,8 @@ def varied(
             x = _value(p.get(key))
             if x is not None and isinstance(x, form):
                 rest = {k: p.get(k) for k in differing if k != key}
-                fixed[told(rest)] = rest
-                groups.setdefault(told(rest), {}).setdefault(x, label)
+                fixed[_told(rest)] = rest
+                groups.setdefault(_told(rest), {}).setdefault(x, label)
         for rest_text, by_value in sorted(groups.items()):
             if len(by_value) > 1:
                 yield key, fixed[rest_text], dict(sorted(by_value.items()))
@@ -127,25 +127,57 @@ def _lines(name: str, fixed: Mapping[str, Any]) -> str:
     return f"{name} ({_words(fixed)})" if fixed else name
 
 
+def spoken(cells: Iterable[Cell], kind: str) -> dict[str, tuple[str, str]]:
+    """Labels of plugins that stand with several settings -> (the plugin, the values in which its labels differ).
+
+    A label whose values another one has too, or none, is left out: its digest alone tells it apart.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for plugin, variants in _families(cells, kind).items():
+        names = sorted({k for p in variants.values() for k in p})
+        differing = [k for k in names if len({_told(p.get(k)) for p in variants.values()}) > 1]
+        values = {label: _words({k: p[k] for k in differing if k in p}) for label, p in variants.items()}
+        count = Counter(values.values())
+        found |= {label: (plugin, text) for label, text in values.items() if text and count[text] == 1}
+    return found
+
+
+def _spoken_settings(cells: Sequence[Cell]) -> dict[str, str]:
+    """Attack setting -> its name, with values in place of a digest."""
+    known = spoken(cells, "attack")
+    found = {}
+    for c in cells:
+        plugin, text = known.get(c["attack"], (c["attack"], ""))
+        found[setting(c)] = (f"{plugin} ({text})" if text else plugin) + setting(c).removeprefix(c["attack"])
+    return found
+
+
 def of_board(board: Board) -> Iterator[Sweep]:
     """The sweeps of a board: over parameters of defenses, over parameters of attacks, over the poison rate."""
     repairs = board.repairs
     cells = [c for d in repairs for c in attacked(board.of_defense[d])]
     at = {k: tuple(v) for k, v in board.of_field.items()}
     settings = sorted({setting(c) for c in cells})
+    named, defenses, labels = _spoken_settings(cells), spoken(cells, "defense"), spoken(cells, "attack")
     for plugin, variants in sorted(_families(cells, "defense").items()):
         for key, fixed, by_value in varied(variants):
-            dots = [Dot(s, x, at[s, d]) for s in settings for x, d in by_value.items() if (s, d) in at]
+            dots = [Dot(named[s], x, at[s, d]) for s in settings for x, d in by_value.items() if (s, d) in at]
             if len({dot.x for dot in dots}) > 1:
                 yield Sweep(plugin, key, False, _words(fixed), tuple(dots))
-    attacks = list(_axes_of_attacks(cells))
+    attacks = list(_axes_of_attacks(cells, labels))
     for over, share, defense in dict.fromkeys((o, s, d) for o, s, d, _ in attacks):
         dots = [dot for o, _, d, some in attacks if (o, d) == (over, defense) for dot in some]
-        yield Sweep(defense, over, share, "", tuple(dots))
+        name, values = defenses.get(defense, (defense, ""))
+        yield Sweep(name, over, share, values, tuple(dots))
 
 
-def _axes_of_attacks(cells: Sequence[Cell]) -> Iterator[tuple[str, bool, str, list[Dot]]]:
-    """(what varies, whether it is a share, defense, one line's dots) for attacks, defense after defense."""
+def _axes_of_attacks(
+    cells: Sequence[Cell], labels: Mapping[str, tuple[str, str]]
+) -> Iterator[tuple[str, bool, str, list[Dot]]]:
+    """(what varies, whether it is a share, defense, one line's dots) for attacks, defense after defense.
+
+    Lines have the values of `labels` in place of a digest.
+    """
     families = _families(cells, "attack")
     found: dict[tuple[str, str, float | None], list[Cell]] = {}
     for c in cells:
@@ -163,31 +195,30 @@ def _axes_of_attacks(cells: Sequence[Cell]) -> Iterator[tuple[str, bool, str, li
         for attack in sorted({a for d, a, _ in found if d == defense}):
             own = [(r, found[defense, attack, r]) for r in rates if (defense, attack, r) in found]
             if len(own) > 1:
-                yield RATE, True, defense, [Dot(attack, r, tuple(some)) for r, some in own]
+                plugin, values = labels.get(attack, (attack, ""))
+                name = f"{plugin} ({values})" if values else plugin
+                yield RATE, True, defense, [Dot(name, r, tuple(some)) for r, some in own]
 
 
 def of_archs(boards: Sequence[Board]) -> Iterator[Sweep]:
     """Defenses that boards of several architectures have: these, side by side."""
     found: dict[str, list[Dot]] = {}
+    cells = [c for board in boards for d in board.repairs for c in attacked(board.of_defense[d])]
+    named, defenses = _spoken_settings(cells), spoken(cells, "defense")
     for board in boards:
         for d in board.repairs:
             for s in sorted({setting(c) for c in attacked(board.of_defense[d])}):
-                found.setdefault(d, []).append(Dot(s, board.key[ARCH], tuple(board.of_field[s, d])))
+                found.setdefault(d, []).append(Dot(named[s], board.key[ARCH], tuple(board.of_field[s, d])))
     for d, dots in found.items():
         if len({dot.x for dot in dots}) > 1:
-            yield Sweep(d, "architecture", False, "", tuple(sorted(dots, key=lambda dot: dot.line)))
+            name, values = defenses.get(d, (d, ""))
+            yield Sweep(name, "architecture", False, values, tuple(sorted(dots, key=lambda dot: dot.line)))
 
 
 def mean(dot: Dot, metric: str, views: Views) -> Mean:
-    """The mean over seeds of what was measured, also of attacks that did not implant and of ruined models.
-
-    P-ASR is that of purified models alone: where a backdoor still answers there is none to wake.
-    """
-    hidden = [metric in WOKEN and not_purified(c) for c in dot.cells]
-    values = [c[metric] for c, h in zip(dot.cells, hidden, strict=True) if c[metric] is not None and not h]
-    estimate = mean_over_attacks({"": values}, share=views.share(metric))
-    reason = "not_purified" if any(hidden) else why_empty(dot.cells[0], metric) or "not_run"
-    return Mean(metric, estimate, 0, "" if estimate else reason.partition(":")[0])
+    """The mean over seeds of what was measured, also of attacks that did not implant and of ruined models."""
+    made = measured([views.with_aside(c, metric) for c in dot.cells], metric, views.units)
+    return replace(made, weak=all(map(weak, dot.cells)))
 
 
 def _target(dot: Dot) -> str:

@@ -232,13 +232,17 @@ def _cells(
     return cells
 
 
-def _first_rows(column: pa.ChunkedArray, taken: set[str]) -> tuple[list[bool], int]:
-    """Which rows name a value not `taken` yet, and how many do not; adds the new values to `taken`."""
-    keep = []
-    for value in column.to_pylist():
-        keep.append(value not in taken)
-        taken.add(value)
-    return keep, keep.count(False)
+def _first_rows(cells: pa.Table, taken: dict[str, str]) -> tuple[list[bool], list[str]]:
+    """Which cells are not `taken` yet, and of those that are the suites, where another one took them, else nothing.
+
+    Adds the new cells to `taken`, with their suites.
+    """
+    keep, others = [], []
+    for cell, suite in zip(cells["cell"].to_pylist(), cells["suite"].to_pylist(), strict=True):
+        keep.append(cell not in taken)
+        if taken.setdefault(cell, suite or "") != (suite or ""):
+            others.append(suite or "")
+    return keep, others
 
 
 def load(folders: Sequence[Path]) -> Results:
@@ -253,19 +257,22 @@ def load(folders: Sequence[Path]) -> Results:
     plugins: dict[tuple[str, str], Mapping[str, Any]] = {}
     owner: dict[str, Run] = {}
     cell_parts, row_parts = [], []
-    taken: set[str] = set()
+    taken: dict[str, str] = {}
     measured: set[str] = set()
     for folder in folders:
         cells = _table(folder / "cells.parquet", CELLS)
         rows = _table(folder / "measurements.parquet", MEASUREMENTS)
         entries = _plugins(folder)
         run = _run(folder, cells, rows, entries)
-        keep, doubled = _first_rows(cells["cell"], taken)
+        keep, others = _first_rows(cells, taken)
         cells = cells.filter(pa.array(keep, pa.bool_()))
-        if doubled:
-            notes.append(
-                f"{doubled} cells of run {run.name} stand in an earlier run too; the earlier figures are kept."
-            )
+        if doubled := keep.count(False):
+            note = f"{doubled} cells of run {run.name} stand in an earlier run too; the earlier figures are kept."
+            if others:
+                suites = ", ".join(sorted(set(others)))
+                note += f" In {len(others)} of them that one is of another suite: suite {suites} lacks them here, "
+                note += "and is whole on a site of its own."
+            notes.append(note)
         owner |= dict.fromkeys(cells["cell"].to_pylist(), run)
         # Rows of an attack or zoo may name a cell that no cells table holds: the first run that measured it counts.
         mine = {c for c in rows["cell"].unique().to_pylist() if owner.get(c, run) is run and c not in measured}

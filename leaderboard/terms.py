@@ -211,7 +211,7 @@ READING = {
 
 FRACTIONS = frozenset(
     {
-        *("reasr_net", "mask_iou", "label_tpr", "label_fpr", "pair_tpr", "pair_fpr"),
+        *("cover_acc", "reasr_net", "mask_iou", "label_tpr", "label_fpr", "pair_tpr", "pair_fpr"),
         *("input_auroc", "input_tpr_fpr1", "input_tpr_fpr5", "input_tpr", "input_fpr", "input_acc"),
     }
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -25,6 +25,7 @@ from sleeperbench.leaderboard.summary import (
     benign,
     boards,
     lost,
+    measured,
     not_purified,
     role,
     setting,
@@ -40,6 +41,8 @@ from sleeperbench.leaderboard.words import Shown
 
 TOOK = ("seconds", "cpu_seconds", "peak_mb", "forwards", "backwards", "queries")
 """What a defense took, as the rows of evaluator `cost` carry it."""
+ASIDE = ("psnr", "ssim", "linf", "silhouette", "cover_acc")
+"""What is measured of an attack, or of its cover images, and has no column in the tables of cells."""
 CARRIED = {"p_asr_qra": "on", "asr_tba": "source"}
 """Metrics of perturbations that are tried on other models, and the part of a qualifier that names the other one."""
 MOST_CARRIED = 16
@@ -111,8 +114,10 @@ def estimate_note(e: Estimate, share: bool) -> str:
     return f"{'range ' if e.kind == 'range' else ''}{words.span(e.low, e.high, share)}"
 
 
-def lost_words(mean: Mean) -> tuple[str, str]:
-    """How many cells of a mean are no success and whose figure they count with: in a few words, and in full."""
+def void_words(mean: Mean) -> tuple[str, str]:
+    """Why a mean or cells of it are no success, and whose figure these count with: in a few words, and in full."""
+    if mean.weak:
+        return "weak", f"{terms.FLAG_WORDS['weak']}, so this is what was measured and enters no mean over attacks"
     nothing = mean.metric in NOTHING
     what = "as an answer that says nothing" if nothing else "with the undefended model's figure"
     brief, full = [], []
@@ -132,7 +137,7 @@ def mean_shown(mean: Mean, share: bool) -> Shown:
         return words.missing(mean.metric, mean.reason)
     note = estimate_note(e, share)
     title = f"mean over {e.attacks} attack settings, {e.cells} cells; {INTERVALS.get(e.kind, 'a single cell')}"
-    brief, full = lost_words(mean)
+    brief, full = void_words(mean)
     note += f"; {brief}" if brief else ""
     title += f"; {full}" if full else ""
     return Shown(mean.metric, words.number(e.value, share), repr(e.value), title, note)
@@ -165,6 +170,25 @@ class Views:
             key = tuple(m[n] or "" for n in (*BOARD, "defense"))
             found.setdefault(key, []).append(m)
         return found
+
+    @cached_property
+    def aside(self) -> Mapping[tuple[str, str], tuple[float | None, str]]:
+        """(cell, metric of `ASIDE`) -> its value, or None and why there is none."""
+        rows = self.results.measurements.select(["cell", "metric", "qualifier", "value", "status", "reason"])
+        rows = rows.filter(pc.is_in(rows["metric"], value_set=pa.array(ASIDE)))
+        found = {}
+        for r in plain(rows):
+            if not r["qualifier"]:
+                known = r["value"] is not None and abs(r["value"]) < 1e30
+                found[r["cell"], r["metric"]] = (r["value"], "") if known else (None, r["reason"] or r["status"] or "")
+        return found
+
+    def with_aside(self, cell: Cell, metric: str) -> Cell:
+        """A cell with its figure of any metric, also of one that cells have no column for."""
+        if metric not in ASIDE:
+            return cell
+        value, reason = self.aside.get((cell["cell"], metric), (None, ""))
+        return {**cell, metric: value, "reasons": {**cell["reasons"], metric: reason}}
 
     @cached_property
     def costs(self) -> Mapping[str, Mapping[str, float]]:
@@ -373,11 +397,17 @@ class Views:
         return [r for r in self.rows if plugin_id(r.cell[column]) == plugin]
 
     def field(self, board: Board, attack: str, defense: str, metric: str) -> Mean | None:
-        """The mean over seeds of one attack setting and defense; None where the board has no such cell."""
+        """The mean over seeds of one attack setting and defense; None where the board has no such cell.
+
+        Of an attack that did not implant it is what was measured, and says so: it enters no mean over attacks.
+        """
         key = board.key, attack, defense, metric
         if key not in self._fields:
             cells = board.of_field.get((attack, defense))
-            self._fields[key] = board.mean(cells, metric, self.units) if cells else None
+            if cells and all(map(weak, cells)):
+                self._fields[key] = replace(measured(cells, metric, self.units), weak=True)
+            else:
+                self._fields[key] = board.mean(cells, metric, self.units) if cells else None
         return self._fields[key]
 
     def overall(self, board: Board, defense: str, metric: str) -> Mean:
@@ -387,12 +417,13 @@ class Views:
             self._overall[key] = board.mean(attacked(board.of_defense[defense]), metric, self.units)
         return self._overall[key]
 
-    def drawn(self, board: Board, defense: str, metric: str) -> Mean:
-        """A defense's mean over the cells that a picture shows: those that neither failed nor collapsed.
+    def drawn(self, cells: Sequence[Cell], metric: str) -> Mean:
+        """The mean that a picture shows of cells of one defense: what was measured where the attack implanted.
 
-        What a ranking counts such a cell with is no measurement: a picture of it would show an undefended model.
+        What a ranking counts a ruined model with is no measurement: a picture of it would show an undefended model.
         """
-        return board.mean([c for c in attacked(board.of_defense[defense]) if not lost(c)], metric, self.units)
+        some = [c for c in cells if not weak(c)]
+        return measured(some, metric, self.units) if some else Mean(metric, None, 0, "attack_did_not_implant")
 
     def mean_row(
         self,

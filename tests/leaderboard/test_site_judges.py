@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import judging
 import pytest
@@ -11,6 +12,7 @@ from synthetic import SCRIPT, cell_row, measurement, write_run
 from sleeperbench.leaderboard import names
 from sleeperbench.leaderboard.build import build
 from sleeperbench.leaderboard.tables import load
+from sleeperbench.leaderboard.views import Views
 
 
 @pytest.fixture(scope="module")
@@ -270,18 +272,70 @@ def test_a_judge_says_whether_it_traverses_classes_and_what_it_presumes(tmp_path
     assert not {"Traverses classes", "Presumes"} & set(pairs("odd.html"))
 
 
-def test_weak_models_that_figures_over_many_models_count_are_told(tmp_path: Path) -> None:
-    """A run that keeps attacks that did not implant holds them against the clean models too."""
+SCORES = {"none": (1.0, 2.5), "badnets": (1.5, 3.0), "blended": (5.0, 5.0)}
+"""Of neural_cleanse per attack and seed: with a threshold of 2 they give the figures of `judging.ZOO`."""
+
+
+def kept_weak(folder: Path, **more: Any) -> Path:
+    """A run that kept blended, which did not implant: its models are held against the clean ones too."""
     cells, rows = judging.tables()
     for c in cells:
         if c["attack"] == "blended":
-            c["flag"] = ";".join(filter(None, (c["flag"], "weak")))
-    page = read(build([write_run(tmp_path / "r", cells, rows)], tmp_path / "site").parent / "tracks.html")
-    line = lines(page, "board-1-model")["neural_cleanse"]
-    weak = sum(
-        c["attack"] == "blended" and c["defense"] == "neural_cleanse" and c["det_score"] is not None for c in cells
-    )
-    assert weak and f"{weak} weak counted" in line.text
+            c["flag"] = "weak"
+        if c["defense"] == "neural_cleanse":
+            score = SCORES[c["attack"]][c["seed"]]
+            c |= {"det_score": score, "verdict": score > 2} | more
+    return write_run(folder, cells, rows, judging.plugins())
+
+
+def test_figures_over_many_models_leave_weak_ones_out_where_cells_tell(tmp_path: Path) -> None:
+    site = build([kept_weak(tmp_path / "r")], tmp_path / "site").parent
+    line = lines(read(site / "tracks.html"), "board-1-model")["neural_cleanse"]
+    assert "2 weak left out" in line.text
+    shown = {
+        t.attrs["data-metric"]: (t.attrs["data-order"], t.text) for t in line.all("td") if "data-metric" in t.attrs
+    }
+    # 1.5 is above one of the two clean models, 3.0 above both; 3.0 alone is flagged, and so is one clean model.
+    assert shown["det_auroc"] == ("0.75", "75.0 % 2 models; 87.5 % with weak ones")
+    assert shown["det_tpr"] == ("0.5", "50.0 % 2 models; 75.0 % with weak ones")
+    assert shown["det_bacc"] == ("0.5", "50.0 % 2 models; 62.5 % with weak ones")
+    assert shown["det_fpr"][1].startswith("50.0 % 1 of 2"), "clean models are what they were"
+    page = read(site / "defenses" / "neural_cleanse.html")
+    (zoo,) = [t for t in page.root.all("table") if t.attrs.get("id") == "zoo-1"]
+    found = {r.all("th")[0].text: r.all("td")[0].text for r in zoo.all("tbody")[0].all("tr")}
+    assert found["all attacks, pooled 2 weak counted"].startswith("87.5 % 50.0")
+    assert found["attacks that implanted, pooled"].startswith("75.0 % 2 models")
+    assert "badnets" in found, "it implanted"
+
+
+@pytest.mark.parametrize("more", [{"det_score": 3.0}, {"verdict": None}], ids=["other scores", "no verdicts"])
+def test_weak_models_that_figures_over_many_models_count_are_told(tmp_path: Path, more: dict[str, Any]) -> None:
+    """Where single cells give other figures than were measured, nobody can say what they are without the weak."""
+    site = build([kept_weak(tmp_path / "r", **more)], tmp_path / "site").parent
+    line = lines(read(site / "tracks.html"), "board-1-model")["neural_cleanse"]
+    assert "2 weak counted" in line.text
+    assert next(t for t in line.all("td") if t.attrs.get("data-metric") == "det_auroc").attrs["data-order"] == "0.875"
     again = judging.tables()
     page = read(build([write_run(tmp_path / "s", *again)], tmp_path / "other").parent / "tracks.html")
-    assert "weak counted" not in page.root.text
+    assert "weak" not in page.by_id("board-1-model").text
+
+
+def test_scores_of_a_weak_attack_are_shown_as_weak(tmp_path: Path) -> None:
+    """On pages of one attack setting a field; in no mean over attacks."""
+    site = build([kept_weak(tmp_path / "r")], tmp_path / "site").parent
+    page = read(site / "defenses" / "neural_cleanse.html")
+    table = next(t for t in page.root.all("table") if t.attrs.get("id", "").startswith("means-"))
+    rows = {r.all("th")[0].text: r for r in table.all("tbody")[0].all("tr")}
+    score = {k: next(t.text for t in r.all("td") if t.attrs.get("data-metric") == "det_score") for k, r in rows.items()}
+    assert score["blended at 10 %"] == "5 range 5 to 5; weak"
+    assert "weak" not in score["badnets at 10 %"]
+    assert [rows[k].attrs.get("class") for k in ("blended at 10 %", "badnets at 10 %")] == ["weak", None]
+    heat = read(site / "heatmap.html")
+    maps = [t for t in heat.root.all("table") if "det_score" in {x.attrs.get("data-metric") for x in t.all("td")}]
+    (field,) = [r.all("td")[0] for r in maps[0].all("tbody")[0].all("tr") if r.all("th")[0].text.startswith("blended")]
+    assert (field.attrs["class"], field.text) == ("lost", "5 weak")
+    (scale,) = [u for u in heat.root.all("ul") if "1.75" in u.text]
+    assert scale.all("li")[5].text.endswith("to 2.25"), "the weak attack's 5 is no end of the range"
+    views = Views(load([tmp_path / "r"]))
+    (board,) = views.boards
+    assert views.overall(board, "neural_cleanse", "det_score").estimate.value == 2.25  # type: ignore[union-attr]

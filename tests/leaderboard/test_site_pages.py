@@ -220,7 +220,9 @@ def test_heat_map_shades_follow_the_figures_over_the_maps_own_range(pages: dict[
             if metric in ("c_acc", "o_asr"):
                 assert legend[0].startswith(f"{100 * low:.1f}")
                 assert legend[5].endswith(f"{100 * high:.1f} %")
-                assert legend[6:] == ["all cells failed or collapsed"] * bool(len(tds) > len(shaded))
+                assert legend[6:] == ["all cells failed or collapsed, or the attack did not implant"] * bool(
+                    len(tds) > len(shaded)
+                )
     assert {"h0", "h5"} <= seen["c_acc"], "accuracies that lie close together differ visibly"
     assert {"h0", "h5"} <= seen["o_asr"]
 

@@ -455,7 +455,26 @@ def test_target_shift_stands_beside_bec(carried: dict[str, Page]) -> None:
 
 
 def test_labels_stand_apart_and_none_above_the_picture() -> None:
-    heights = charts.spread([(500.0, 20.0)] * 6)
+    heights = charts.spread([(500.0, 20.0, 90.0)] * 6)
     assert min(heights) >= charts.HIGHEST
     assert all(b - a >= 13 for a, b in itertools.pairwise(sorted(heights)))
-    assert charts.spread([(0.0, 100.0), (300.0, 100.0)]) == [100.0, 100.0], "far apart, so where they are wanted"
+    assert charts.spread([(0.0, 100.0, 90.0), (91.0, 100.0, 90.0)]) == [100.0, 100.0], "the first ends before"
+    assert charts.spread([(0.0, 100.0, 92.0), (91.0, 100.0, 5.0)]) != [100.0, 100.0], "the first reaches the second"
+
+
+def test_labels_are_whole_at_the_right_end_and_in_front_of_all_whiskers(tmp_path: Path) -> None:
+    names = ["ft_same_budget:fine_pruning", "ft_same_budget:ft_sam"]
+    cells = [
+        cell_row("badnets", 0.1, d, s, c_acc=0.9, o_asr=0.9 + 0.1 * s, p_asr=None, bec=0.9 + 0.1 * s)
+        for d in names
+        for s in (0, 1)
+    ]
+    build([write_run(tmp_path / "r", cells, [])], tmp_path / "site")
+    svg = next(t for t in read(tmp_path / "site" / "index.html").root.all("svg") if "BEC" in t.text)
+    wide = float(svg.attrs["viewbox"].split()[2])
+    labels = [t for t in svg.all("text") if t.attrs["class"] == "label"]
+    assert [t.text for t in labels] == names
+    assert all(float(t.attrs["x"]) + charts.LETTER * len(t.text) <= wide for t in labels)
+    order = [t.attrs.get("class") for t in svg.children]
+    last = max(i for i, c in enumerate(order) if c == "whisker")
+    assert order.index("defense") > last, "a whisker behind a label would strike it through"

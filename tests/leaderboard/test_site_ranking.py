@@ -16,6 +16,7 @@ from synthetic import cell_row, measurement, write_run
 
 from sleeperbench.contracts.access import Access
 from sleeperbench.leaderboard import boards, methods, paging, ranking, stats, summary
+from sleeperbench.leaderboard import figures as paper_figures
 from sleeperbench.leaderboard.build import build
 from sleeperbench.leaderboard.paging import Section
 from sleeperbench.leaderboard.ranking import Contest
@@ -130,26 +131,58 @@ def test_a_lost_cell_scores_as_no_defense_does_at_most(tmp_path: Path, bad: dict
     assert worst.worst.startswith("warp: ")
 
 
-def test_a_picture_shows_what_was_measured_of_whole_models(tmp_path: Path) -> None:
+def test_a_picture_shows_what_was_measured_and_ruined_models_apart(tmp_path: Path) -> None:
     """What a ranking counts a ruined model with is no mark: it would stand where no defense does."""
     cells = tables()
     for x in cells:
         x["p_asr"] = x["o_asr"] and 0.5
-    of(cells, "bend", "best", 1).update({"flag": "collapsed", "c_acc": 0.1, "o_asr": 0.0})
+    of(cells, "bend", "best", 1).update({"flag": "collapsed", "c_acc": 0.1, "o_asr": 0.125, "p_asr": 0.75})
+    of(cells, "bend", "alike", 0).update({"status": "failed", "reason": "raised: x", "o_asr": None, "p_asr": None})
     for x in cells:
         if x["defense"] == "good" and x["attack"] != "none":
-            x.update({"flag": "collapsed", "c_acc": 0.1, "o_asr": 0.0})
-    views = Views(load([write_run(tmp_path / "r", cells, [], plugins())]))
+            x.update({"flag": "collapsed", "c_acc": 0.1, "o_asr": 0.0, "p_asr": 0.25})
+        if x["defense"] == "poor" and x["attack"] != "none":
+            x.update({"flag": "collapsed", "p_asr": None, "reasons": json.dumps({"p_asr": "no_valid_budget"})})
+    run = write_run(tmp_path / "r", cells, [], plugins())
+    views = Views(load([run]))
     (board,) = views.boards
     assert views.overall(board, "good", "o_asr").estimate.value == 1.0  # type: ignore[union-attr]
     (picture, *_) = boards.pictures(views, board)
-    marks = {m.point.name: m.point.x for m in picture["chart"].marks}
+    marks = {(m.point.name, m.point.collapsed): (m.point.x, m.point.y) for m in picture["chart"].marks}
     seeds = {a: [s for s in range(3) if (a, s) != ("bend", 1)] for a in FAMILIES}
     means = [sum(of(cells, a, "best", s)["o_asr"] for s in s_) / len(s_) for a, s_ in seeds.items()]
-    assert marks["best"] == pytest.approx(sum(means) / 3)
-    assert "good" not in marks and "alike" not in marks, "all ruined; never purified, so that none woke"
-    told = [(name, why) for name, _, why in picture["left_out"] if name in ("best", "good")]
-    assert told == [("best", "1 of 9 cells failed or collapsed"), ("good", "all 9 cells failed or collapsed")]
+    assert marks.keys() == {("best", False), ("best", True), ("good", True)}, "alike and poor were never purified"
+    assert marks["best", False] == pytest.approx((sum(means) / 3, 0.5))
+    assert marks["best", True] == (0.125, 0.75)
+    assert marks["good", True] == (0.0, 0.25)
+    told = {(name, why) for name, _, why in picture["left_out"] if not name.startswith("none")}
+    assert told == {
+        ("alike", "1 of 9 cells failed"),
+        ("alike", "not purified"),
+        ("poor, collapsed", "not purified"),
+    }
+    page = read(build([run], tmp_path / "site"))
+    figure = page.root.all("figure")[0]
+    (crossed,) = {m.attrs["class"] for m in figure.all("svg")[0].all("path") if "collapsed" in m.attrs["class"]}
+    assert crossed == "mark defense collapsed"
+    assert "collapsed: the models that a defense ruined" in figure.text
+    (axes,) = paper_figures._draw(paper_figures._marks(views, board, "p_asr"), "p_asr", share=True).axes
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["defense", "defense, collapsed"]
+    drawn = {x for line in axes.lines for x in line.get_xdata()}
+    assert {x for x, _ in marks.values()} <= drawn
+    (paper,) = [p for p in read(tmp_path / "site" / "figures.html").root.all("figcaption") if "P-ASR" in p.text]
+    assert "Means of 2 defenses" in paper.text and "hollow are the models that collapsed" in paper.text
+
+
+def test_without_ruin_no_legend_speaks_of_it(tmp_path: Path) -> None:
+    cells = tables()
+    for x in cells:
+        x["p_asr"] = x["o_asr"] and 0.5
+    build([write_run(tmp_path / "r", cells, [], plugins())], tmp_path / "site")
+    (figure, *_) = read(tmp_path / "site" / "index.html").root.all("figure")
+    assert "collapsed:" not in figure.text
+    assert not any("collapsed" in t.attrs.get("class", "") for t in figure.all("path"))
+    assert "hollow" not in read(tmp_path / "site" / "figures.html").root.text
 
 
 def test_ruin_wins_no_rank_and_no_duel(tmp_path: Path) -> None:
@@ -579,7 +612,8 @@ def test_under_stress_what_is_no_success_never_looks_like_one(stress: dict[str, 
         name = row.all("th")[0].children[0].text
         if name in weak:
             assert row.attrs.get("class") == "weak"
-            assert {td.attrs["class"] for td in row.all("td")} == {"empty"}
+            assert {td.attrs["class"] for td in row.all("td")} == {"lost", "empty"}
+            assert all(td.text.endswith("weak") for td in row.all("td") if td.attrs["class"] == "lost")
 
 
 def ruined(run: Path) -> list[dict[str, Any]]:

@@ -101,7 +101,7 @@ def test_poison_rates_and_parameters_of_attacks(tmp_path: Path) -> None:
     (board,) = views.boards
     over_mask = [("belt:badnets at 5 %", 0.2), ("belt:badnets at 5 %", 0.8)]
     over_mask += [("belt:badnets at 10 %", 0.2), ("belt:badnets at 10 %", 0.8)]
-    over_rate = [(a, r) for a in ("belt:badnets", "belt:badnets~cccccc") for r in (0.05, 0.1)]
+    over_rate = [(f"belt:badnets (mask_rate {x})", r) for x in (0.2, 0.8) for r in (0.05, 0.1)]
     assert found(board) == {
         (d, over): wanted
         for d in ("ft", "none")
@@ -155,6 +155,75 @@ def test_words_stand_side_by_side_too(tmp_path: Path) -> None:
     figure = next(f for f in page.root.all("figure") if "Excl of none" in f.text)
     bars = [a.all("title")[0].text for a in figure.all("a")]
     assert [b.split(":")[0].split(",")[0] for b in bars] == ["mask", "noise", "sampling"]
+
+
+def test_what_cells_have_no_column_for_is_drawn_too(tmp_path: Path) -> None:
+    """Accuracy on cover images and the silhouette, with the reason of a figure that is missing."""
+    kinds = {"belt:badnets": "mask", "belt:badnets~aaaaaa": "noise", "belt:badnets~bbbbbb": "sampling"}
+    cells, rows = [], []
+    for i, (label, kind) in enumerate(kinds.items()):
+        c = cell(label, "none", attack_params=json.dumps({"cover": kind}), flag="weak" * (kind == "noise"))
+        cells.append(c)
+        known = {"value": 0.25 * i} if i else {"status": "not_applicable", "reason": "no_such_rows"}
+        rows.append(synthetic.measurement(c, "cover_acc", **known))
+        rows.append(synthetic.measurement(c, "silhouette", value=0.125 * i, scope="attack"))
+        rows.append(
+            synthetic.measurement(c, "silhouette", value=9.0, qualifier="layer=1", scope="attack", task_key="q")
+        )
+    run = synthetic.write_run(tmp_path / "r", cells, rows)
+    build([run], tmp_path / "site")
+    page = read(tmp_path / "site" / "sweeps.html")
+    found = [[t.text.split(" 1 cell")[0] for t in r.all("td")] for r in lines(page, "none over cover")]
+    assert [x[3:5] for x in found] == [["no such rows", "0"], ["25.0 %", "0.125"], ["50.0 %", "0.25"]]
+    assert [x[2].endswith("weak") for x in [[t.text for t in r.all("td")] for r in lines(page, "none over cover")]] == [
+        False,
+        True,
+        False,
+    ]
+    assert [f.all("figcaption")[0].text.split(" of ")[0] for f in page.root.all("figure")][-2:] == [
+        "Cover accuracy",
+        "Silhouette",
+    ]
+
+
+def test_values_stand_for_digests(tmp_path: Path) -> None:
+    """Of attacks and defenses with several settings; a digest that no value tells apart stays."""
+    rates = {"ft": 0.1, "ft~aaaaaa": 0.2}
+    masks = {"belt:badnets": "mask", "belt:badnets~cccccc": "noise"}
+    cells = [
+        cell(
+            a,
+            d,
+            rate=rate,
+            cell=f"{a}{d}{rate}",
+            attack_params=json.dumps({"cover": cover, "size": 6}),
+            defense_params=json.dumps({"lr": lr}),
+        )
+        for a, cover in masks.items()
+        for d, lr in rates.items()
+        for rate in (0.05, 0.1)
+    ]
+    views, page = built(tmp_path, cells)
+    assert sweeps.spoken(cells, "attack") == {a: ("belt:badnets", f"cover {c}") for a, c in masks.items()}
+    made = list(sweeps.of_board(views.boards[0]))
+    assert {(s.defense, s.over, s.fixed) for s in made} == {
+        ("ft", "lr", ""),
+        *(("ft", over, f"lr {lr}") for over in ("cover", sweeps.RATE) for lr in (0.1, 0.2)),
+    }
+    over_lr = next(s for s in made if s.over == "lr")
+    assert {d.line for d in over_lr.dots} == {
+        f"belt:badnets (cover {c}) at {r} %" for c in ("mask", "noise") for r in (5, 10)
+    }
+    assert "~" not in page.root.text
+    alike = [cell("a", "ft"), cell("a~aaaaaa", "ft"), cell("b~bbbbbb", "ft")]
+    assert sweeps.spoken(alike, "attack") == {}
+
+
+def test_a_legend_has_whole_names_below_the_picture(tmp_path: Path) -> None:
+    cells = [cell(a, d, defense_params=json.dumps({"rate": r})) for a in BELT for d, r in RATES.items()]
+    _, page = built(tmp_path, cells)
+    (figure, *_) = page.root.all("figure")
+    assert [li.text for li in figure.all("li")] == [f"{a} at 5 %" for a in BELT]
 
 
 def test_architectures_stand_side_by_side(tmp_path: Path) -> None:

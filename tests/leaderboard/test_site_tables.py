@@ -33,6 +33,17 @@ def test_the_first_of_two_runs_counts_and_a_note_says_so(run: Path, tmp_path: Pa
     assert len(merged.measurements) == len(rows), "each measurement is there once"
 
 
+def test_cells_that_another_suite_took_are_told(run: Path, tmp_path: Path) -> None:
+    """A cell's name has no suite: the later suite's board lacks it, and is whole alone."""
+    cells, rows = tables(2, ["badnets"], ["none", "ft", "anp"], 2)
+    for c in cells:
+        c["suite"] = "other"
+    second = write_run(tmp_path / "second", cells, rows)
+    (note,) = [n for n in load([run, second]).notes if "run second" in n]
+    assert "In 4 of them that one is of another suite: suite other lacks them here" in note
+    assert not any("another suite" in n for n in load([run, run]).notes)
+
+
 def test_rows_of_a_zoo_are_kept_though_no_cell_is_called_so(run: Path, tmp_path: Path) -> None:
     cells, rows = tables(1, ["badnets"], ["none"], 1)
     zoo = measurement(cells[0], "det_auroc", cell="digits/zoo", scope="zoo", value=0.9)
