@@ -221,6 +221,9 @@ def section(name: str, about: Mapping[str, Any], registry: Registry) -> list[str
     of = about["axis"]["plugin"]
     varied = f"`{about['axis']['name']}`" + (f" of `{of}`" if of else "")
     clean = f" A clean model: C-Acc {shown(about['clean_c_acc'])}." if about["clean_c_acc"] else ""
+    less = sorted({plugin(c["defense"]) for c in about["cells"] if "reduced" in c["flag"].split(";")})
+    if less:
+        clean += f" With less than their published effort (`reduced`): {', '.join(less)}."
     return [
         f"## {about['suite']}: {varied}",
         "",

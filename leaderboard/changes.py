@@ -16,7 +16,7 @@ from sleeperbench.leaderboard.views import Views, href
 
 COMPARED = ("c_acc", "r_acc", "o_asr", "p_asr", "p_asr_net", "p_der", "bec", "reasr")
 """Columns of cells whose figures are compared between runs: shares, and BEC, which has their scale."""
-LIKE = ("suite", "protocol", "data_digest", "attack_params", "defense_params", "clean_source")
+LIKE = ("protocol", "data_digest", "attack_params", "defense_params", "clean_source")
 """Columns in which two cells of one name must agree for their figures to be compared."""
 LISTED = 12
 """Moves, and methods of other versions, that a page lists of a run."""
@@ -47,7 +47,7 @@ class Change:
         first: No run was before it.
         new: Cells that no earlier run has.
         again: Cells that an earlier run has with the same settings.
-        unlike: Cells that an earlier run has under another suite, protocol, data or parameters.
+        unlike: Cells that an earlier run has under another protocol, data or parameters.
         methods: (kind, id, page) of attacks and defenses that no earlier run has.
         versions: (kind, id, version before, version now) of methods whose version differs.
         outcomes: (status before, status now, cells), the commonest first.

@@ -8,7 +8,6 @@ import shlex
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -127,7 +126,6 @@ def _cell(
     row: Row,
     siblings: Sequence[Row],
     seeds: Sequence[Row],
-    having: Mapping[Path, frozenset[str]],
     write: Callable[[str, bytes], None],
 ) -> Page:
     c = row.cell
@@ -138,7 +136,7 @@ def _cell(
     )
     attack = views.plugin("attack", plugin_id(c["attack"]))
     defense = views.plugin("defense", plugin_id(c["defense"]))
-    shown = media.load(run.path, c["cell"], write) if row.href[6:-5] in having[run.path] else media.Media()
+    shown = media.load(views.results.drawn(c["cell"]), write)
     moved = c["rate"] is not None and c["rate_actual"] is not None and abs(c["rate_actual"] - c["rate"]) > 0.0005
     headline: list[tuple[Any, ...]] = []
     empty: dict[str, list[Head]] = {}
@@ -177,11 +175,10 @@ def cells(views: Views, write: Callable[[str, bytes], None]) -> Iterator[Page]:
     for r in views.rows:
         of_attack.setdefault(_model(r.cell), []).append(r)
         of_field.setdefault(_field(r.cell), []).append(r)
-    having = {run.path: frozenset(p.name for p in (run.path / "media").glob("*")) for run in views.results.runs}
     # In the order of the measurements, so that each is read once.
     for r in sorted(views.rows, key=lambda r: r.cell["cell"]):
         seeds = sorted(of_field[_field(r.cell)], key=lambda s: s.cell["seed"])
-        yield _cell(views, r, of_attack[_model(r.cell)], seeds, having, write)
+        yield _cell(views, r, of_attack[_model(r.cell)], seeds, write)
 
 
 def _model(cell: Cell) -> tuple[str, ...]:

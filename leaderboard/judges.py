@@ -9,7 +9,7 @@ from typing import Any
 
 from sleeperbench.leaderboard import media, paging, stats, summary, words
 from sleeperbench.leaderboard.media import Curve
-from sleeperbench.leaderboard.names import digest12, plugin_id
+from sleeperbench.leaderboard.names import plugin_id
 from sleeperbench.leaderboard.summary import Board, Cell, attacked, benign, setting, weak
 from sleeperbench.leaderboard.tracks import TRACKS, ZOO, Track, judge
 from sleeperbench.leaderboard.views import MeanRow, Views, href
@@ -208,18 +208,14 @@ def aside(views: Views, board: Board, made: Sequence[Table]) -> list[dict[str, A
 
 
 def _drawn(views: Views, board: Board, defense: str) -> bool:
-    """Whether any run has pictures or curves of a defense over many models."""
-    names = {digest12(m["cell"]) for m in views.zoo.get((*board.key, defense), ())}
-    return any((run.path / "media" / n).is_dir() for run in views.results.runs for n in names)
+    """Whether pictures or curves of a defense over many models were drawn."""
+    return any(views.results.drawn(m["cell"]) for m in views.zoo.get((*board.key, defense), ()))
 
 
 def curves(views: Views, board: Board, defense: str, write: Callable[[str, bytes], None]) -> tuple[Curve, ...]:
-    """What was drawn over many models, of one defense on one board, by the first run that has it."""
-    found: list[Curve] = []
-    for name in sorted({m["cell"] for m in views.zoo.get((*board.key, defense), ())}):
-        each = (media.load(run.path, name, write).curves for run in views.results.runs)
-        found += next(filter(None, each), ())
-    return tuple(found)
+    """What was drawn over many models, of one defense on one board, by the run that its figures are from."""
+    names = sorted({m["cell"] for m in views.zoo.get((*board.key, defense), ())})
+    return tuple(c for name in names for c in media.load(views.results.drawn(name), write).curves)
 
 
 def rocs(views: Views, board: Board, write: Callable[[str, bytes], None]) -> list[Roc]:

@@ -13,7 +13,6 @@ from typing import Any
 
 from sleeperbench.leaderboard import terms, words
 from sleeperbench.leaderboard.charts import Bars, Lines, Series, bars, lines
-from sleeperbench.leaderboard.names import digest12
 
 LARGEST = 8_000_000
 MOST_VALUES = 5000
@@ -260,9 +259,16 @@ def _words(raw: dict[str, Any]) -> tuple[str, str]:
     return (title, f"By {maker[1]}.") if maker else (title, caption)
 
 
-def load(run: Path, cell: str, write: Callable[[str, bytes], None]) -> Media:
-    """Pictures and curves of a cell; `write` takes a path in the site and the bytes of each picture shown."""
-    folder = run / "media" / digest12(cell)
+def load(drawn: tuple[Path, str] | None, write: Callable[[str, bytes], None]) -> Media:
+    """Pictures and curves of a cell; `write` takes a path in the site and the bytes of each picture shown.
+
+    Args:
+        drawn: The folder, and the cell as its run names it (`Results.drawn`).
+        write: See above.
+    """
+    if drawn is None:
+        return Media()
+    folder, cell = drawn
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -8,7 +8,6 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeGuard
 
 import pyarrow as pa
@@ -210,11 +209,7 @@ def _published(value: Any, inner: str = "") -> str:
 
 
 def _sheet(
-    views: Views,
-    rows: Sequence[Row],
-    having: Mapping[Path, frozenset[str]],
-    apart: Apart,
-    write: Callable[[str, bytes], None],
+    views: Views, rows: Sequence[Row], apart: Apart, write: Callable[[str, bytes], None]
 ) -> list[dict[str, Any]]:
     """The trigger per setting, from the undefended model's cell of the lowest seed that has a picture.
 
@@ -225,10 +220,10 @@ def _sheet(
         rows, key=lambda r: (r.cell["dataset"], r.cell["arch"], setting(r.cell), r.cell["seed"], r.cell["cell"])
     ):
         key = r.cell["dataset"], r.cell["arch"], setting(r.cell)
-        run = views.results.owner[r.cell["cell"]]
-        if r.cell["defense"] != NONE or key in found or len(found) == SHEET or r.href[6:-5] not in having[run.path]:
+        drawn = views.results.drawn(r.cell["cell"])
+        if r.cell["defense"] != NONE or key in found or len(found) == SHEET or drawn is None:
             continue
-        of = media.load(run.path, r.cell["cell"], write)
+        of = media.load(drawn, write)
         by_title = {p.title: p for p in reversed(of.pictures)}
         for name in GALLERIES:
             named = by_title.get(terms.PICTURES[name][0])
@@ -340,7 +335,6 @@ def methods(views: Views, write: Callable[[str, bytes], None]) -> tuple[list[Pag
     made: list[Page] = []
     anchors: Anchors = {}
     apart = _apart(views)
-    having = {run.path: frozenset(p.name for p in (run.path / "media").glob("*")) for run in views.results.runs}
     of: dict[tuple[str, str], list[Row]] = {}
     for r in views.rows:
         for kind in ("attack", "defense"):
@@ -369,7 +363,7 @@ def methods(views: Views, write: Callable[[str, bytes], None]) -> tuple[list[Pag
                 else [],
                 "zoos": judges.zoos(views, name, write) if kind == "defense" else [],
                 "standings": _standings(views, name) if kind == "defense" else [],
-                "sheet": _sheet(views, rows, having, apart, write) if kind == "attack" else [],
+                "sheet": _sheet(views, rows, apart, write) if kind == "attack" else [],
                 **_fields(views, rows, kind, name, apart),
             }
             first = paging.Section(0, "intro", "about", None, fixed=12_000 + _intro(context))

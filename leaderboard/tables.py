@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sleeperbench.errors import BadInput
-from sleeperbench.leaderboard.names import plugin_id
+from sleeperbench.leaderboard.names import digest12, plugin_id
 from sleeperbench.leaderboard.tracks import MEASURED, answer, judge
 from sleeperbench.schema import CELLS, MEASUREMENTS, SCHEMA_VERSION, Column, arrow
 
@@ -63,7 +63,8 @@ class Results:
         spans: Cell -> (first row, number of rows) in `measurements`.
         plugins: (kind, id) -> its entry in plugins.json.
         runs: In the order given.
-        owner: Cell -> the run its figures are from.
+        owner: Cell, or name of what was measured over many models -> the run its figures are from.
+        alone: Name here -> name in its run's tables and media, of what two suites call alike.
         notes: What a reader must know about the merge.
     """
 
@@ -74,8 +75,20 @@ class Results:
     plugins: Mapping[tuple[str, str], Mapping[str, Any]]
     runs: tuple[Run, ...]
     owner: Mapping[str, Run]
+    alone: Mapping[str, str]
     notes: tuple[str, ...]
     _block: list[Any] = field(default_factory=lambda: [0, []], repr=False)
+
+    @cached_property
+    def _media(self) -> Mapping[Path, frozenset[str]]:
+        """Run folder -> its folders of media; one listing instead of a look for each cell."""
+        return {run.path: frozenset(p.name for p in (run.path / "media").glob("*")) for run in self.runs}
+
+    def drawn(self, cell: str) -> tuple[Path, str] | None:
+        """The folder of the media of a cell, or of what was measured over many models, and its name in its run."""
+        run, name = self.owner[cell].path, self.alone.get(cell, cell)
+        folder = digest12(name)
+        return (run / "media" / folder, name) if folder in self._media[run] else None
 
     @cached_property
     def _shown(self) -> pa.Table:
@@ -232,21 +245,29 @@ def _cells(
     return cells
 
 
-def _first_rows(cells: pa.Table, taken: dict[str, str]) -> tuple[list[bool], list[str]]:
-    """Which cells are not `taken` yet, and of those that are the suites, where another one took them, else nothing.
+def _own_names(table: pa.Table, home: dict[str, str], alone: dict[str, str]) -> pa.Table:
+    """The table with `NAME of SUITE` for what another suite called NAME first.
 
-    Adds the new cells to `taken`, with their suites.
+    Adds to `home` which suite has a name, and to `alone` what the new names stand for.
     """
-    keep, others = [], []
-    for cell, suite in zip(cells["cell"].to_pylist(), cells["suite"].to_pylist(), strict=True):
-        keep.append(cell not in taken)
-        if taken.setdefault(cell, suite or "") != (suite or ""):
-            others.append(suite or "")
-    return keep, others
+    pairs = table.select(["cell", "suite"]).group_by(["cell", "suite"]).aggregate([]).to_pylist()
+    new = {}
+    for cell, suite in sorted((p["cell"], p["suite"] or "") for p in pairs):
+        if home.setdefault(cell, suite) != suite:
+            new[cell, suite] = f"{cell} of {suite or 'a suite without a name'}"
+            alone[new[cell, suite]] = cell
+    if not new:
+        return table
+    keys = zip(table["cell"].to_pylist(), table["suite"].to_pylist(), strict=True)
+    names = [new.get((cell, suite or ""), cell) for cell, suite in keys]
+    at = table.schema.get_field_index("cell")
+    return table.set_column(at, table.schema.field(at), pa.array(names, pa.string()))
 
 
 def load(folders: Sequence[Path]) -> Results:
-    """Read and merge run folders; where two hold the same cell, the first is kept and a note says so.
+    """Read and merge run folders; where two hold the same cell of one suite, the first is kept and a note says so.
+
+    Cells of the same name in two suites are two cells: the later one is called `NAME of SUITE`.
 
     Raises:
         BadInput: a table is missing, unreadable or of another schema version, or a JSON file is damaged.
@@ -257,25 +278,30 @@ def load(folders: Sequence[Path]) -> Results:
     plugins: dict[tuple[str, str], Mapping[str, Any]] = {}
     owner: dict[str, Run] = {}
     cell_parts, row_parts = [], []
-    taken: dict[str, str] = {}
+    home: dict[str, str] = {}
+    alone: dict[str, str] = {}
+    taken: set[str] = set()
     measured: set[str] = set()
     for folder in folders:
-        cells = _table(folder / "cells.parquet", CELLS)
-        rows = _table(folder / "measurements.parquet", MEASUREMENTS)
+        cells = _own_names(_table(folder / "cells.parquet", CELLS), home, alone)
+        rows = _own_names(_table(folder / "measurements.parquet", MEASUREMENTS), home, alone)
         entries = _plugins(folder)
         run = _run(folder, cells, rows, entries)
-        keep, others = _first_rows(cells, taken)
-        cells = cells.filter(pa.array(keep, pa.bool_()))
-        if doubled := keep.count(False):
-            note = f"{doubled} cells of run {run.name} stand in an earlier run too; the earlier figures are kept."
-            if others:
-                suites = ", ".join(sorted(set(others)))
-                note += f" In {len(others)} of them that one is of another suite: suite {suites} lacks them here, "
-                note += "and is whole on a site of its own."
-            notes.append(note)
+        names = cells["cell"].to_pylist()
+        cells = cells.filter(pa.array([c not in taken for c in names], pa.bool_()))
+        if doubled := len(names) - len(cells):
+            notes.append(
+                f"{doubled} cells of run {run.name} stand in an earlier run too; the earlier figures are kept."
+            )
+        if others := sum(c in alone for c in cells["cell"].to_pylist()):
+            notes.append(
+                f"{others} cells of run {run.name} are called as cells of another suite in an earlier run; "
+                "here the name of their own suite stands behind theirs."
+            )
+        taken |= {*names}
         owner |= dict.fromkeys(cells["cell"].to_pylist(), run)
         # Rows of an attack or zoo may name a cell that no cells table holds: the first run that measured it counts.
-        mine = {c for c in rows["cell"].unique().to_pylist() if owner.get(c, run) is run and c not in measured}
+        mine = {c for c in rows["cell"].unique().to_pylist() if c not in measured and owner.setdefault(c, run) is run}
         measured |= mine
         row_parts.append(rows.filter(pc.is_in(rows["cell"], value_set=pa.array(sorted(mine), pa.string()))))
         cell_parts.append(cells)
@@ -298,5 +324,6 @@ def load(folders: Sequence[Path]) -> Results:
         plugins=dict(sorted(plugins.items())),
         runs=tuple(runs),
         owner=owner,
+        alone=alone,
         notes=tuple(notes),
     )

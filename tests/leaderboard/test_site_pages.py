@@ -252,7 +252,7 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Page]:
         first.append(synthetic.cell_row("badnets", 0.1, "ft", seed, c_acc=0.9, o_asr=0.5, bec=0.25))
         later.append(synthetic.cell_row("badnets", 0.1, "ft", seed, c_acc=0.9, o_asr=0.1, bec=0.5, method_version=2))
         later.append(synthetic.cell_row("badnets", 0.1, "anp", seed, c_acc=0.8, o_asr=0.2))
-    later[0] |= {"suite": "other"}
+    later[0] |= {"protocol": "other"}
     first.append(synthetic.cell_row("wanet", 0.1, "ft", 0, c_acc=0.9))
     later.append(synthetic.cell_row("wanet", 0.1, "ft", 0, status="failed", reason="raised: x"))
     dates = [datetime(2025, 3, 1, 23, 5, tzinfo=UTC), datetime(2026, 4, 2, 1, 0, tzinfo=UTC)]
@@ -274,7 +274,7 @@ def test_a_later_run_is_compared_with_what_was_measured_before(two_runs: dict[st
     said = [li.text for li in newest.children if li.name == "li"]
     assert said[0] == (
         "2 new cells; 2 measured again with the same settings; 1 of a name that an earlier run has under another "
-        "suite, protocol, data or parameters, which are not compared."
+        "protocol, data or parameters, which are not compared."
     )
     assert said[1] == "New methods: anp (defense)."
     assert said[2] == "Other versions: defense ft 1 → 2, evaluator accuracy 3 → 4."

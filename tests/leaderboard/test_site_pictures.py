@@ -11,6 +11,7 @@ from synthetic import SCRIPT, cell_row, measurement, png, write_media, write_run
 
 from sleeperbench.leaderboard import charts, figures, media, words
 from sleeperbench.leaderboard.build import _environment, build
+from sleeperbench.leaderboard.names import digest12
 from sleeperbench.leaderboard.tables import load
 from sleeperbench.leaderboard.views import Views, href
 
@@ -18,7 +19,7 @@ from sleeperbench.leaderboard.views import Views, href
 def loaded(tmp_path: Path, index: Any, files: dict[str, bytes] | None = None) -> tuple[media.Media, dict[str, bytes]]:
     write_media(tmp_path, "cell", index, files)
     written: dict[str, bytes] = {}
-    return media.load(tmp_path, "cell", written.__setitem__), written
+    return media.load((tmp_path / "media" / digest12("cell"), "cell"), written.__setitem__), written
 
 
 def test_small_pictures_are_blown_up_by_whole_pixels(tmp_path: Path) -> None:
@@ -61,7 +62,7 @@ def test_a_link_out_of_the_folder_is_left_out(tmp_path: Path) -> None:
     folder = next((tmp_path / "media").iterdir())
     (folder / "l.png").symlink_to(tmp_path / "secret.png")
     written: dict[str, bytes] = {}
-    assert media.load(tmp_path, "cell", written.__setitem__).pictures == ()
+    assert media.load((folder, "cell"), written.__setitem__).pictures == ()
     assert not written
 
 
@@ -95,9 +96,11 @@ def test_what_has_no_series_is_shown_as_recorded(tmp_path: Path) -> None:
 
 def test_media_of_another_cell_or_unreadable_are_noted(tmp_path: Path) -> None:
     assert loaded(tmp_path, {"cell": "other", "pictures": []})[0].notes
-    (next((tmp_path / "media").iterdir()) / "index.json").write_text("{")
-    assert media.load(tmp_path, "cell", lambda p, d: None).notes
-    assert media.load(tmp_path, "no such cell", lambda p, d: None) == media.Media()
+    folder = next((tmp_path / "media").iterdir())
+    (folder / "index.json").write_text("{")
+    assert media.load((folder, "cell"), lambda p, d: None).notes
+    assert media.load((tmp_path / "media" / "none", "cell"), lambda p, d: None) == media.Media()
+    assert media.load(None, lambda p, d: None) == media.Media()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from synthetic import cell_row, measurement, tables, write_run
 
 from sleeperbench.errors import BadInput
+from sleeperbench.leaderboard.names import digest12
 from sleeperbench.leaderboard.tables import load
 from sleeperbench.schema import CELLS, arrow
 
@@ -33,15 +34,43 @@ def test_the_first_of_two_runs_counts_and_a_note_says_so(run: Path, tmp_path: Pa
     assert len(merged.measurements) == len(rows), "each measurement is there once"
 
 
-def test_cells_that_another_suite_took_are_told(run: Path, tmp_path: Path) -> None:
-    """A cell's name has no suite: the later suite's board lacks it, and is whole alone."""
+def test_cells_that_two_suites_call_alike_are_both_there(run: Path, tmp_path: Path) -> None:
+    """A cell's name has no suite: behind that of the later one stands its suite, in cells and measurements."""
     cells, rows = tables(2, ["badnets"], ["none", "ft", "anp"], 2)
-    for c in cells:
-        c["suite"] = "other"
+    zoo = measurement(cells[0], "det_auroc", cell="digits/zoo", scope="zoo", value=0.9)
+    for r in [*cells, *rows, zoo]:
+        r["suite"] = "other"
+    second = write_run(tmp_path / "second", cells, [*rows, zoo])
+    third = write_run(tmp_path / "third", cells, [zoo | {"value": 0.1}])
+    first, alone, merged = load([run]), load([second]), load([run, second, third])
+    own = merged.alone
+    assert sorted(own) == [f"{c['cell']} of other" for c in first.cells]
+    by_cell = {c["cell"]: c for c in merged.cells}
+    assert len(by_cell) == len(first.cells) + len(alone.cells)
+    for c in alone.cells:
+        here = f"{c['cell']} of other" if "/anp/" not in c["cell"] else c["cell"]
+        assert by_cell[here] == c | {"cell": here}
+        assert merged.owner[here].name == "second"
+        assert merged.measured(here) == alone.measured(c["cell"]) != []
+    for c in first.cells:
+        assert by_cell[c["cell"]] == c
+        assert merged.measured(c["cell"]) == first.measured(c["cell"])
+    assert [m["value"] for m in merged.measured("digits/zoo")] == [0.9]
+    (note,) = [n for n in merged.notes if "run second" in n]
+    assert note.startswith("4 cells of run second are called as cells of another suite")
+    assert [n for n in merged.notes if n.startswith("6 cells of run third stand in an earlier run too")]
+
+
+def test_media_are_those_of_a_cell_of_the_same_suite(run: Path, tmp_path: Path) -> None:
+    cells, rows = tables(2, ["badnets"], ["none", "ft"], 2)
+    for r in [*cells, *rows]:
+        r["suite"] = "other"
     second = write_run(tmp_path / "second", cells, rows)
-    (note,) = [n for n in load([run, second]).notes if "run second" in n]
-    assert "In 4 of them that one is of another suite: suite other lacks them here" in note
-    assert not any("another suite" in n for n in load([run, run]).notes)
+    name = cells[0]["cell"]
+    (second / "media" / digest12(name)).mkdir(parents=True)
+    merged = load([run, second])
+    assert merged.drawn(name) is None
+    assert merged.drawn(f"{name} of other") == (second / "media" / digest12(name), name)
 
 
 def test_rows_of_a_zoo_are_kept_though_no_cell_is_called_so(run: Path, tmp_path: Path) -> None:
