@@ -42,7 +42,8 @@ class Evidence(Evaluator):
     2. Each of `chosen["pictures"]`, name -> {"title", "columns": [[words, tensor], ...], "rows"?: [words, ...]}: a row
        of tiles per entry of the named tensors of `state`, (R, H, W) or (R, C, H, W) with equal R, a column per tensor.
        Numbers are drawn from 0, black, to the largest of their tile, white, and truth values as black and white.
-    3. Of a defense with a second phase: how often it gives each score to clean and to triggered inputs.
+    3. Of a defense with a second phase: how often it gives each score to clean and to triggered inputs, and where its
+       own threshold lies, if it has one.
     4. Short values of the rest of `chosen`, as they are.
 
     What has another form is not drawn; `left-out` says what it lacks.
@@ -53,7 +54,7 @@ class Evidence(Evaluator):
         "paper": "",
         "bibtex": "",
         "kind": "detection",
-        "version": 1,
+        "version": 2,
         "api": 1,
         "micro": {},
     }
@@ -81,7 +82,7 @@ class Evidence(Evaluator):
         count = len(curves) + len(pictures)
         drawn = dict(curves)
         if case.answers is not None and case.asked is not None:
-            drawn["input-scores"] = histogram(case.answers[case.asked], case.answers[~case.asked])
+            drawn["input-scores"] = histogram(case.answers[case.asked], case.answers[~case.asked], case.outcome.alarm)
         if told := _told(chosen):
             drawn["chosen"] = told
         if bad or worse:
@@ -244,8 +245,14 @@ def _tiles(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return (t.clamp_min(0) / most * 255).round().to(torch.uint8)
 
 
-def histogram(triggered: Tensor, clean: Tensor) -> dict[str, Any]:
-    """Share of clean and of triggered inputs by score, as a curve; equal intervals from the lowest to the highest."""
+def histogram(triggered: Tensor, clean: Tensor, alarm: float | None) -> dict[str, Any]:
+    """Share of clean and of triggered inputs by score, as a curve; equal intervals from the lowest to the highest.
+
+    Args:
+        triggered: Their scores, (N,).
+        clean: Theirs, (M,).
+        alarm: The method's own threshold, an upright line from 0 to the largest share.
+    """
     both = torch.cat([triggered, clean]).double()
     low, high = float(both.min()), float(both.max())
     if high <= low:
@@ -257,5 +264,8 @@ def histogram(triggered: Tensor, clean: Tensor) -> dict[str, Any]:
         place = ((scores.double() - low) / width).long().clamp(0, _BINS - 1)
         counts = torch.bincount(place, minlength=_BINS).double() / max(1, len(scores))
         series.append({"label": label, "x": x, "y": counts.tolist()})
+    if alarm is not None and abs(alarm) <= _LARGEST:
+        top = max(max(s["y"]) for s in series)
+        series.append({"label": "the method's own threshold", "x": [alarm, alarm], "y": [0.0, top]})
     title = f"Scores of {len(triggered)} triggered and {len(clean)} clean inputs; larger is more suspicious"
     return {"title": title, "x_label": "score", "y_label": "share of inputs", "series": series}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sleeperbench import Findings, Outcome
+from sleeperbench import Findings
 from sleeperbench.evaluators.evidence import Evidence, Refused, curve, histogram, sheet
 from sleeperbench.leaderboard import charts, media
 
@@ -17,10 +17,13 @@ PLANE = {"title": "A plane", "x_label": "x", "y_label": "y", "threshold": 2, "se
 BARS = {"title": "Bars", "series": [{"label": "", "x": ["a", "b"], "y": [1, 2], "low": [0, 1], "high": [2, 3]}]}
 
 
-def measured(chosen: Any, tensors: dict[str, Tensor] | None = None, **asked: Tensor) -> Findings:
+def measured(
+    chosen: Any, tensors: dict[str, Tensor] | None = None, alarm: float | None = None, **asked: Tensor
+) -> Findings:
     state = None if tensors is None else (tensors, None)
     parts: Any = {"answers": None, "beside": None, "asked": None} | asked
-    return Evidence().measure(SimpleNamespace(outcome=Outcome(chosen=chosen, state=state), **parts))  # type: ignore[arg-type]
+    outcome = SimpleNamespace(chosen=chosen, state=state, alarm=alarm)
+    return Evidence().measure(SimpleNamespace(outcome=outcome, **parts))  # type: ignore[arg-type]
 
 
 def test_curves_of_any_defense_are_handed_on_in_the_form_that_the_site_draws() -> None:
@@ -207,9 +210,17 @@ def test_scores_of_inputs_are_counted_in_equal_intervals() -> None:
     assert clean["x"][:2] == pytest.approx([0.05, 0.15]) and len(clean["x"]) == 40
     assert {i: v for i, v in enumerate(clean["y"]) if v} == pytest.approx({0: 1 / 3, 10: 2 / 3})
     assert {i: v for i, v in enumerate(bad["y"]) if v} == pytest.approx({20: 1 / 3, 39: 2 / 3})
-    same = histogram(torch.ones(4), torch.ones(2))
+    same = histogram(torch.ones(4), torch.ones(2), None)
     assert [sum(s["y"]) for s in same["series"]] == [1, 1]
     assert curve(same)
+
+
+@pytest.mark.parametrize("alarm", [2.5, None, float("inf")])
+def test_a_threshold_of_inputs_is_an_upright_line(alarm: float | None) -> None:
+    answers, asked = torch.tensor([0.0, 1.0, 1.0, 4.0, 3.99, 2.0]), torch.arange(6) > 2
+    found = measured({}, answers=answers, asked=asked, alarm=alarm).curves["input-scores"]["series"]
+    line = {"label": "the method's own threshold", "x": [2.5, 2.5], "y": [0.0, pytest.approx(2 / 3)]}
+    assert found[2:] == ([line] if alarm == 2.5 else [])
 
 
 def test_short_values_are_told_and_long_ones_are_not() -> None:
