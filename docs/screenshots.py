@@ -1,7 +1,7 @@
 """Renews the pictures of the site in docs/images from a run: `python docs/screenshots.py [RUN]` (default runs/quick).
 
 Needs chromium and the extra `dev`. Every page is taken in light, in dark and on a phone; the cell is the one whose
-backdoor is most asleep (largest P-ASR minus O-ASR), the defense is that cell's.
+backdoor is most asleep (largest P-ASR minus O-ASR, the model not ruined), the defense is that cell's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def pages(site: Path) -> dict[str, str]:
     """Name of the picture and address within the site."""
     cells = pq.read_table(site / "downloads" / "cells.parquet").to_pylist()
     woken = [c for c in cells if c["status"] == "ok" and c["p_asr"] is not None and c["o_asr"] is not None]
-    woken = [c for c in woken if c["access"] not in ("none", "T4")]
+    woken = [c for c in woken if c["access"] not in ("none", "T4") and "collapsed" not in (c["flag"] or "")]
     if not woken:
         sys.exit(f"{site} has no defended cell with P-ASR: give a run with RA")
     asleep = max(woken, key=lambda c: (c["p_asr"] - c["o_asr"], c["cell"]))
