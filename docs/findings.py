@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 import statistics
 import sys
 from collections import defaultdict
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import signals
-from record import aged, combined, machine
+from record import aged, cause, combined, machine
 from scipy.stats import rankdata, t
 from signals import BACK, BEC, DRAWS, FEWEST, NEAR, NET, O_ASR, P_ASR, PURIFIED, WEIGHTS, plain, table
 
@@ -513,8 +512,7 @@ def about_attack(attack: str, of: Sequence[Cell], clean: Sequence[Cell]) -> str:
 
 def why(c: Cell) -> str:
     """Why a cell has no P-ASR."""
-    # Of a step whose input failed, the reason of that input: it is the same over seeds, its name is not.
-    return re.sub(r"^input_failed: \S+ \S+: ", "", str(c["reasons"].get("p_asr_ra", "not measured")))
+    return cause(str(c["reasons"].get("p_asr_ra", "not measured")))
 
 
 def about_placebos(all_cells: Sequence[Cell]) -> list[str]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -123,6 +124,16 @@ def machine(about: Mapping[str, Any]) -> str:
     """What computed a run, from its provenance: torch, kind of processor."""
     v = about["versions"]
     return f"torch {v['torch']}, {v['machine']} {v['cpu']}"
+
+
+def cause(reason: str) -> str:
+    """Why there is no figure; of a step whose input failed, why that did, however many steps lie between.
+
+    The names of these steps, which no two seeds share, are left out, and the ASR beside `attack_did_not_implant`, which
+    is a mean over the seeds that a step waited for.
+    """
+    found = re.sub(r"^(input_failed: (?:(?!: ).)*: )+", "", reason)
+    return found.partition(":")[0] if found.startswith("attack_did_not_implant:") else found
 
 
 def _page(name: str, out: dict, cells: list[dict], rows: list[dict]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from findings import shown
-from record import aged, machine, provenance
+from record import aged, cause, machine, provenance
 
 from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.rows import read_table
@@ -117,7 +116,7 @@ def entry(of: Sequence[Mapping[str, Any]], metric: str) -> str:
     if not figures:
         if metric == "p_asr" and any(c["asr"] is not None and c["asr"] > PURIFIED for c in of):
             return "not purified"
-        return next((told.partition(":")[0] for c in of if (told := reason(c))), "")
+        return next((told.partition(":")[0] for c in of if (told := cause(c["reason"]))), "")
     few = metric == "p_asr" and len(figures) < len(of)
     text = shown(figures) + (f" ({len(figures)} of {len(of)})" if few else "")
     marks = [(f, sum(f in c["flag"].split(";") for c in of)) for f in ("weak", "collapsed")]
@@ -145,15 +144,10 @@ def without(about: Mapping[str, Any]) -> list[str]:
     for (_, defense), at in lines(about).items():
         of = [c for cells in at.values() for c in cells]
         if all(c[m] is None for c in of for m in METRICS):
-            told.setdefault(defense, set()).update(filter(None, map(reason, of)))
+            told.setdefault(defense, set()).update(filter(None, (cause(c["reason"]) for c in of)))
     if not told:
         return []
     return ["", "Without figures: " + ", ".join(f"{d} ({'; '.join(sorted(r))})" for d, r in sorted(told.items())) + "."]
-
-
-def reason(c: Mapping[str, Any]) -> str:
-    """Why a cell has no figure; of a step whose input failed, why that did."""
-    return re.sub(r"^input_failed: \S+ \S+: ", "", str(c["reason"]))
 
 
 def spelt(about: Mapping[str, Any], value: Any) -> str:

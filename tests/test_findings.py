@@ -40,6 +40,14 @@ def test_the_rule_of_coming_back(findings: Any, of: dict[str, Any], word: str) -
     assert findings.pattern([of, of, cell(0.9, 0.9)]) in (f"2 {word}, 1 not purified", "3 not purified")
 
 
+def test_a_reason_is_that_of_the_step_which_failed_first(findings: Any) -> None:
+    """Not the names of the steps between, which no two seeds share."""
+    told = "input_failed: evaluate ra d/a/blended@0.05/unlearn:istr/s0: input_failed: defense clean_model (control): "
+    assert findings.cause(f"{told}attack_did_not_implant: mean ASR 0.485 is below 0.9") == "attack_did_not_implant"
+    assert findings.cause(f"{told}nan: loss is nan: lower lr") == "nan: loss is nan: lower lr"
+    assert findings.cause("no_valid_budget: 2 of 3") == "no_valid_budget: 2 of 3"
+
+
 def test_models_that_were_not_purified_enter_no_mean(findings: Any) -> None:
     def seed(i: int, asr: float, p: float) -> dict[str, Any]:
         made = model("badnets", "pam", i, asr=asr, p_asr_ra=p, p_asr_ra__control_k0=p / 2, p_asr_net=p - 0.05)
