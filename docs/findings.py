@@ -649,7 +649,12 @@ def page(name: str, about: Mapping[str, Any]) -> list[str]:
         "it is their mean with Student's 95 % interval, cut off at 0 and 100. What the number of test images leaves "
         f"open is at most ±{room:.1f} (Wilson, 95 %) for C-Acc and O-ASR.",
         f"Attacks marked `tuned` by their suite: {', '.join(tuned) or 'none'}. Defenses that ran with less than their "
-        f"published effort (`reduced`): {', '.join(reduced) or 'none'}.",
+        f"published effort (`reduced`): {', '.join(reduced) or 'none'}."
+        + (
+            " The labels that BTI's inversion found for them: [labels found](methods/bti.md#labels-found)."
+            if {"bti_u", "bti_sam", "pam"} & {*reduced}
+            else ""
+        ),
         *aged(about.get("methods", {}), Registry.discover("none")),
         *("", "## In words", ""),
         "Each sentence follows from the tables below by a fixed rule. They hold for these data, these attacks and this "
