@@ -28,7 +28,9 @@ BINS = np.linspace(0, 1, 100)
 
 @dataclass(frozen=True, kw_only=True)
 class AGPD(Defense):
-    """Activation-gradient-based poisoned sample detection (Yuan et al., ICLR 2025), with BackdoorBench's settings.
+    """Activation-gradient-based poisoned sample detection (Yuan et al., ICLR 2025).
+
+    Settings are BackdoorBench's but for `tau`, of which it has none.
 
     1. Per row and convolution with a kernel larger than 1, without the stem and shortcuts: the gradient of the logit of
        the row's label by the convolution's output, averaged over places: a vector of one number per channel. Clean

@@ -39,16 +39,17 @@ class SEAM(Defense):
     wake what was forgotten. All are in the outcome's path.
 
     Differs: the toolbox ends recovery at 0.97 of its rows right. It forgets on 1 % and recovers on 10 % of the training
-    rows; the defender here holds 5 %, so it forgets on a fifth of that (1 %) and recovers on it. Its 10 and 100 epochs
-    are kept as the 160 and 7,900 steps that they are on 500 and 2,500 rows in batches of 32. For more than ten classes
-    its bound of 2 / K is replaced by 0.2, which other code has. An epoch drops its last short batch. The rows to forget
-    on are among those of recovery, where the toolbox draws both sets independently.
+    rows; the defender here holds 5 %, and forgets on a fifth of those that it trains on: 1 % of the training rows with
+    `recovered`, 0.8 % where a fifth of its rows is held out. Its 10 and 100 epochs are kept as the 160 and 7,900 steps
+    that they are on 500 and 2,500 rows in batches of 32; with a fifth held out that is 13 and 127 epochs. For more than
+    ten classes its bound of 2 / K is replaced by 0.2, which other code has. An epoch drops its last short batch. The
+    rows to forget on are among those of recovery, where the toolbox draws both sets independently.
 
     Args:
         recovered: Share of the clean rows right at which recovery ends; None for `patience`.
         patience: Epochs without a rise that end recovery; None for the honest choice of its epochs.
         forgotten: Least share right at which forgetting ends, 0..1.
-        forget_share: Share of the clean rows to forget on; at least one row.
+        forget_share: Share of the rows that are not held out to forget on; at least one row.
         lr: Adam's rate in both phases.
         forget_steps: Most updates of phase 1.
         recover_steps: Most updates of phase 2.

@@ -194,7 +194,12 @@ def pattern(of: Sequence[Cell]) -> str:
     """What the rule says of the cells of one attack and defense over its seeds."""
     words = []
     for c in of:
-        if O_ASR not in c["figures"] or P_ASR not in c["figures"]:
+        # What still answers to the trigger is not purified, whatever retuning would do to it. Where the attack did not
+        # implant, or the defense leaves the model as it is, the reason says more.
+        known = O_ASR in c["figures"] and (
+            P_ASR in c["figures"] or not (purified(c) or "weak" in c["flags"] or why(c).startswith("model_unchanged"))
+        )
+        if not known:
             words.append(f"no figure ({why(c)})")
         elif not purified(c):
             words.append("not purified")
@@ -620,6 +625,21 @@ def about_shift(all_cells: Sequence[Cell]) -> list[str]:
     ]
 
 
+def selecting(runs: Sequence[Path], registry: Registry) -> list[str]:
+    """Repairs that choose a setting by themselves, with its name: those whose parameter for it is none."""
+    repairs = {p.id for p in registry.of("defense") if p.blueprint.info["kind"] == "repair"}
+    told = {(c["defense"], c["defense_params"]) for run in runs for c in read_table(run / "cells.parquet")}
+    return sorted(
+        {
+            f"{d.partition('~')[0]} (`{name}`)"
+            for d, params in told
+            if d.partition("~")[0] in repairs
+            for name, value in json.loads(params).items()
+            if value is None
+        }
+    )
+
+
 def page(name: str, about: Mapping[str, Any]) -> list[str]:
     """The page, from what the JSON holds."""
     all_cells = plainly_named(weighed(restored(about["cells"]), about.get("methods", {}).get("evaluator/bec", 0)))
@@ -628,6 +648,7 @@ def page(name: str, about: Mapping[str, Any]) -> list[str]:
     sets, archs = (", ".join(sorted({c[k] for c in all_cells})) for k in ("dataset", "arch"))
     seeds = len({c["seed"] for c in all_cells})
     models = len(grouped(ranking(all_cells)[1], attacked))
+    own = about.get("chosen", [])
     room = 100 * max((c["room"] for c in all_cells), default=0.0)
     reason = (
         f"Intervals over attacked models are left out: {models} have P-ASR, and {FEWEST} are the fewest of which a "
@@ -655,6 +676,7 @@ def page(name: str, about: Mapping[str, Any]) -> list[str]:
             if {"bti_u", "bti_sam", "pam"} & {*reduced}
             else ""
         ),
+        *([f"Chosen on the defender's own clean rows, not fixed: {', '.join(own)}."] if own else []),
         *aged(about.get("methods", {}), Registry.discover("none")),
         *("", "## In words", ""),
         "Each sentence follows from the tables below by a fixed rule. They hold for these data, these attacks and this "
@@ -706,9 +728,9 @@ def written(name: str, command: str, runs: Sequence[Path]) -> None:
     of = cells(runs)
     if len(sets := {c["dataset"] for c in of}) > 1:
         sys.exit(f"{', '.join(map(str, runs))} have {', '.join(sorted(sets))}; a page is of one data set")
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"chosen": selecting(runs, Registry.discover("none"))}
     if name == signals.SUITE:
-        more = {"settings": signals.settings(runs)}
+        more |= {"settings": signals.settings(runs)}
         needed = signals.kept()
         for c in of:
             c["figures"] = {k: v for k, v in c["figures"].items() if k in needed}

@@ -216,6 +216,8 @@ def section(name: str, about: Mapping[str, Any], registry: Registry) -> list[str
     varied = f"`{about['axis']['name']}`" + (f" of `{of}`" if of else "")
     clean = f" A clean model: C-Acc {shown(about['clean_c_acc'])}." if about["clean_c_acc"] else ""
     less = sorted({plugin(c["defense"]) for c in about["cells"] if "reduced" in c["flag"].split(";")})
+    if of == "pam":
+        clean += " Whether its inversion found the attacker's label: [labels found](methods/bti.md#labels-found)."
     if less:
         clean += f" With less than their published effort (`reduced`): {', '.join(less)}."
     return [

@@ -33,6 +33,13 @@ def cell(asr: float | None, p_asr: float | None, control: float = 0.05, *flags: 
         (cell(0.05, 0.0, 0.0), "stays"),  # 5 times nothing is nothing
         (cell(0.05, 0.99, 0.05, "collapsed"), "comes back (collapsed)"),
         (cell(0.05, None) | {"reasons": {"p_asr_ra": "no_valid_budget"}}, "no figure (no_valid_budget)"),
+        (cell(0.21, None) | {"reasons": {"p_asr_ra": "no_valid_budget"}}, "not purified"),
+        (
+            cell(1.0, None) | {"reasons": {"p_asr_ra": "model_unchanged: it judges"}},
+            "no figure (model_unchanged: it judges)",
+        ),
+        (cell(0.4, None, 0.05, "weak") | {"reasons": {"p_asr_ra": "weak_attack"}}, "no figure (weak_attack)"),
+        (cell(None, None) | {"reasons": {"p_asr_ra": "nan: x"}}, "no figure (nan: x)"),
     ],
 )
 def test_the_rule_of_coming_back(findings: Any, of: dict[str, Any], word: str) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from sleeperbench.kit.pixels import to_float
 from sleeperbench.kit.predict import device_of, evaluating
 from sleeperbench.kit.select import accepts, choose, folds, held_out, right
 
+_T = TypeVar("_T")
 THRESHOLDS = tuple(i / 20 for i in range(19))
 """0, 0.05, ... 0.90: where the field cuts masks in [0, 1]."""
 
@@ -81,6 +82,9 @@ def pick(
 ) -> Picked:
     """The most aggressive candidate that the honest rule accepts on `held`.
 
+    Where making one raises FloatingPointError, since training did not stay finite, those before it are judged, and what
+    it said is told as `diverged`. A generator that raised makes none of the more aggressive ones.
+
     Args:
         net: The untouched model.
         candidates: Name, model and what is told of it beside its accuracy; the least aggressive first. A generator
@@ -93,7 +97,8 @@ def pick(
     after: dict[str, Tensor] = {}
     path: dict[str, Model] = {}
     told: dict[str, Any] = {}
-    for name, made, known in candidates:
+    ended: dict[str, str] = {}
+    for name, made, known in _finite(candidates, ended):
         after[name], path[name] = right(made, held, ctx=ctx), pack(made)
         told[name] = {**known, "accuracy": _share(after[name])}
     best = choose([*reversed(path)], after.__getitem__, before)
@@ -102,11 +107,20 @@ def pick(
         "accuracy_before": _share(before),
         "accuracy_after": _share(before if best is None else after[best]),
         "candidates": told,
+        **ended,
     }
     if best is None:
         few = not certifies(len(held))
         about["unchanged"] = f"{len(held)} held-out rows are too few" if few else f"no {what} was accepted"
     return Picked(name=best, path=path, about=about)
+
+
+def _finite(candidates: Iterable[_T], ended: dict[str, str]) -> Iterator[_T]:
+    """The candidates until making one raises; `ended` then gets what it said, as `diverged`."""
+    try:
+        yield from candidates
+    except FloatingPointError as e:
+        ended["diverged"] = str(e)
 
 
 def growing(settings: Iterable[tuple[float, Tensor]]) -> dict[float, Tensor]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -96,6 +96,22 @@ def test_the_last_accepted_candidate_is_picked_and_all_are_kept() -> None:
     }
     assert all(torch.equal(pack(ruined).state[k], v) for k, v in picked.path["c"].state.items())
     assert c.ctx.cost.forwards == 4 * 120
+
+
+def test_a_candidate_that_diverges_ends_the_list_and_not_the_choice() -> None:
+    c = case()
+
+    def made() -> Iterator[tuple[str, Classifier, dict[str, Any]]]:
+        yield "a", copy.deepcopy(c.net), {}
+        yield "b", copy.deepcopy(c.net), {}
+        raise FloatingPointError("loss is nan after epoch 3")
+
+    picked = pick(c.net, made(), c.val, ctx=c.ctx, what="letter")
+    assert (picked.name, list(picked.path)) == ("b", ["a", "b"])
+    assert picked.about["diverged"] == "loss is nan after epoch 3"
+    assert list(picked.about["candidates"]) == ["a", "b"]
+    with pytest.raises(ZeroDivisionError):
+        pick(c.net, (("a", c.net, {"x": 1 / 0}) for _ in "a"), c.val, ctx=c.ctx, what="letter")
 
 
 @pytest.mark.parametrize(("n", "why"), [(120, "no letter was accepted"), (100, "100 held-out rows are too few")])
