@@ -13,7 +13,7 @@ def add_parser(subparsers: Any) -> None:
         "site",
         help="render the leaderboard of one or several runs",
         description="Render the leaderboard of one or several run folders as plain files that need no server. "
-        "Where two runs hold the same cell, the first one named counts.",
+        "Where two runs hold the same cell of one suite, the first one named counts.",
     )
     parser.add_argument("--results", nargs="+", required=True, type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the site")
