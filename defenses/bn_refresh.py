@@ -24,6 +24,7 @@ class BNRefresh(Defense):
         "paper": "",
         "bibtex": "",
         "kind": "repair",
+        "control": True,
         "version": 1,
         "api": 1,
         "micro": {},

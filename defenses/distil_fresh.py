@@ -38,6 +38,7 @@ class DistilFresh(Defense):
         "bibtex": "@article{hinton2015distilling, title={Distilling the Knowledge in a Neural Network}, "
         "author={Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff}, journal={arXiv:1503.02531}, year={2015}}",
         "kind": "repair",
+        "control": True,
         "version": 1,
         "api": 1,
         "micro": {"steps": 20, "batch": 64},

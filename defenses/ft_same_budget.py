@@ -30,6 +30,7 @@ class SameBudget(Defense):
         "paper": "",
         "bibtex": "",
         "kind": "repair",
+        "control": True,
         "version": 1,
         "api": 1,
         "micro": {"batch": 64},

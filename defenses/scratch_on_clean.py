@@ -29,6 +29,7 @@ class ScratchOnClean(Defense):
         "paper": "",
         "bibtex": "",
         "kind": "repair",
+        "control": True,
         "version": 1,
         "api": 1,
         "micro": {"steps": 20, "batch": 64},

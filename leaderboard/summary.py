@@ -35,8 +35,8 @@ TRACKS = {
 
 
 def role(cell: Cell) -> str:
-    """`defense`, `control` (undefended, or a clean model) or `oracle` (is told the true backdoor)."""
-    if plugin_id(cell["defense"]) in CONTROLS:
+    """`defense`, `control` (undefended, a clean model, or declared one) or `oracle` (is told the true backdoor)."""
+    if plugin_id(cell["defense"]) in CONTROLS or cell["control"]:
         return "control"
     return "oracle" if cell["access"] == "T4" else "defense"
 

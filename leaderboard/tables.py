@@ -56,8 +56,8 @@ class Results:
 
     Args:
         cells: Rows of cells.parquet, sorted; `reasons` is parsed, `flags` holds the parts of `flag`, `kind` is the
-            defense's in plugins.json, `judges` says whether it leaves the model as it is, and metrics without a column
-            there are added from the measurements.
+            defense's in plugins.json, `control` whether that calls it one, `judges` says whether it leaves the model as
+            it is, and metrics without a column there are added from the measurements.
         cells_table: The same rows as they were read.
         measurements: All rows of measurements.parquet, sorted by cell.
         spans: Cell -> (first row, number of rows) in `measurements`.
@@ -238,6 +238,7 @@ def _cells(
     for row in cells:
         info = plugins.get(("defense", plugin_id(row["defense"])), {}).get("info")
         row["kind"] = str(info.get("kind", "")) if isinstance(info, dict) else ""
+        row["control"] = isinstance(info, dict) and info.get("control") is True
         row["judges"] = judge(row)
     unqualified = pc.and_(pc.equal(rows["scope"], "cell"), pc.equal(pc.fill_null(rows["qualifier"], ""), ""))
     wanted = pc.and_(unqualified, pc.is_in(rows["metric"], value_set=pa.array(MEASURED)))

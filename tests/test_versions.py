@@ -29,11 +29,12 @@ def test_words_and_version_do_not_change_the_digest_and_code_does() -> None:
     same = (
         SOURCE.replace("Does it.", "Does it well.")
         .replace("# why", "# because")
-        .replace('"version": 1', '"version": 2')
+        .replace('"version": 1', '"version": 2, "control": True')
     )
     assert fingerprint(same) == fingerprint(SOURCE)
     assert fingerprint(SOURCE.replace("x + 1", "x - 1")) != fingerprint(SOURCE)
     assert fingerprint(SOURCE.replace('"title": "Thing"', '"title": "Other"')) != fingerprint(SOURCE)
+    assert fingerprint('x = {"control": 1}') != fingerprint("x = {}"), "elsewhere than in INFO it is code"
 
 
 def test_a_changed_method_must_raise_its_version() -> None:

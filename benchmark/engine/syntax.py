@@ -10,9 +10,12 @@ from pathlib import Path
 from sleeperbench.engine.source import locate
 from sleeperbench.errors import BrokenPlugin
 
+_SAID = frozenset({"version", "control"})
+"""Entries of INFO that say how figures are to be read, and move none."""
+
 
 def fingerprint(text: str) -> str:
-    """16 hex digits of a module's syntax tree without comments, layout, docstrings and the `version` in INFO."""
+    """16 hex digits of a module's syntax tree without comments, layout, docstrings, and `_SAID` in INFO."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
@@ -24,7 +27,9 @@ def fingerprint(text: str) -> str:
             ):
                 node.body = node.body[1:]
         if isinstance(node, ast.Dict):
-            keep = [i for i, k in enumerate(node.keys) if not (isinstance(k, ast.Constant) and k.value == "version")]
+            named = {k.value for k in node.keys if isinstance(k, ast.Constant)}
+            told = _SAID if "version" in named else set()  # else it is no INFO
+            keep = [i for i, k in enumerate(node.keys) if not (isinstance(k, ast.Constant) and k.value in told)]
             node.keys, node.values = [node.keys[i] for i in keep], [node.values[i] for i in keep]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
 

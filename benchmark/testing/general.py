@@ -83,6 +83,8 @@ def metadata(s: Subject) -> None:
         known = type(normal) is int or (isinstance(normal, tuple) and {int} == set(map(type, normal)))
         hold(known, f"INFO['effort'] names {name!r}, which is no whole-number parameter, nor a tuple of such")
     _presets(b, effort)
+    control = b.info.get("control", False)
+    hold(type(control) is bool, f"INFO['control'] is {control!r}: True where the method is there to be compared with")
     if s.kind == "defense" and b.info["kind"] in JUDGES:
         traverses, presumes = b.info.get("traverses"), b.info.get("presumes")
         words = "True where it looks at every class in turn as a possible target, else False"

@@ -726,3 +726,16 @@ def test_a_comparison_says_where_a_model_is_ruined(tmp_path: Path) -> None:
     (pair,) = [x for x in body(page, "compare-1-repair-pairs") if (x[0], x[1]) == ("best", "poor")]
     assert "points" in pair[2], "a difference of shares is in percentage points"
     assert "%" not in pair[2]
+
+
+def test_a_defense_that_calls_itself_a_control_is_shown_and_not_ranked(tmp_path: Path) -> None:
+    def entry(defense: str, **more: bool) -> dict[str, Any]:
+        return {"kind": "defense", "id": defense, "info": {"kind": "repair", **more}}
+
+    told = [entry("good"), entry("poor", control=False), entry("best", control=True)]
+    views = Views(load([write_run(tmp_path / "run", tables(), [], told)]))
+    (board,) = views.boards
+    (contest,) = ranking.contests(views, board)
+    assert {"good", "alike", "poor"} <= set(contest.scores) and "best" not in contest.scores
+    assert summary.role(board.of_defense["best"][0]) == "control"
+    assert "best" in board.repairs

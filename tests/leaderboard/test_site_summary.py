@@ -17,7 +17,7 @@ KEPT = {"kind": "", "reasr_net": None, **dict.fromkeys(MEASURED)}
 
 def cell(attack: str, defense: str, seed: int, **more: Any) -> dict[str, Any]:
     row = cell_row(attack, None if attack == "none" else 0.1, defense, seed, **more)
-    return row | {"flags": tuple(f for f in row["flag"].split(";") if f), "reasons": {}} | KEPT | more
+    return row | {"flags": tuple(f for f in row["flag"].split(";") if f), "reasons": {}, "control": False} | KEPT | more
 
 
 def board(*cells: dict[str, Any]) -> Board:
@@ -43,6 +43,7 @@ def test_controls_and_oracles_are_no_contestants(defense: str, access: str, kind
     c = cell("badnets", defense, 0, access=access)
     assert role(c) == kind
     assert track(c) == (access if kind == "defense" else "control")
+    assert role(c | {"control": True}) == "control", "a defense may say that it is one"
 
 
 @pytest.mark.parametrize("status", ["failed", "timeout", "out_of_memory"])
