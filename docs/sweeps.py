@@ -1,4 +1,4 @@
-"""Writes docs/sweeps.md, its pictures and JSON from runs of suites `sweep-*`: `python docs/sweeps.py "COMMAND" RUN`.
+"""Writes docs/sweeps.md, pictures and JSON from runs of a suite `sweep-*`: `python docs/sweeps.py "COMMAND" RUN [RUN ...]`.
 
 What a suite varies (a parameter of an attack or a defense, the poison rate, the architecture) stands across, attacks
 and defenses down. `python docs/sweeps.py --again` renders what docs/measured/sweep-*.json hold. A mean is over the
@@ -19,7 +19,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from findings import shown
-from record import aged, cause, machine, provenance
+from record import aged, cause, combined, machine
 
 from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.rows import read_table
@@ -67,9 +67,17 @@ def axis(cells: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
     return found.pop()
 
 
-def collected(run: Path, said: str) -> dict[str, Any]:
-    """Provenance and cells of a run, each with its value on the axis; None where the axis does not touch it."""
-    cells, rows = read_table(run / "cells.parquet"), read_table(run / "measurements.parquet")
+def collected(runs: Sequence[Path], said: str) -> dict[str, Any]:
+    """Provenance and cells of a suite's runs, each with its value on the axis; None where the axis does not touch it.
+
+    Where two runs have a cell, the one named first counts.
+    """
+    rows = [r for run in runs for r in read_table(run / "measurements.parquet")]
+    named: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        for c in read_table(run / "cells.parquet"):
+            named.setdefault(c["cell"], c)
+    cells = list(named.values())
     kind, of, name = axis(cells)
 
     def value(c: Mapping[str, Any]) -> Any:
@@ -81,7 +89,7 @@ def collected(run: Path, said: str) -> dict[str, Any]:
     clean = [c["c_acc"] for c in cells if plugin(c["attack"]) == "none" and c["defense"] == "none"]
     return {
         "command": said,
-        **provenance(run, rows),
+        **combined(runs, rows, METRICS),
         "axis": {"kind": kind, "plugin": of, "name": name},
         "clean_c_acc": [v for v in clean if v is not None],
         "cells": kept,
@@ -239,9 +247,9 @@ def section(name: str, about: Mapping[str, Any], registry: Registry) -> list[str
 def main() -> int:
     """Write a sweep's JSON, unless the page alone is wanted, and the page."""
     if sys.argv[1:] != ["--again"]:
-        if len(sys.argv) != 3:
+        if len(sys.argv) < 3:
             sys.exit(__doc__)
-        about = collected(Path(sys.argv[2]), sys.argv[1])
+        about = collected([Path(run) for run in sys.argv[2:]], sys.argv[1])
         head = json.dumps({k: v for k, v in about.items() if k != "cells"}, indent=1).removesuffix("\n}")
         body = ",\n".join(json.dumps(c) for c in about["cells"])
         (DOCS / "measured" / f"{about['suite']}.json").write_text(f'{head},\n "cells": [\n{body}\n ]\n}}\n')
