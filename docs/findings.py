@@ -144,14 +144,35 @@ def weighed(of: Sequence[Cell], version: int | list[int]) -> Sequence[Cell]:
     return of
 
 
-def plainly_named(of: Sequence[Cell]) -> Sequence[Cell]:
-    """The cells, without the digest of settings in the label of a defense that stands here in one form alone."""
+def plainly_named(of: Sequence[Cell], settings: Mapping[str, str]) -> Sequence[Cell]:
+    """The cells, without the digest of settings in a defense's label.
+
+    A defense that stands here in one form alone has its name; of others `settings` has what a digest stands for.
+    """
     forms = {c["defense"] for c in of}
     for c in of:
-        plugin = c["defense"].partition("~")[0]
+        plugin, digest = c["defense"].partition("~")[::2]
         if sum(plugin == f.partition("~")[0] for f in forms) == 1:
             c["defense"] = plugin
+        elif digest and c["defense"] in settings:
+            c["defense"] = f"{plugin} ({settings[c['defense']]})"
     return of
+
+
+def set_apart(runs: Sequence[Path]) -> dict[str, str]:
+    """Label of a defense that has several forms -> the settings in which this one differs from others, as `u=3`."""
+    forms: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for run in runs:
+        for c in read_table(run / "cells.parquet"):
+            forms[c["defense"].partition("~")[0]][c["defense"]] = json.loads(c["defense_params"])
+    told = {}
+    for of in forms.values():
+        keys = sorted({k for p in of.values() for k in p})
+        apart = [k for k in keys if len({json.dumps(p.get(k)) for p in of.values()}) > 1]
+        told |= {
+            n: ", ".join(f"{k}={json.dumps(p.get(k))}" for k in apart) for n, p in of.items() if "~" in n and apart
+        }
+    return told
 
 
 def net_of_controls(figures: dict[tuple[str, str], float]) -> None:
@@ -642,7 +663,8 @@ def selecting(runs: Sequence[Path], registry: Registry) -> list[str]:
 
 def page(name: str, about: Mapping[str, Any]) -> list[str]:
     """The page, from what the JSON holds."""
-    all_cells = plainly_named(weighed(restored(about["cells"]), about.get("methods", {}).get("evaluator/bec", 0)))
+    weighted = weighed(restored(about["cells"]), about.get("methods", {}).get("evaluator/bec", 0))
+    all_cells = plainly_named(weighted, about.get("settings_of", {}))
     tuned = sorted({c["attack"] for c in all_cells if "tuned" in c["flags"]})
     reduced = sorted({c["defense"] for c in all_cells if "reduced" in c["flags"]})
     sets, archs = (", ".join(sorted({c[k] for c in all_cells})) for k in ("dataset", "arch"))
@@ -728,7 +750,7 @@ def written(name: str, command: str, runs: Sequence[Path]) -> None:
     of = cells(runs)
     if len(sets := {c["dataset"] for c in of}) > 1:
         sys.exit(f"{', '.join(map(str, runs))} have {', '.join(sorted(sets))}; a page is of one data set")
-    more: dict[str, Any] = {"chosen": selecting(runs, Registry.discover("none"))}
+    more: dict[str, Any] = {"chosen": selecting(runs, Registry.discover("none")), "settings_of": set_apart(runs)}
     if name == signals.SUITE:
         more |= {"settings": signals.settings(runs)}
         needed = signals.kept()

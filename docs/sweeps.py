@@ -1,4 +1,4 @@
-"""Writes docs/sweeps.md, pictures and JSON from runs of a suite `sweep-*`: `python docs/sweeps.py "COMMAND" RUN [RUN ...]`.
+"""Writes docs/sweeps.md and its JSON from runs of a suite `sweep-*`: `python docs/sweeps.py "COMMAND" RUN [RUN ...]`.
 
 What a suite varies (a parameter of an attack or a defense, the poison rate, the architecture) stands across, attacks
 and defenses down. `python docs/sweeps.py --again` renders what docs/measured/sweep-*.json hold. A mean is over the

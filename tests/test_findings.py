@@ -320,7 +320,7 @@ def test_what_the_pages_of_bec_and_target_shift_say_of_every_data_set(findings: 
     better = findings.rank(used, findings.NET_SHIFT) > findings.rank(used, findings.BEC)
     assert better is (name != "paper-safety-cpu")
     if not better:
-        assert (len(used) - len(moved), len(used)) == (21, 84)
+        assert (len(used) - len(moved), len(used)) == (21, 90)
     few = [c for c in moved if findings.purified(c)]
     woken, quiet = ([c for c in few if (c["figures"][findings.P_ASR] >= 0.5) is s] for s in (True, False))
     for key in (findings.BEC, findings.NET_SHIFT):
@@ -423,3 +423,9 @@ def test_an_attack_that_did_not_implant_has_no_attacked_model(findings: Any) -> 
     strong, faint = (model(attack, "none", 0, bec=1.0) for attack in ("badnets", "blended"))
     faint["flags"] = {"tuned", "weak"}
     assert findings.undefended([strong, faint], findings.BEC) == [strong]
+
+
+def test_settings_stand_in_the_place_of_a_labels_digest(findings: Any) -> None:
+    of = [{"defense": d} for d in ("bnp", "bnp~4ce114", "anp~123456", "odd", "odd~654321")]
+    named = [c["defense"] for c in findings.plainly_named(of, {"bnp~4ce114": "u=3.0", "anp~123456": "steps=5"})]
+    assert named == ["bnp", "bnp (u=3.0)", "anp", "odd", "odd~654321"]
