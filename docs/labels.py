@@ -22,7 +22,8 @@ from sleeperbench.engine.task import PUBLIC_TARGETS
 
 DOCS = Path(__file__).resolve().parent
 FILE, PAGE, HEAD = DOCS / "measured" / "inverted-labels.json", DOCS / "methods" / "bti.md", "## Labels found"
-REPAIRS = ("bti_u", "bti_sam", "pam")
+ALONE, REPAIRS = "bti", ("bti_u", "bti_sam", "pam")
+"""The inversion by itself, which leaves the model as it is, and what begins with it."""
 PURIFIED = 0.2
 """Largest O-ASR of a purified model."""
 
@@ -42,12 +43,13 @@ def found(store: Path, run: Path) -> list[dict[str, Any]]:
     for line in (run / "tasks.jsonl").read_text().splitlines():
         task = json.loads(line)
         c = cells.get(task["name"])
-        if task["kind"] != "defense" or task["plugin"] not in REPAIRS or task["status"] != "ok" or c is None:
+        if task["kind"] != "defense" or task["plugin"] not in (ALONE, *REPAIRS) or task["status"] != "ok" or c is None:
             continue
         chosen = read_json(store / task["key"][:2] / task["key"] / "outcome.json")["chosen"]
         meant = None if c["attack"].partition("~")[0] == "none" else PUBLIC_TARGETS[c["seed"]]
         model = {k: c[k] for k in ("cell", "dataset", "defense", "attack", "rate", "seed", "c_acc", "asr", "flag")}
-        models.append(model | {"found": chosen["target"], "share": chosen["share"], "meant": meant})
+        model |= {"found": chosen["target"], "share": chosen["share"], "meant": meant}
+        models.append(model | ({"c_acc": None, "asr": None} if task["plugin"] == ALONE else {}))
     return list({m["cell"]: m for m in models}.values())
 
 
@@ -68,6 +70,17 @@ def conclusion(models: Sequence[Mapping[str, Any]]) -> str:
     return f"It found the attacker's label in {len(hit)} of {len(attacked)} attacked models; {'; '.join(parts)}."
 
 
+def alone(models: Sequence[Mapping[str, Any]]) -> str:
+    """How often the inversion by itself finds the label, by its effort."""
+    of = [m for m in models if m["defense"].partition("~")[0] == ALONE and m["meant"] is not None]
+    parts = []
+    for words, reduced in (("with its published steps", False), ("with fewer (`reduced`)", True)):
+        mine = [m for m in of if ("reduced" in m["flag"].split(";")) is reduced]
+        if mine:
+            parts.append(f"{words} in {sum(m['found'] == m['meant'] for m in mine)} of {len(mine)}")
+    return f" By itself, the model left as it is, it found the label {', '.join(parts)}." if parts else ""
+
+
 def section(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """The page's section."""
     models = [m | {"suite": r["suite"]} for r in runs for m in r["models"]]
@@ -75,8 +88,8 @@ def section(runs: Sequence[Mapping[str, Any]]) -> list[str]:
         HEAD,
         "",
         "Written by `docs/labels.py`: the label that most of the generator's images got, in repairs that begin with "
-        f"this inversion. {conclusion(models)} A model counts as purified at an O-ASR of at most 20 %. Several rows of "
-        "one model, such as those of a sweep over what comes after the inversion, share their inversion.",
+        f"this inversion. {conclusion(models)}{alone(models)} A model counts as purified at an O-ASR of at most 20 %. "
+        "Rows of one model, such as those of a sweep over what comes after the inversion, share their inversion.",
         "",
         "| suite | cell | found | of the clean rows | attacker's | C-Acc | O-ASR | flags |",
         "|---|---|---|---|---|---|---|---|",
@@ -84,7 +97,8 @@ def section(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     for m in sorted(models, key=lambda m: (m["suite"], m["cell"])):
         meant = "" if m["meant"] is None else m["meant"]
         asr = "" if m["asr"] is None else f"{100 * m['asr']:.1f}"
-        shares = f"{100 * m['share']:.1f} % | {meant} | {100 * m['c_acc']:.1f} | {asr}"
+        c_acc = "" if m["c_acc"] is None else f"{100 * m['c_acc']:.1f}"
+        shares = f"{100 * m['share']:.1f} % | {meant} | {c_acc} | {asr}"
         flags = m["flag"].replace(";", ", ")
         text.append(f"| {m['suite']} | {m['cell']} | {m['found']} | {shares} | {flags} |")
     told = "; ".join(f"`{r['command']}` ({machine(r)})" for r in runs)
@@ -99,7 +113,7 @@ def main() -> int:
         known = [r for r in known if r["command"] != command]
         rows = read_table(Path(runs[0]) / "measurements.parquet")
         about = provenance(Path(runs[0]), rows) | {"methods": methods(Path(runs[0]))}
-        about["methods"] = {k: v for k, v in about["methods"].items() if k.partition("/")[2] in REPAIRS}
+        about["methods"] = {k: v for k, v in about["methods"].items() if k.partition("/")[2] in (ALONE, *REPAIRS)}
         models = [m for run in runs for m in found(Path(store), Path(run))]
         known.append({"command": command} | about | {"models": models})
         known.sort(key=lambda r: r["command"])

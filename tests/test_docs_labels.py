@@ -34,6 +34,19 @@ def test_models_are_parted_by_whether_the_label_was_found(labels: Any) -> None:
     )
 
 
+def test_the_inversion_by_itself_is_told_by_its_effort(labels: Any) -> None:
+    def by_itself(found: int, flag: str) -> dict[str, Any]:
+        return model(found, None) | {"defense": "bti~123456", "flag": flag}
+
+    of = [by_itself(0, ""), by_itself(3, ""), by_itself(3, "reduced;tuned"), model(0, 0.1) | {"defense": "pam"}]
+    assert labels.alone(of) == (
+        " By itself, the model left as it is, it found the label with its published steps in 1 of 2, with fewer "
+        "(`reduced`) in 0 of 1."
+    )
+    assert labels.alone(of[3:]) == ""
+    assert labels.conclusion(of).startswith("It found the attacker's label in 1 of 1 attacked models")
+
+
 def made(tmp_path: Path, seeds: list[int], secret_public: bool = True) -> tuple[Path, Path]:
     """A store and a run of PAM on one backdoored and one clean model, beside a repair that inverts nothing."""
     store, lines, cells = tmp_path / "store", [], []
