@@ -38,19 +38,17 @@ def found(store: Path, run: Path) -> list[dict[str, Any]]:
     about = json.loads((run / "run.json").read_text())
     if not about["suite"]["secret_public"] or {*about["suite"]["seeds"]} - {*PUBLIC_TARGETS}:
         sys.exit(f"{run}: the attackers' labels are known of public suites alone, for seeds {list(PUBLIC_TARGETS)}")
-    cells = {c["cell"]: c for c in read_table(run / "cells.parquet") if c["status"] == "ok"}
     models = []
-    for line in (run / "tasks.jsonl").read_text().splitlines():
-        task = json.loads(line)
-        c = cells.get(task["name"])
-        if task["kind"] != "defense" or task["plugin"] not in (ALONE, *REPAIRS) or task["status"] != "ok" or c is None:
+    for c in read_table(run / "cells.parquet"):
+        plugin, key = c["defense"].partition("~")[0], c["defense_key"]
+        if c["status"] != "ok" or plugin not in (ALONE, *REPAIRS):
             continue
-        chosen = read_json(store / task["key"][:2] / task["key"] / "outcome.json")["chosen"]
+        chosen = read_json(store / key[:2] / key / "outcome.json")["chosen"]
         meant = None if c["attack"].partition("~")[0] == "none" else PUBLIC_TARGETS[c["seed"]]
         model = {k: c[k] for k in ("cell", "dataset", "defense", "attack", "rate", "seed", "c_acc", "asr", "flag")}
         model |= {"found": chosen["target"], "share": chosen["share"], "meant": meant}
-        models.append(model | ({"c_acc": None, "asr": None} if task["plugin"] == ALONE else {}))
-    return list({m["cell"]: m for m in models}.values())
+        models.append(model | ({"c_acc": None, "asr": None} if plugin == ALONE else {}))
+    return models
 
 
 def spread(of: Sequence[Mapping[str, Any]]) -> str:

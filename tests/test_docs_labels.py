@@ -49,21 +49,19 @@ def test_the_inversion_by_itself_is_told_by_its_effort(labels: Any) -> None:
 
 def made(tmp_path: Path, seeds: list[int], secret_public: bool = True) -> tuple[Path, Path]:
     """A store and a run of PAM on one backdoored and one clean model, beside a repair that inverts nothing."""
-    store, lines, cells = tmp_path / "store", [], []
+    store, cells = tmp_path / "store", []
     for i, (attack, defense) in enumerate([("badnets", "pam"), ("none", "pam"), ("badnets", "ft")]):
-        cell = {"cell": f"d/a/{attack}/{defense}/s1", "attack": attack, "defense": defense, "seed": 1, "c_acc": 0.9}
-        cells.append({c.name: None for c in CELLS} | cell | {"asr": 0.1, "status": "ok", "flag": ""})
         key = f"{i:02x}" * 32
+        cell = {"cell": f"d/a/{attack}/{defense}/s1", "attack": attack, "defense": defense, "seed": 1, "c_acc": 0.9}
+        cell |= {"asr": 0.1, "status": "ok", "flag": "", "defense_key": key}
+        cells.append({c.name: None for c in CELLS} | cell)
         folder = store / key[:2] / key
         folder.mkdir(parents=True)
         (folder / "outcome.json").write_text(json.dumps({"chosen": {"target": 1, "share": 0.75}}))
-        task = {"kind": "defense", "plugin": defense, "name": cells[-1]["cell"], "status": "ok", "key": key}
-        lines += [task, task | {"kind": "evaluate"}]
     run = tmp_path / "run"
     run.mkdir()
     pq.write_table(pa.Table.from_pylist(cells, schema=arrow(CELLS)), run / "cells.parquet")
     (run / "run.json").write_text(json.dumps({"suite": {"secret_public": secret_public, "seeds": seeds}}))
-    (run / "tasks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return store, run
 
 
