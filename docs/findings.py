@@ -27,6 +27,7 @@ from signals import BACK, BEC, DRAWS, FEWEST, NEAR, NET, O_ASR, P_ASR, PURIFIED,
 
 from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.rows import read_table
+from sleeperbench.leaderboard.sweeps import spoken
 
 DOCS = Path(__file__).resolve().parent
 Key = tuple[str, str]
@@ -160,19 +161,9 @@ def plainly_named(of: Sequence[Cell], settings: Mapping[str, str]) -> Sequence[C
 
 
 def set_apart(runs: Sequence[Path]) -> dict[str, str]:
-    """Label of a defense that has several forms -> the settings in which this one differs from others, as `u=3`."""
-    forms: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for run in runs:
-        for c in read_table(run / "cells.parquet"):
-            forms[c["defense"].partition("~")[0]][c["defense"]] = json.loads(c["defense_params"])
-    told = {}
-    for of in forms.values():
-        keys = sorted({k for p in of.values() for k in p})
-        apart = [k for k in keys if len({json.dumps(p.get(k)) for p in of.values()}) > 1]
-        told |= {
-            n: ", ".join(f"{k}={json.dumps(p.get(k))}" for k in apart) for n, p in of.items() if "~" in n and apart
-        }
-    return told
+    """Label of a defense that has several forms -> the settings in which this one differs from others, as `u 3.0`."""
+    cells = [c for run in runs for c in read_table(run / "cells.parquet")]
+    return {label: text for label, (_, text) in spoken(cells, "defense").items() if "~" in label}
 
 
 def net_of_controls(figures: dict[tuple[str, str], float]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from record import machine, methods, provenance
+from signals import PURIFIED
 
 from sleeperbench.engine.artifacts import read_json
 from sleeperbench.engine.rows import read_table
@@ -24,8 +25,6 @@ DOCS = Path(__file__).resolve().parent
 FILE, PAGE, HEAD = DOCS / "measured" / "inverted-labels.json", DOCS / "methods" / "bti.md", "## Labels found"
 ALONE, REPAIRS = "bti", ("bti_u", "bti_sam", "pam")
 """The inversion by itself, which leaves the model as it is, and what begins with it."""
-PURIFIED = 0.2
-"""Largest O-ASR of a purified model."""
 
 
 def found(store: Path, run: Path) -> list[dict[str, Any]]:
@@ -117,10 +116,8 @@ def main() -> int:
         known.sort(key=lambda r: r["command"])
         FILE.write_text(json.dumps({"runs": known}, indent=1) + "\n")
     before, _, after = PAGE.read_text().partition(HEAD + "\n")
-    rest = after.partition("\n## ")[2] if after else before.partition("\n## Published figures")[2]
-    before = before if after else before.partition("\n## Published figures")[0] + "\n"
-    title = "## " if after else "## Published figures"
-    PAGE.write_text(before + "\n".join(section(known)) + f"\n{title}{rest}")
+    rest = after.partition("\n## ")[2]
+    PAGE.write_text(before + "\n".join(section(known)) + f"\n## {rest}")
     print(f"wrote {HEAD[3:].lower()} of docs/methods/bti.md from {len(known)} runs")
     return 0
 

@@ -261,6 +261,9 @@ def write(runs: list[Path], kind: str, name: str, said: str, *, keep: bool) -> N
     target = DOCS / "measured" / f"{file}.json"
     collected = [collect(run, kind, name) for run in runs]
     about, rows = collected[0][0], [{k: r[k] for k in KEPT} for _, rows in collected for r in rows]
+    for other, _ in collected[1:]:  # runs on different data sets stand side by side
+        for key in ("datasets", "train_rows", "methods"):
+            about[key] |= other[key]
     cells = [c for run in runs for c in read_table(run / "cells.parquet") if c["defense"] != "none"]
     beside = (*ATTACKED, *(DEFENDED if kind == "evaluator" else ()))
     attacked = {c["cell"]: {k: c[k] for k in beside if c.get(k) is not None} for c in cells}

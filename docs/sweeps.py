@@ -19,15 +19,15 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from findings import shown
+from labels import FILE
 from record import aged, cause, combined, machine
+from signals import PURIFIED
 
 from sleeperbench.engine.registry import Registry
 from sleeperbench.engine.rows import read_table
 
 DOCS = Path(__file__).resolve().parent
 METRICS = {"c_acc": "C-Acc", "asr": "O-ASR", "p_asr": "P-ASR of purified models"}
-PURIFIED = 0.2
-"""Largest O-ASR of a purified model."""
 FACTS = ("dataset", "arch", "attack", "defense", "rate", "seed", *METRICS, "flag", "reason")
 RATE, ARCH = "poison rate", "architecture"
 Key = tuple[str, str]
@@ -214,6 +214,18 @@ def mean(of: Sequence[Mapping[str, Any]], metric: str) -> float:
     return sum(there) / len(there) if there else math.nan
 
 
+def inverted(suite: str) -> str:
+    """What docs/labels.py knows of a suite's repairs that begin with an inversion; nothing of others."""
+    runs = json.loads(FILE.read_text())["runs"]
+    of = [m for r in runs if r["suite"] == suite for m in r["models"] if m["meant"] is not None]
+    if not of:
+        return ""
+    hit = sum(m["found"] == m["meant"] for m in of)
+    rest = "" if hit else ", so that nothing is said here of a repair that knows the right one"
+    found = f"{hit} of {len(of)} ([labels](methods/bti.md#labels-found))"
+    return f" The inversion found the attacker's label in {found}{rest}."
+
+
 def section(name: str, about: Mapping[str, Any], registry: Registry) -> list[str]:
     """A sweep's part of the page."""
     sets = ", ".join(sorted({c["dataset"] for c in about["cells"]}))
@@ -226,8 +238,7 @@ def section(name: str, about: Mapping[str, Any], registry: Registry) -> list[str
     told = about["clean_c_acc"] and about["axis"]["kind"] != "arch"
     clean = f" A clean model: C-Acc {shown(about['clean_c_acc'])}." if told else ""
     less = sorted({plugin(c["defense"]) for c in about["cells"] if "reduced" in c["flag"].split(";")})
-    if of == "pam":
-        clean += " Whether its inversion found the attacker's label: [labels found](methods/bti.md#labels-found)."
+    clean += inverted(about["suite"])
     if less:
         clean += f" With less than their published effort (`reduced`): {', '.join(less)}."
     return [

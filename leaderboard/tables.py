@@ -58,7 +58,7 @@ class Results:
         cells: Rows of cells.parquet, sorted; `reasons` is parsed, `flags` holds the parts of `flag`, `kind` is the
             defense's in plugins.json, `control` whether that calls it one, `judges` says whether it leaves the model as
             it is, and metrics without a column there are added from the measurements.
-        cells_table: The same rows as they were read.
+        cells_table: The same rows as they were read, under the names that they have here.
         measurements: All rows of measurements.parquet, sorted by cell.
         spans: Cell -> (first row, number of rows) in `measurements`.
         plugins: (kind, id) -> its entry in plugins.json.

@@ -100,3 +100,16 @@ def test_what_has_no_figure_is_told_once(sweeps: Any) -> None:
     assert not any(line.startswith("| badnets | x") for line in lines)
     assert lines[-1] == "Without figures: x (no_cost: none)."
     assert sweeps.without(about | {"cells": cells[:1]}) == []
+
+
+def test_a_sweep_behind_an_inversion_says_whether_it_found_the_label(
+    sweeps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [{"meant": 0, "found": 3}, {"meant": 1, "found": 5}, {"meant": None, "found": 1}]
+    (tmp_path / "labels.json").write_text(json.dumps({"runs": [{"suite": "sweep-a", "models": models}]}))
+    monkeypatch.setattr(sweeps, "FILE", tmp_path / "labels.json")
+    assert "label in 0 of 2 " in sweeps.inverted("sweep-a") and "nothing is said" in sweeps.inverted("sweep-a")
+    models[0]["found"] = 0
+    (tmp_path / "labels.json").write_text(json.dumps({"runs": [{"suite": "sweep-a", "models": models}]}))
+    assert "label in 1 of 2 " in sweeps.inverted("sweep-a") and "nothing is said" not in sweeps.inverted("sweep-a")
+    assert sweeps.inverted("sweep-b") == ""

@@ -427,5 +427,5 @@ def test_an_attack_that_did_not_implant_has_no_attacked_model(findings: Any) -> 
 
 def test_settings_stand_in_the_place_of_a_labels_digest(findings: Any) -> None:
     of = [{"defense": d} for d in ("bnp", "bnp~4ce114", "anp~123456", "odd", "odd~654321")]
-    named = [c["defense"] for c in findings.plainly_named(of, {"bnp~4ce114": "u=3.0", "anp~123456": "steps=5"})]
-    assert named == ["bnp", "bnp (u=3.0)", "anp", "odd", "odd~654321"]
+    named = [c["defense"] for c in findings.plainly_named(of, {"bnp~4ce114": "u 3.0", "anp~123456": "steps 5"})]
+    assert named == ["bnp", "bnp (u 3.0)", "anp", "odd", "odd~654321"]
